@@ -1,0 +1,1 @@
+"""resfu_jax: feature upsampling in JAX."""

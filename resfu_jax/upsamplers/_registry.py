@@ -1,0 +1,87 @@
+"""The registry: names -> upsamplers, so that heads and configs choose one by name."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from flax import nnx
+
+T = TypeVar("T", bound=type[nnx.Module])
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A registered upsampler: its class and the options that its published name fixes."""
+
+    cls: type[nnx.Module]
+    options: dict[str, Any]
+
+
+_ENTRIES: dict[str, Entry] = {}
+
+
+def register(name: str, **options: Any) -> Callable[[T], T]:
+    """Class decorator: make `create_upsampler(name)` build the class with `options`.
+
+    The class is built as `cls(features, guide_features, scale=..., rngs=..., **options)` and has a
+    class attribute `guide`: `"none"`, called as `up(features, output_size=None)`, or `"features"`,
+    called as `up(features, guide)`.
+    """
+
+    def add(cls: T) -> T:
+        if name in _ENTRIES:
+            raise ValueError(f"upsampler {name!r} is registered twice")
+        _ENTRIES[name] = Entry(cls, options)
+        return cls
+
+    return add
+
+
+def list_upsamplers() -> list[str]:
+    """Names that `create_upsampler` takes, sorted."""
+    return sorted(_ENTRIES)
+
+
+def upsampler_entry(name: str) -> Entry:
+    """The registry's entry for `name`; a `ValueError` that names near matches if there is none."""
+    if name not in _ENTRIES:
+        near = difflib.get_close_matches(str(name), _ENTRIES, n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"unknown upsampler {name!r}{hint} (known: {', '.join(list_upsamplers())})")
+    return _ENTRIES[name]
+
+
+def create_upsampler(
+    name: str,
+    *,
+    features: int,
+    guide_features: int | None = None,
+    scale: int = 4,
+    rngs: nnx.Rngs | None = None,
+    **options: Any,
+) -> nnx.Module:
+    """Build an upsampler by name.
+
+    Args:
+      name: one of `list_upsamplers()`.
+      features: channels C of the low-resolution features, `(B, h, w, C)`.
+      guide_features: channels of the high-resolution guide, `(B, H, W, Cg)`. Upsamplers without a
+        guide accept and ignore it, so that a head can pass it to all.
+      scale: upsampling ratio.
+      rngs: source of the initial weights; `nnx.Rngs(0)` if not given.
+      **options: options of the class, over those that the name fixes.
+
+    Raises:
+      ValueError: unknown name (near matches are named), unknown option, or a value that the
+        upsampler does not support.
+    """
+    entry = upsampler_entry(name)
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    known = entry.cls.__init__.__kwdefaults__ or {}
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f" (options: {', '.join(known)})"
+            raise ValueError(f"upsampler {name!r} has no option {option!r}{hint}")
+    return entry.cls(features, guide_features, scale=scale, rngs=rngs, **(entry.options | options))
