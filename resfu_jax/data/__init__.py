@@ -1,0 +1,43 @@
+"""Datasets and the input pipeline: tfds builders, read through grain, without TensorFlow.
+
+prepare("shapes")                                  # once
+info = dataset_info("shapes")
+batches = train_batches(open_source("shapes", "train"), info, batch_size=16,
+                        crop_size=(128, 128), seed=0)
+batch = next(batches)                              # image, label, id
+"""
+
+from resfu_jax.data.info import (
+    CorruptExampleError,
+    DataError,
+    DatasetInfo,
+    DatasetNotPrepared,
+)
+from resfu_jax.data.load import (
+    Source,
+    dataset_info,
+    default_data_dir,
+    is_prepared,
+    list_datasets,
+    open_source,
+    prepare,
+)
+from resfu_jax.data.pipeline import EvalBatches, eval_batches, skip_corrupt, train_batches
+
+__all__ = [
+    "CorruptExampleError",
+    "DataError",
+    "DatasetInfo",
+    "DatasetNotPrepared",
+    "EvalBatches",
+    "Source",
+    "dataset_info",
+    "default_data_dir",
+    "eval_batches",
+    "is_prepared",
+    "list_datasets",
+    "open_source",
+    "prepare",
+    "skip_corrupt",
+    "train_batches",
+]

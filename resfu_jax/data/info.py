@@ -1,0 +1,39 @@
+"""What is known about a dataset without reading it: its classes and their colours."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Classes, colours and conventions of one segmentation dataset.
+
+    Attributes:
+        name: the name that `open_source` and `prepare` take, for instance `"camvid/clean"`.
+        class_names: names in the order of the label values 0, 1, ...
+        palette: an (R, G, B) colour for every class.
+        ignore_label: label value of pixels that count neither in the loss nor in the metrics.
+        embedded: True if `prepare` needs neither a download nor files from elsewhere.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    ignore_label: int = 255
+    embedded: bool = False
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; the ignore label is not one of them."""
+        return len(self.class_names)
+
+
+class DataError(ValueError):
+    """An example that cannot be used. The message names dataset, split and example."""
+
+
+class CorruptExampleError(DataError):
+    """An example whose image or label file cannot be decoded at all."""
+
+
+class DatasetNotPrepared(FileNotFoundError):
+    """The dataset is not on this machine yet. The message is the command that prepares it."""

@@ -1,0 +1,145 @@
+"""Finding, building and opening datasets by name."""
+
+import difflib
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from resfu_jax.data import shapes
+from resfu_jax.data.info import DatasetInfo, DatasetNotPrepared
+
+_DATASETS: dict[str, tuple[DatasetInfo, type[tfds.core.GeneratorBasedBuilder], str]] = {
+    "shapes": (shapes.INFO, shapes.Shapes, "default"),
+    "shapes/outline_ignored": (shapes.OUTLINE_IGNORED_INFO, shapes.Shapes, "outline_ignored"),
+}
+
+
+def list_datasets() -> list[str]:
+    """Names that `dataset_info`, `prepare` and `open_source` take."""
+    return sorted(_DATASETS)
+
+
+def dataset_info(name: str) -> DatasetInfo:
+    """Classes and colours of a dataset; reads no file.
+
+    Raises:
+        ValueError: no dataset has this name; the message lists the nearest ones.
+    """
+    return _lookup(name)[0]
+
+
+def default_data_dir() -> Path:
+    """Where datasets are kept: `$RESFU_DATA_DIR`, else `~/.cache/resfu_jax`."""
+    return Path(os.environ.get("RESFU_DATA_DIR") or "~/.cache/resfu_jax").expanduser()
+
+
+def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:
+    """Whether `open_source` would find the dataset."""
+    return _builder(name, data_dir).is_prepared()
+
+
+def prepare(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    manual_dir: str | os.PathLike | None = None,
+) -> Path:
+    """Builds a dataset; does nothing if that has been done before.
+
+    The files are written beside their final folder and moved there when complete, so an
+    interrupted run leaves nothing that could be taken for a prepared dataset.
+
+    Args:
+        name: one of `list_datasets()`.
+        data_dir: where to write; `default_data_dir()` if None.
+        manual_dir: raw files that were fetched by hand; None downloads them if need be.
+
+    Returns:
+        The folder of the prepared dataset.
+    """
+    builder = _builder(name, data_dir)
+    if not builder.is_prepared():
+        builder.download_and_prepare(
+            file_format="array_record",
+            download_config=tfds.download.DownloadConfig(
+                manual_dir=None if manual_dir is None else Path(manual_dir).expanduser()
+            ),
+        )
+    return Path(builder.data_path)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Random access to the encoded examples of one split.
+
+    Attributes:
+        name: name of the dataset.
+        split: `"train"` or `"validation"`, or a slice of them.
+        records: the examples.
+        skipped: ids of corrupt examples that were left out.
+    """
+
+    name: str
+    split: str
+    records: Sequence[dict[str, bytes]]
+    skipped: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, bytes]:
+        """The example as encoded `image` and `label` and its `id`, all bytes."""
+        return self.records[index]
+
+    def where(self, example: dict[str, bytes]) -> str:
+        """How messages name an example."""
+        return f"{self.name}, split {self.split!r}, example {example['id'].decode()!r}"
+
+
+def open_source(name: str, split: str, data_dir: str | os.PathLike | None = None) -> Source:
+    """Opens a split of a prepared dataset.
+
+    Args:
+        name: one of `list_datasets()`.
+        split: `"train"` or `"validation"`; a slice as tfds writes it, such as `"train[:10%]"`,
+            opens a part.
+        data_dir: where the dataset was prepared; `default_data_dir()` if None.
+
+    Raises:
+        DatasetNotPrepared: the dataset is not there; the message is the command to run.
+        ValueError: unknown dataset or split.
+    """
+    builder = _builder(name, data_dir)
+    if split.partition("[")[0] not in ("train", "validation"):
+        raise ValueError(f"{name} has no split {split!r}; it has 'train' and 'validation'.")
+    if not builder.is_prepared():
+        command = ["python", "-m", "resfu_jax.data", "prepare", name]
+        if data_dir is not None:
+            command += ["--data-dir", os.fspath(data_dir)]
+        raise DatasetNotPrepared(
+            f"Dataset {name!r} is not prepared in {builder.data_path}. Run:\n"
+            f"    {shlex.join(command)}"
+        )
+    skip = tfds.decode.SkipDecoding()
+    records: Any = builder.as_data_source(split, decoders={"image": skip, "label": skip})
+    return Source(name, split, records)
+
+
+def _lookup(name: str) -> tuple[DatasetInfo, type[tfds.core.GeneratorBasedBuilder], str]:
+    if name not in _DATASETS:
+        near = difflib.get_close_matches(name, _DATASETS, n=3, cutoff=0.4)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(
+            f"There is no dataset {name!r}.{hint} Available: {', '.join(list_datasets())}."
+        )
+    return _DATASETS[name]
+
+
+def _builder(name: str, data_dir: str | os.PathLike | None) -> tfds.core.GeneratorBasedBuilder:
+    _, cls, config = _lookup(name)
+    root = Path(data_dir or default_data_dir()).expanduser().resolve()
+    return cls(config=config, data_dir=root, file_format="array_record")

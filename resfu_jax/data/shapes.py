@@ -1,0 +1,252 @@
+"""`shapes`: a small segmentation dataset that is drawn instead of downloaded.
+
+It shows what a feature upsampler is for. FILLED shapes (disc, square, triangle, star) need crisp
+outlines, THIN ones (ring, cross, line; 2 to 5 pixels wide) vanish in a coarse feature map, and
+shapes that TOUCH or overlap must not bleed into each other. Colour and texture are drawn
+independently of the class, so only the form tells what a shape is, and every colour in an image
+differs clearly from the others, so that the image shows where each outline runs.
+"""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image, ImageDraw, ImageFilter
+
+from resfu_jax.data.info import DatasetInfo
+
+CLASS_NAMES = ("background", "disc", "square", "triangle", "star", "ring", "cross", "line")
+PALETTE = (
+    (40, 40, 48),
+    (230, 75, 60),
+    (70, 130, 230),
+    (80, 190, 90),
+    (245, 200, 50),
+    (165, 90, 205),
+    (60, 205, 210),
+    (245, 140, 190),
+)
+INFO = DatasetInfo("shapes", CLASS_NAMES, PALETTE, embedded=True)
+OUTLINE_IGNORED_INFO = DatasetInfo("shapes/outline_ignored", CLASS_NAMES, PALETTE, embedded=True)
+
+_SUPERSAMPLE = 4  # masks are drawn this much larger and box-filtered down: antialiased edges
+_MIN_CONTRAST = 90.0  # smallest distance between two base colours of one image, in RGB units
+_SEED = 2024
+_SPLIT_SEED = {"train": 0, "validation": 1}
+
+
+def draw_example(
+    rng: np.random.Generator,
+    size: int = 128,
+    max_shapes: int = 8,
+    ignore_outlines: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws one image and its label map.
+
+    Args:
+        rng: the only source of randomness.
+        size: height and width in pixels; the shapes scale with it, thin strokes do not.
+        max_shapes: the image holds 1 to `max_shapes` shapes.
+        ignore_outlines: whether the one pixel around each shape is labelled as ignored.
+
+    Returns:
+        image (size, size, 3) uint8 and label (size, size) uint8.
+    """
+    count = int(rng.integers(1, max_shapes + 1))
+    colours = _distinct_colours(rng, count + 1)
+    image = _texture(rng, size, colours[0], background=True)
+    label = np.zeros((size, size), np.uint8)
+    owner = np.zeros((size, size), np.int32)  # which shape is on top; 0 is the background
+    areas: list[int] = []
+    placed: list[tuple[float, float, float]] = []
+
+    for colour in colours[1:]:
+        for _ in range(10):
+            kind = int(rng.integers(1, len(CLASS_NAMES)))
+            x, y, radius = _place(rng, size, placed, thin=kind >= 5)
+            coverage = _coverage(rng, kind, x, y, radius, size)
+            mask = coverage >= 0.5
+            if mask.sum() >= 24 and _leaves_others_visible(mask, owner, areas):
+                break
+        else:
+            continue
+        placed.append((x, y, radius))
+        areas.append(int(mask.sum()))
+        owner[mask] = len(areas)
+        if ignore_outlines:
+            grown = Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MaxFilter(3))
+            label[np.asarray(grown) > 0] = INFO.ignore_label
+        label[mask] = kind
+        alpha = coverage[..., None]
+        image = image * (1 - alpha) + _texture(rng, size, colour) * alpha
+
+    image += rng.normal(0, rng.uniform(1, 5), image.shape).astype(np.float32)  # sensor noise
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8), label
+
+
+def _distinct_colours(rng: np.random.Generator, count: int) -> list[np.ndarray]:
+    """`count` RGB colours, each at least `_MIN_CONTRAST` away from all others."""
+    colours: list[np.ndarray] = []
+    contrast = _MIN_CONTRAST
+    while len(colours) < count:
+        candidate = rng.uniform(30, 225, 3).astype(np.float32)
+        if all(np.linalg.norm(candidate - other) >= contrast for other in colours):
+            colours.append(candidate)
+        else:
+            contrast *= 0.998  # a crowded cube must not stall the loop; the decay is tiny
+    return colours
+
+
+def _texture(
+    rng: np.random.Generator, size: int, colour: np.ndarray, background: bool = False
+) -> np.ndarray:
+    """A (size, size, 3) float32 field around `colour`: gradient, stripes and smooth noise."""
+    yx = np.linspace(-1, 1, size, dtype=np.float32)
+    angle = rng.uniform(0, np.pi)
+    along = np.cos(angle) * yx[None, :] + np.sin(angle) * yx[:, None]
+    field = rng.uniform(0, 18) * along
+    if rng.random() < 0.4:
+        waves = rng.uniform(3, 14) * size / 128
+        field = field + rng.uniform(5, 14) * np.sin(np.pi * waves * along + rng.uniform(0, 6))
+    tint = rng.uniform(0.6, 1.0, 3).astype(np.float32)
+    out = colour + field[..., None].astype(np.float32) * tint
+    if background or rng.random() < 0.5:
+        cells = int(rng.integers(3, 24))
+        coarse = rng.normal(0, rng.uniform(4, 12), (cells, cells)).astype(np.float32)
+        noise = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+        out = out + np.asarray(noise)[..., None] * tint
+    return out
+
+
+def _place(
+    rng: np.random.Generator,
+    size: int,
+    placed: list[tuple[float, float, float]],
+    thin: bool,
+) -> tuple[float, float, float]:
+    """Centre and radius in pixels; half of the shapes are put against one that is there."""
+    radius = size * rng.uniform(0.09, 0.22 if thin else 0.20)
+    if placed and rng.random() < 0.5:
+        x, y, other = placed[int(rng.integers(len(placed)))]
+        angle = rng.uniform(0, 2 * np.pi)
+        reach = (radius + other) * rng.uniform(0.6, 1.0)
+        x, y = x + reach * np.cos(angle), y + reach * np.sin(angle)
+        if 0.05 * size < x < 0.95 * size and 0.05 * size < y < 0.95 * size:
+            return x, y, radius
+    x, y = rng.uniform(0.08 * size, 0.92 * size, 2)
+    return x, y, radius
+
+
+def _leaves_others_visible(mask: np.ndarray, owner: np.ndarray, areas: list[int]) -> bool:
+    """True if every shape below keeps most of its pixels once `mask` lies on top."""
+    left = np.bincount(owner[~mask], minlength=len(areas) + 1)[1:]
+    return bool(np.all(left >= 0.6 * np.asarray(areas)))
+
+
+def _coverage(
+    rng: np.random.Generator, kind: int, x: float, y: float, radius: float, size: int
+) -> np.ndarray:
+    """Fraction of each pixel that a shape covers, (size, size) float32 in [0, 1]."""
+    s = _SUPERSAMPLE
+    canvas = Image.new("L", (size * s, size * s))
+    draw = ImageDraw.Draw(canvas)
+    angle = rng.uniform(0, 2 * np.pi)
+    stroke = rng.uniform(2.5, 5.0)
+
+    def polygon(angles: np.ndarray, radii: Any, fill: int = 255) -> None:
+        px = s * (x + radii * np.cos(angle + angles))
+        py = s * (y + radii * np.sin(angle + angles))
+        draw.polygon(list(zip(px.tolist(), py.tolist(), strict=True)), fill=fill)
+
+    def disc(r: float, fill: int) -> None:
+        draw.ellipse([s * (x - r), s * (y - r), s * (x + r), s * (y + r)], fill=fill)
+
+    def bar(half_length: float, width: float, turn: float) -> None:
+        corner = np.arctan2(width / 2, half_length)
+        corners = np.array([corner, np.pi - corner, np.pi + corner, -corner])
+        polygon(turn + corners, np.hypot(half_length, width / 2))
+
+    match CLASS_NAMES[kind]:
+        case "disc":
+            disc(0.9 * radius, 255)
+        case "square":
+            polygon(np.arange(4) * np.pi / 2, 1.1 * radius)
+        case "triangle":
+            polygon(np.arange(3) * 2 * np.pi / 3, 1.25 * radius)
+        case "star":
+            spikes = np.where(np.arange(10) % 2, 0.45, 1.2) * radius
+            polygon(np.arange(10) * np.pi / 5, spikes)
+        case "ring":
+            disc(radius, 255)
+            disc(radius - stroke, 0)
+        case "cross":
+            bar(1.1 * radius, stroke, 0.0)
+            bar(1.1 * radius, stroke, np.pi / 2)
+        case "line":
+            bar(rng.uniform(1.2, 2.8) * radius, rng.uniform(2.0, 4.0), 0.0)
+    return np.asarray(canvas.reduce(s), np.float32) / 255
+
+
+@dataclass
+class ShapesConfig(tfds.core.BuilderConfig):
+    """Size of the dataset and what its labels say about outlines."""
+
+    size: int = 128
+    train_examples: int = 2000
+    validation_examples: int = 200
+    ignore_outlines: bool = False
+
+
+class Shapes(tfds.core.GeneratorBasedBuilder):
+    """Procedurally drawn filled, thin and touching shapes over a textured background."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [
+        ShapesConfig(name="default", description="Every pixel belongs to a class."),
+        ShapesConfig(
+            name="outline_ignored",
+            description="The pixel around each shape is labelled 255, to be ignored.",
+            ignore_outlines=True,
+        ),
+    ]
+    builder_config: ShapesConfig
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+                    "label": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
+                    "id": tfds.features.Text(),
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict]]]:
+        return {
+            "train": self._generate_examples("train", self.builder_config.train_examples),
+            "validation": self._generate_examples(
+                "validation", self.builder_config.validation_examples
+            ),
+        }
+
+    def _generate_examples(self, split: str, count: int) -> Iterator[tuple[str, dict]]:
+        config = self.builder_config
+        for index in range(count):
+            rng = np.random.default_rng((_SEED, _SPLIT_SEED[split], index))
+            image, label = draw_example(
+                rng, size=config.size, ignore_outlines=config.ignore_outlines
+            )
+            key = f"{split}_{index:05d}"
+            yield key, {"image": _png(image), "label": _png(label), "id": key}
+
+
+def _png(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

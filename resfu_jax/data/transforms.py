@@ -1,0 +1,205 @@
+"""Decoding and joint augmentation of an image and its label map, with PIL and NumPy.
+
+Geometry follows the half-pixel convention: a crop window in the scaled image is mapped back to a
+box in the source image, and only that box is resampled. The image is antialiased bilinear, the
+label nearest, both with the same box, so they stay aligned at every scale.
+"""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from resfu_jax.data.info import CorruptExampleError, DataError, DatasetInfo
+
+PAD_COLOUR = (124, 116, 104)  # the mean colour of ImageNet: after normalisation about zero
+# What PIL raises for broken files: beside OSError, its PNG reader raises the other two.
+_UNDECODABLE = (OSError, SyntaxError, ValueError)
+
+
+def decode(
+    example: dict[str, bytes], info: DatasetInfo, where: str
+) -> tuple[Image.Image, Image.Image]:
+    """Decodes an example and checks it.
+
+    Args:
+        example: encoded `image` and `label`.
+        info: classes that the label may hold, besides the ignore label.
+        where: dataset, split and id of the example, for messages.
+
+    Returns:
+        An RGB image and a label map of 8-bit class indices. EXIF rotation is ignored.
+
+    Raises:
+        CorruptExampleError: a file cannot be decoded.
+        DataError: the label map is not single-channel, differs in size from the image, or holds
+            values that are neither a class nor the ignore label.
+    """
+    image = _open(example["image"], f"the image of {where}")
+    label = _open(example["label"], f"the label map of {where}")
+    if label.mode not in ("L", "P"):
+        raise DataError(
+            f"The label map of {where} has PIL mode {label.mode!r}; it needs one 8-bit channel of "
+            "class indices (mode 'L' or 'P')."
+        )
+    if image.size != label.size:
+        raise DataError(
+            f"Image and label map of {where} differ in size: "
+            f"{image.width}x{image.height} against {label.width}x{label.height} (width x height)."
+        )
+    wrong = [
+        value
+        for value, count in enumerate(label.histogram())
+        if count and value >= info.num_classes and value != info.ignore_label
+    ]
+    if wrong:
+        raise DataError(
+            f"The label map of {where} holds the values {wrong}; {info.name} has classes 0 to "
+            f"{info.num_classes - 1} and the ignore label {info.ignore_label}."
+        )
+    return image if image.mode == "RGB" else image.convert("RGB"), label
+
+
+def _open(data: bytes, what: str) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except _UNDECODABLE as error:
+        raise CorruptExampleError(f"Cannot decode {what}: {error}") from error
+    return image
+
+
+def image_size(data: bytes, where: str) -> tuple[int, int]:
+    """(width, height) of an encoded image, from its header alone."""
+    try:
+        return Image.open(io.BytesIO(data)).size
+    except _UNDECODABLE as error:
+        raise CorruptExampleError(f"Cannot decode the image of {where}: {error}") from error
+
+
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """A (width, height) times `scale`, rounded, at least one pixel each."""
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def resample(
+    image: Image.Image,
+    label: Image.Image,
+    scale: float,
+    window: tuple[int, int, int, int] | None = None,
+) -> tuple[Image.Image, Image.Image]:
+    """Scales both by `scale` and cuts out `window`, in one step.
+
+    Args:
+        image: RGB image.
+        label: class indices, of the same size.
+        scale: factor on both sides.
+        window: (left, top, right, bottom) in pixels of the scaled image; None for all of it.
+
+    Returns:
+        Image and label of the size of the window.
+    """
+    width, height = scaled_size(image.size, scale)
+    left, top, right, bottom = window or (0, 0, width, height)
+    size = (right - left, bottom - top)
+    if (width, height) == image.size:
+        box = (left, top, right, bottom)
+        return image.crop(box), label.crop(box)
+    x, y = image.width / width, image.height / height
+    box = (left * x, top * y, min(right * x, image.width), min(bottom * y, image.height))
+    return (
+        image.resize(size, Image.Resampling.BILINEAR, box=box),
+        label.resize(size, Image.Resampling.NEAREST, box=box),
+    )
+
+
+def pad(
+    image: Image.Image, label: Image.Image, height: int, width: int, ignore_label: int
+) -> tuple[UInt8[np.ndarray, "{height} {width} 3"], UInt8[np.ndarray, "{height} {width}"]]:
+    """Arrays of a fixed size: `PAD_COLOUR` and the ignore label at the bottom and right."""
+    pixels = np.empty((height, width, 3), np.uint8)
+    pixels[:] = PAD_COLOUR
+    classes = np.full((height, width), ignore_label, np.uint8)
+    pixels[: image.height, : image.width] = np.asarray(image)
+    classes[: label.height, : label.width] = np.asarray(label)
+    return pixels, classes
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random scale, crop, flip and colour of one example.
+
+    Attributes:
+        crop_size: (height, width) of the result.
+        resize_scale: factor that every image is resized by; multiplies the random scale.
+        scale_range: bounds of the random scale, drawn uniformly.
+        flip: mirror left-right with probability 1/2.
+        photometric: `photometric_jitter` on the image.
+        ignore_label: label of padded pixels.
+    """
+
+    crop_size: tuple[int, int]
+    resize_scale: float
+    scale_range: tuple[float, float]
+    flip: bool
+    photometric: bool
+    ignore_label: int
+
+    def __call__(
+        self, image: Image.Image, label: Image.Image, rng: np.random.Generator
+    ) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]:
+        """Draws everything from `rng`, so equal generators give equal results."""
+        height, width = self.crop_size
+        scale = self.resize_scale * rng.uniform(*self.scale_range)
+        full_width, full_height = scaled_size(image.size, scale)
+        left = int(rng.integers(max(full_width - width, 0) + 1))
+        top = int(rng.integers(max(full_height - height, 0) + 1))
+        window = (left, top, min(left + width, full_width), min(top + height, full_height))
+        image, label = resample(image, label, scale, window)
+        if self.flip and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            label = label.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.photometric:
+            image = photometric_jitter(image, rng)
+        return pad(image, label, height, width, self.ignore_label)
+
+
+def photometric_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Random brightness, contrast, saturation and hue, each with probability 1/2.
+
+    The distortion of SSD (Liu et al., ECCV 2016, section 3.6) with the ranges that semantic
+    segmentation uses: brightness +-32 of 255, contrast and saturation x0.5 to x1.5, hue +-18
+    degrees of 180. Contrast comes before or after the colour changes, also by chance.
+
+    Args:
+        image: RGB image.
+        rng: source of randomness; always consumed in the same order.
+
+    Returns:
+        RGB image of the same size.
+    """
+    apply = rng.random(5) < 0.5
+    brightness = rng.uniform(-32, 32) if apply[0] else 0.0
+    contrast = rng.uniform(0.5, 1.5) if apply[1] else 1.0
+    saturation = rng.uniform(0.5, 1.5) if apply[2] else 1.0
+    hue = int(rng.integers(-18, 19)) * 256 // 180 if apply[3] else 0
+    contrast_first = apply[4]
+
+    levels = np.arange(256, dtype=np.float64)
+    brighter = np.clip(levels + brightness, 0, 255)
+    if contrast_first:
+        brighter = np.clip(brighter * contrast, 0, 255)
+    image = image.point(_table(brighter) * 3)
+    if saturation != 1.0 or hue:
+        turned = ((np.arange(256) + hue) % 256).tolist()
+        stronger = _table(np.clip(levels * saturation, 0, 255))
+        image = image.convert("HSV").point(turned + stronger + list(range(256))).convert("RGB")
+    if contrast != 1.0 and not contrast_first:
+        image = image.point(_table(np.clip(levels * contrast, 0, 255)) * 3)
+    return image
+
+
+def _table(values: np.ndarray) -> list[int]:
+    return np.rint(values).astype(np.uint8).tolist()
