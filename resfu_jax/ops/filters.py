@@ -1,0 +1,131 @@
+"""Linear smoothing filters and the guided filter (He, Sun, Tang, TPAMI 2013)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from resfu_jax.ops.resize import resize
+
+
+def gaussian_blur(
+    x: Float[Array, "b h w c"], *, kernel_size: int = 3, sigma: float = 1.0
+) -> Float[Array, "b h w c"]:
+    """Gaussian blur with replicated borders.
+
+    The `kernel_size` x `kernel_size` kernel exp(-(u^2 + v^2) / (2 sigma^2)) is normalised to sum 1.
+
+    Args:
+      x: features.
+      kernel_size: odd side of the kernel, pixels.
+      sigma: standard deviation, pixels.
+    """
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+    if sigma <= 0:
+        raise ValueError(f"sigma must be positive, got {sigma}")
+    r = kernel_size // 2
+    taps = [math.exp(-(u**2) / (2 * sigma**2)) for u in range(-r, r + 1)]
+    taps = [t / sum(taps) for t in taps]
+    for axis in (1, 2):
+        n = x.shape[axis]
+        padded = jnp.pad(x, _widths(x.ndim, axis, r), mode="edge")
+        x = sum(t * _slice(padded, axis, j, n) for j, t in enumerate(taps))
+    return x
+
+
+def box_filter(x: Float[Array, "b h w c"], radius: int) -> Float[Array, "b h w c"]:
+    """Mean over the (2 radius + 1)^2 window, at borders over the pixels that exist.
+
+    Args:
+      x: features.
+      radius: half side of the window, pixels.
+    """
+    if radius < 0:
+        raise ValueError(f"radius must not be negative, got {radius}")
+    for axis in (1, 2):
+        n = x.shape[axis]
+        i = jnp.arange(n)
+        count = jnp.minimum(i + radius, n - 1) - jnp.maximum(i - radius, 0) + 1
+        shape = [1] * x.ndim
+        shape[axis] = n
+        x = _window_sum(x, axis, radius) * (1 / count).astype(x.dtype).reshape(shape)
+    return x
+
+
+def guided_filter(
+    guide: Float[Array, "b h w c"],
+    x: Float[Array, "b h w c"],
+    *,
+    radius: int,
+    eps: float,
+    gf_scale: int = 1,
+) -> Float[Array, "b h w c"]:
+    """Guided filter, channel by channel: a local linear model of x in the guide, `a * guide + b`.
+
+    In every window a = cov(guide, x) / (var(guide) + eps) and b = mean(x) - a mean(guide); both are
+    averaged over the windows that cover a pixel. With `gf_scale` s > 1 (fast guided filter) the
+    model is fitted on the pixels 0, s, 2s, ... with radius // s, and a and b are resized
+    bilinearly to the full size.
+
+    Args:
+      guide: the guide I.
+      x: the filter's input p, of the guide's size.
+      radius: half side of the window, pixels of the full size.
+      eps: regulariser of the guide's variance.
+      gf_scale: subsampling s.
+    """
+    check_gf_scale(gf_scale, guide.shape)
+    small_guide, small_x = subsample(guide, gf_scale), subsample(x, gf_scale)
+    return guided_filter_subsampled(guide, small_guide, small_x, radius=radius // gf_scale, eps=eps)
+
+
+def guided_filter_subsampled(
+    guide: Float[Array, "b H W c"],
+    small_guide: Float[Array, "b h w c"],
+    small_x: Float[Array, "b h w c"],
+    *,
+    radius: int,
+    eps: float,
+) -> Float[Array, "b H W c"]:
+    """`guided_filter` from the subsampled guide and input, whose `radius` is in their pixels."""
+    i, p = small_guide, small_x
+    # One box filter for the four means.
+    mean = box_filter(jnp.concatenate([i, p, i * p, i * i], axis=-1), radius)
+    mean_i, mean_p, mean_ip, mean_ii = jnp.split(mean, 4, axis=-1)
+    a = (mean_ip - mean_i * mean_p) / (mean_ii - mean_i * mean_i + eps)
+    b = mean_p - a * mean_i
+    ab = box_filter(jnp.concatenate([a, b], axis=-1), radius)
+    a, b = jnp.split(resize(ab, guide.shape[1:3]), 2, axis=-1)
+    return a * guide + b
+
+
+def subsample(x: Float[Array, "b H W c"], step: int) -> Float[Array, "b h w c"]:
+    """Pixels 0, step, 2 step, ...: floor(size / step) of them along each side."""
+    if step == 1:
+        return x
+    h, w = x.shape[1] // step, x.shape[2] // step
+    return x[:, : h * step : step, : w * step : step]
+
+
+def check_gf_scale(gf_scale: int, shape: tuple[int, ...]) -> None:
+    """Raise if a map of this shape has no pixel left after subsampling."""
+    sides = [n for n in shape[1:3] if isinstance(n, int)]
+    if gf_scale < 1 or any(n < gf_scale for n in sides):
+        raise ValueError(f"gf_scale must be in 1..{min(sides, default=1)} (size), got {gf_scale}")
+
+
+def _window_sum(x: Array, axis: int, radius: int) -> Array:
+    """Sum over a window along one axis, zero outside."""
+    n = x.shape[axis]
+    padded = jnp.pad(x, _widths(x.ndim, axis, radius))
+    return sum(_slice(padded, axis, j, n) for j in range(2 * radius + 1))
+
+
+def _slice(x: Array, axis: int, start: int, size: int) -> Array:
+    return jax.lax.slice_in_dim(x, start, start + size, axis=axis)
+
+
+def _widths(ndim: int, axis: int, width: int) -> list[tuple[int, int]]:
+    return [(width, width) if i == axis else (0, 0) for i in range(ndim)]

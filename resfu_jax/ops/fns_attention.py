@@ -1,0 +1,202 @@
+"""Fine-grained neighbour selection of ReSFU: attention over sub-pixel shifted neighbours.
+
+Tap (u, v) of output pixel p samples the low-resolution map bilinearly at p's own exact position,
+moved by whole low-resolution pixels:
+
+    s(p) = (p + 1/2) n_in / n_out - 1/2,      out[p] = sum_uv attn[p, uv] x[s(p) + (u, v) - r],
+
+r = (K - 1) / 2, positions clamped to the map. Neighbouring output pixels thus read slightly
+different neighbours, without the mosaic that a shared window leaves at high ratios.
+
+**Polyphase form.** At a whole ratio s the pixels of one phase (p mod s) share their fractions. With
+M[p, u, t] the weight of tap u on low-resolution pixel t, the attention is composed to weights on
+the (K + 2)^2 pixels around the low-resolution cell,
+
+    weight[p, q, t, s] = sum_uv attn[u, v] M[p, u, t] M[q, v, s]
+    out[a s + p, b s + q] = sum_ts weight[p, q, t, s] x[a + t, b + s],
+
+with x extended by replication: no upsampled copy of x and no gather. Forward, the sum is a chain of
+broadcast products, which XLA fuses into the pass that writes the output; backward, both gradients
+are matrix products per cell.
+
+Source: "A Refreshed Similarity-based Upsampler for Direct High-Ratio Feature Upsampling", the
+`fns_attn` operator. The gradient to x is the true one; the official CUDA backward loses the
+contributions of positions that lie exactly on the last row or column.
+"""
+
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from resfu_jax.ops._interp import half_pixel_taps, take_clamped
+
+Implementation = Literal["reference", "polyphase"]
+
+
+def fns_attention(
+    attn: Float[Array, "b H W taps"],
+    x: Float[Array, "b h w c"],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "b H W c"]:
+    """Sum of fine-grained neighbours weighted by `attn`; see the module's docstring.
+
+    Args:
+      attn: one weight per output pixel and neighbour, K*K of them in row-major order, K odd. Any
+        values; convex ones (a softmax) give convex combinations of x.
+      x: low-resolution features.
+      implementation: `"reference"` samples the neighbours one after the other, at any pair of
+        sizes; `"polyphase"` needs H and W to be whole multiples of h and w. `None` chooses.
+
+    Returns:
+      The features at (H, W), in x's dtype; sums are in float32 or better.
+
+    Raises:
+      ValueError: batch sizes differ, K*K is not an odd square, or `implementation` does not apply.
+    """
+    if attn.ndim != 4 or x.ndim != 4 or attn.shape[0] != x.shape[0]:
+        raise ValueError(
+            "attn (B, H, W, K*K) and x (B, h, w, C) must have 4 axes and the same batch size, "
+            f"got {attn.shape} and {x.shape}"
+        )
+    k = math.isqrt(attn.shape[3])
+    if k * k != attn.shape[3] or k % 2 == 0:
+        raise ValueError(f"attn's last axis must be K*K with odd K, got {attn.shape[3]}")
+    ratio = whole_ratio(x.shape[1:3], attn.shape[1:3])
+    if implementation is None:
+        implementation = "reference" if ratio is None else "polyphase"
+    if implementation == "reference":
+        return _reference(attn, x, k)
+    if implementation != "polyphase":
+        raise ValueError(
+            f"implementation must be 'reference', 'polyphase' or None, got {implementation!r}"
+        )
+    if ratio is None:
+        raise ValueError(
+            "implementation 'polyphase' needs whole ratios, got "
+            f"{x.shape[1:3]} -> {attn.shape[1:3]}; use 'reference' or None"
+        )
+    return _polyphase(attn, x, k, ratio)
+
+
+def whole_ratio(size: tuple[int, int], out_size: tuple[int, int]) -> tuple[int, int] | None:
+    """`out_size / size` if both quotients are whole, else `None`. Sizes may be symbolic."""
+    if any(isinstance(n, int) and n < 1 for n in size):
+        return None
+    if any(o % n != 0 for n, o in zip(size, out_size, strict=True)):
+        return None
+    ratio = tuple(o // n for n, o in zip(size, out_size, strict=True))
+    # A symbolic quotient (unrelated symbolic sizes) has no phases to enumerate.
+    return ratio if all(isinstance(r, int) and r >= 1 for r in ratio) else None
+
+
+def phase_weights(ratio: int, kernel_size: int = 1) -> np.ndarray:
+    """M[p, u, t]: weight of tap u at phase p on the low-resolution pixel t - r - 1 of its cell.
+
+    Shape (ratio, K, K + 2), two non-zeros at most in a row, which sums to 1.
+    """
+    m = np.zeros((ratio, kernel_size, kernel_size + 2))
+    for p in range(ratio):
+        lower, remainder = divmod(2 * p + 1 - ratio, 2 * ratio)  # p's offset from the cell's centre
+        fraction = remainder / (2 * ratio)
+        for u in range(kernel_size):
+            m[p, u, u + 1 + lower] = 1 - fraction
+            m[p, u, u + 2 + lower] += fraction
+    return m
+
+
+def _reference(attn: Array, x: Array, k: int) -> Array:
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    values, attn = x.astype(dtype), attn.astype(dtype)
+    rows, row_fraction = half_pixel_taps(x.shape[1], attn.shape[1], dtype=dtype)
+    cols, col_fraction = half_pixel_taps(x.shape[2], attn.shape[2], dtype=dtype)
+    row_fraction = row_fraction[None, :, None, None]
+    col_fraction = col_fraction[None, None, :, None]
+
+    def sample(a, lower, fraction, axis):
+        below, above = take_clamped(a, lower, axis), take_clamped(a, lower + 1, axis)
+        return (1 - fraction) * below + fraction * above
+
+    out = 0
+    for u in range(k):
+        row = sample(values, rows + (u - k // 2), row_fraction, axis=1)
+        for v in range(k):
+            neighbour = sample(row, cols + (v - k // 2), col_fraction, axis=2)
+            out = out + attn[..., u * k + v, None] * neighbour
+    return out.astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _polyphase(attn: Array, x: Array, k: int, ratio: tuple[int, int]) -> Array:
+    weight = _compose(attn, k, ratio)
+    padded = _extend(x, k)
+    b, h, w, c = x.shape
+    out = 0
+    for t in range(k + 2):
+        for s in range(k + 2):
+            shifted = padded[:, t : t + h, None, s : s + w, None, :].astype(weight.dtype)
+            out = out + weight[..., t, s, None] * shifted
+    return out.reshape(b, h * ratio[0], w * ratio[1], c).astype(x.dtype)
+
+
+def _polyphase_fwd(attn, x, k, ratio):
+    return _polyphase(attn, x, k, ratio), (attn, x)
+
+
+def _polyphase_bwd(k, ratio, residuals, g):
+    attn, x = residuals
+    (b, h, w, c), n, dtype = x.shape, k + 2, jnp.promote_types(x.dtype, jnp.float32)
+    phases = ratio[0] * ratio[1]
+    g = g.astype(dtype).reshape(b, h, ratio[0], w, ratio[1], c)
+    g = g.transpose(0, 1, 3, 2, 4, 5).reshape(b * h * w, phases, c)  # cell, phase, channel
+    padded, extend_vjp = jax.vjp(lambda a: _extend(a, k), x)
+
+    # Gradient to the composed weights, per cell (phases x C)(C x window), and to the attention.
+    rows = jnp.stack([padded[:, t : t + h] for t in range(n)], axis=2)
+    windows = jnp.stack([rows[..., s : s + w, :] for s in range(n)], axis=3)  # b h t s w c
+    windows = windows.transpose(0, 1, 4, 5, 2, 3).reshape(b * h * w, c, n * n).astype(dtype)
+    # The barrier keeps the transpose out of the product, which is three times slower that way.
+    d_weight = jnp.matmul(g, jax.lax.optimization_barrier(windows))
+    d_weight = d_weight.reshape(b, h, w, *ratio, n, n).transpose(0, 1, 3, 2, 4, 5, 6)
+    row_table, col_table = (jnp.asarray(phase_weights(r, k), dtype) for r in ratio)
+    d_attn = jnp.einsum("bhpwqts,put,qvs->bhpwquv", d_weight, row_table, col_table, optimize=True)
+
+    # Gradient to x: per cell (window x phases)(phases x C), then the windows overlap-add.
+    weight = _compose(attn, k, ratio).astype(dtype).transpose(0, 1, 3, 2, 4, 5, 6)
+    weight = weight.reshape(b * h * w, phases, n * n)
+    cells = jnp.einsum("xpn,xpc->xnc", weight, g).reshape(b, h, w, n, n, c)
+    bands = sum(
+        jnp.pad(cells[..., s, :], ((0, 0), (0, 0), (s, n - 1 - s), (0, 0), (0, 0)))
+        for s in range(n)
+    )
+    d_padded = sum(
+        jnp.pad(bands[:, :, :, t], ((0, 0), (t, n - 1 - t), (0, 0), (0, 0))) for t in range(n)
+    )
+    (d_x,) = extend_vjp(d_padded.astype(x.dtype))
+    return d_attn.reshape(attn.shape).astype(attn.dtype), d_x
+
+
+_polyphase.defvjp(_polyphase_fwd, _polyphase_bwd)
+
+
+def _compose(attn: Array, k: int, ratio: tuple[int, int]) -> Array:
+    """Attention (b, H, W, K*K) to weights on low-resolution pixels (b, h, p, w, q, t, s)."""
+    b, hh, ww, _ = attn.shape
+    dtype = jnp.promote_types(attn.dtype, jnp.float32)
+    attn = attn.astype(dtype).reshape(b, hh // ratio[0], ratio[0], ww // ratio[1], ratio[1], k, k)
+    rows, cols = (jnp.asarray(phase_weights(r, k), dtype) for r in ratio)
+    rows = rows[None, None, :, None, None, :, :, None]  # b h p w q u t v
+    cols = cols[None, None, None, None, :, None, :, :]  # b h p w q t v s
+    # Broadcast sums over the two short axes of taps: as matrix products they would be transposed.
+    attn = sum(attn[..., u, None, :] * rows[..., u, :, :] for u in range(k))
+    return sum(attn[..., v, None] * cols[..., v, :] for v in range(k))
+
+
+def _extend(x: Array, k: int) -> Array:
+    r = k // 2 + 1
+    return jnp.pad(x, ((0, 0), (r, r), (r, r), (0, 0)), mode="edge")
