@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+import tensorflow_datasets as tfds
+
 from resfu_jax.data import (
     dataset_info,
     default_data_dir,
@@ -32,6 +34,8 @@ def main() -> None:
                 state = "prepared" if is_prepared(name, args.data_dir) else "not prepared"
                 print(f"{name:24} {dataset_info(name).num_classes:3} classes   {state}")
         else:
+            if not sys.stderr.isatty():
+                tfds.disable_progress_bar()  # in a log its lines would pile up
             path = prepare(args.name, args.data_dir, args.manual_dir)
             counts = {
                 split: len(open_source(args.name, split, args.data_dir))

@@ -10,10 +10,12 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from resfu_jax.data import shapes
+from resfu_jax.data import camvid, shapes
 from resfu_jax.data.info import DatasetInfo, DatasetNotPrepared
 
 _DATASETS: dict[str, tuple[DatasetInfo, type[tfds.core.GeneratorBasedBuilder], str]] = {
+    "camvid": (camvid.INFO, camvid.Camvid, "default"),
+    "camvid/clean": (camvid.CLEAN_INFO, camvid.Camvid, "clean"),
     "shapes": (shapes.INFO, shapes.Shapes, "default"),
     "shapes/outline_ignored": (shapes.OUTLINE_IGNORED_INFO, shapes.Shapes, "outline_ignored"),
 }
@@ -40,7 +42,7 @@ def default_data_dir() -> Path:
 
 def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:
     """Whether `open_source` would find the dataset."""
-    return _builder(name, data_dir).is_prepared()
+    return _is_prepared(_builder(name, data_dir))
 
 
 def prepare(
@@ -60,13 +62,23 @@ def prepare(
 
     Returns:
         The folder of the prepared dataset.
+
+    Raises:
+        ValueError: unknown dataset.
+        OSError: raw files are missing, cannot be downloaded, or the disk is full; the message says
+            what to do.
+        DataError: a raw file is unusable.
     """
     builder = _builder(name, data_dir)
-    if not builder.is_prepared():
+    if manual_dir is not None:
+        manual_dir = Path(manual_dir).expanduser().resolve()
+        if not manual_dir.is_dir() or not any(manual_dir.iterdir()):
+            raise FileNotFoundError(f"manual_dir {manual_dir} is not a folder with files in it.")
+    if not _is_prepared(builder):
         builder.download_and_prepare(
             file_format="array_record",
             download_config=tfds.download.DownloadConfig(
-                manual_dir=None if manual_dir is None else Path(manual_dir).expanduser()
+                manual_dir=manual_dir, try_download_gcs=False
             ),
         )
     return Path(builder.data_path)
@@ -116,7 +128,7 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike | None = None
     builder = _builder(name, data_dir)
     if split.partition("[")[0] not in ("train", "validation"):
         raise ValueError(f"{name} has no split {split!r}; it has 'train' and 'validation'.")
-    if not builder.is_prepared():
+    if not _is_prepared(builder):
         command = ["python", "-m", "resfu_jax.data", "prepare", name]
         if data_dir is not None:
             command += ["--data-dir", os.fspath(data_dir)]
@@ -137,6 +149,11 @@ def _lookup(name: str) -> tuple[DatasetInfo, type[tfds.core.GeneratorBasedBuilde
             f"There is no dataset {name!r}.{hint} Available: {', '.join(list_datasets())}."
         )
     return _DATASETS[name]
+
+
+def _is_prepared(builder: tfds.core.GeneratorBasedBuilder) -> bool:
+    # tfds would log a warning about a folder that does not exist.
+    return builder.data_path.exists() and builder.is_prepared()
 
 
 def _builder(name: str, data_dir: str | os.PathLike | None) -> tfds.core.GeneratorBasedBuilder:
