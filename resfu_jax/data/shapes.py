@@ -8,6 +8,7 @@ differs clearly from the others, so that the image shows where each outline runs
 """
 
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ _SPLIT_SEED = {"train": 0, "validation": 1}
 def draw_example(
     rng: np.random.Generator,
     size: int = 128,
-    max_shapes: int = 8,
+    max_shapes: int = 10,
     ignore_outlines: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws one image and its label map.
@@ -83,7 +84,7 @@ def draw_example(
         alpha = coverage[..., None]
         image = image * (1 - alpha) + _texture(rng, size, colour) * alpha
 
-    image += rng.normal(0, rng.uniform(1, 5), image.shape).astype(np.float32)  # sensor noise
+    image += rng.uniform(1, 5) * rng.standard_normal(image.shape, np.float32)  # sensor noise
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), label
 
 
@@ -106,13 +107,13 @@ def _texture(
     """A (size, size, 3) float32 field around `colour`: gradient, stripes and smooth noise."""
     yx = np.linspace(-1, 1, size, dtype=np.float32)
     angle = rng.uniform(0, np.pi)
-    along = np.cos(angle) * yx[None, :] + np.sin(angle) * yx[:, None]
+    along = math.cos(angle) * yx[None, :] + math.sin(angle) * yx[:, None]
     field = rng.uniform(0, 18) * along
     if rng.random() < 0.4:
         waves = rng.uniform(3, 14) * size / 128
         field = field + rng.uniform(5, 14) * np.sin(np.pi * waves * along + rng.uniform(0, 6))
     tint = rng.uniform(0.6, 1.0, 3).astype(np.float32)
-    out = colour + field[..., None].astype(np.float32) * tint
+    out = colour + field[..., None] * tint
     if background or rng.random() < 0.5:
         cells = int(rng.integers(3, 24))
         coarse = rng.normal(0, rng.uniform(4, 12), (cells, cells)).astype(np.float32)
@@ -128,7 +129,7 @@ def _place(
     thin: bool,
 ) -> tuple[float, float, float]:
     """Centre and radius in pixels; half of the shapes are put against one that is there."""
-    radius = size * rng.uniform(0.09, 0.22 if thin else 0.20)
+    radius = size * rng.uniform(0.11, 0.25 if thin else 0.23)
     if placed and rng.random() < 0.5:
         x, y, other = placed[int(rng.integers(len(placed)))]
         angle = rng.uniform(0, 2 * np.pi)
@@ -203,7 +204,7 @@ class ShapesConfig(tfds.core.BuilderConfig):
 class Shapes(tfds.core.GeneratorBasedBuilder):
     """Procedurally drawn filled, thin and touching shapes over a textured background."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.0.1")
     BUILDER_CONFIGS = [
         ShapesConfig(name="default", description="Every pixel belongs to a class."),
         ShapesConfig(
