@@ -1,0 +1,15 @@
+"""The twin of `camvid_segformer_b0_resfu` with bilinear upsampling; nothing else differs.
+
+    python train.py --config configs/camvid_segformer_b0_bilinear.py --workdir runs/camvid_bilinear
+
+Result: not measured yet.
+"""
+
+from configs import camvid_segformer_b0_resfu
+from resfu_jax.training import Config
+
+
+def get_config() -> Config:
+    config = camvid_segformer_b0_resfu.get_config()
+    config.model.head.upsampler = "bilinear"
+    return config

@@ -1,0 +1,40 @@
+"""SegFormer-B0 with a ReSFU head on CamVid at half resolution, from scratch.
+
+    python -m resfu_jax.data prepare camvid
+    python train.py --config configs/camvid_segformer_b0_resfu.py --workdir runs/camvid_resfu
+
+Result: not measured yet.
+"""
+
+from resfu_jax.training import (
+    BackboneConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    HeadConfig,
+    ModelConfig,
+    OptimizerConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        steps=4000,
+        batch_size=8,
+        log_every=20,
+        model=ModelConfig(
+            backbone=BackboneConfig(variant="b0"),
+            head=HeadConfig(upsampler="resfu", width=128),
+        ),
+        # 480x360 images become 240x180; their crops are padded to a multiple of the stride.
+        data=DataConfig(name="camvid", resize_scale=0.5, crop_size=(192, 256)),
+        optimizer=OptimizerConfig(
+            learning_rate=6e-4,
+            head_learning_rate_multiple=1.0,
+            warmup_steps=300,
+            clip_norm=1.0,
+        ),
+        eval=EvalConfig(every=500, batch_size=8, pad_to=(192, 256)),
+        checkpoint=CheckpointConfig(every=250),
+    )

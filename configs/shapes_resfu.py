@@ -1,0 +1,43 @@
+"""MiT (small) with a ReSFU head on the embedded `shapes` dataset, for two CPU cores.
+
+    python train.py --config configs/shapes_resfu.py --workdir runs/shapes_resfu
+
+Result: not measured yet.
+"""
+
+from resfu_jax.training import (
+    BackboneConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    HeadConfig,
+    ModelConfig,
+    OptimizerConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        steps=1000,
+        batch_size=16,
+        log_every=20,
+        model=ModelConfig(
+            backbone=BackboneConfig(
+                widths=(16, 32, 64, 128),
+                depths=(1, 1, 1, 1),
+                heads=(1, 2, 4, 8),
+                drop_path=0.0,
+            ),
+            head=HeadConfig(upsampler="resfu", width=64, dropout=0.0),
+        ),
+        data=DataConfig(name="shapes", crop_size=(128, 128), scale_range=(0.75, 1.5)),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3,
+            head_learning_rate_multiple=1.0,
+            warmup_steps=100,
+            clip_norm=1.0,
+        ),
+        eval=EvalConfig(every=250, batch_size=16),
+        checkpoint=CheckpointConfig(every=250),
+    )

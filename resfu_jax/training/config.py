@@ -1,0 +1,366 @@
+"""Typed configuration of an experiment: what `configs/*.py` fill in and the command line overrides.
+
+`train.py` reads a config file through `ml_collections.config_flags`; any field can be overridden
+as `--config.optimizer.learning_rate=1e-4`, tuples as `--config.data.crop_size="(96, 96)"` and
+`upsampler_options` as a literal, `--config.model.head.upsampler_options="{'lr_mult': 500.0}"`.
+"""
+
+import ast
+import dataclasses
+import difflib
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from resfu_jax import data, upsamplers
+
+
+@dataclasses.dataclass
+class BackboneConfig:
+    """Arguments of `resfu_jax.backbones.create_backbone`; None keeps the variant's own value."""
+
+    name: str = "mit"
+    """Architecture family."""
+    variant: str = "b0"
+    """Published size, b0 .. b5."""
+    widths: tuple[int, ...] | None = None
+    """Channels of the four stages."""
+    depths: tuple[int, ...] | None = None
+    """Transformer blocks of the four stages."""
+    heads: tuple[int, ...] | None = None
+    """Attention heads of the four stages."""
+    mlp_ratios: tuple[int, ...] | None = None
+    """Hidden width of the feed-forward part over the stage's width."""
+    sr_ratios: tuple[int, ...] | None = None
+    """Spatial reduction of keys and values in the four stages."""
+    drop_path: float = 0.1
+    """Stochastic depth rate of the last block; it grows linearly from 0 at the first."""
+
+
+@dataclasses.dataclass
+class HeadConfig:
+    """Arguments of `resfu_jax.heads.create_head`."""
+
+    name: str = "segformer"
+    """Head architecture."""
+    upsampler: str = "resfu"
+    """Any of `resfu_jax.list_upsamplers()`."""
+    upsampler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of that upsampler, for instance {"lr_mult": 500.0}."""
+    width: int = 256
+    """Channels that every stage is projected to."""
+    dropout: float = 0.1
+    """Dropout rate before the classifier."""
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """Backbone, head and numerics."""
+
+    backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
+    head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
+    dtype: str = "float32"
+    """Compute type, float32 or bfloat16. Parameters, norms and the loss stay float32."""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Dataset and input pipeline."""
+
+    name: str = "shapes"
+    """Dataset and, after a slash, its configuration: "camvid/clean"."""
+    dir: str | None = None
+    """Where prepared datasets are; None is the default of tensorflow_datasets."""
+    resize_scale: float = 1.0
+    """Every image is resized by this factor before anything else, in training and evaluation."""
+    crop_size: tuple[int, ...] = (128, 128)
+    """Height and width of training crops, in pixels."""
+    scale_range: tuple[float, ...] = (0.5, 2.0)
+    """Bounds of the random training scale."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    photometric: bool = True
+    """Jitter brightness, contrast, saturation and hue."""
+    num_workers: int = 0
+    """Processes that read and augment; 0 does it in threads of this process."""
+    on_corrupt: str = "raise"
+    """What an unreadable image does: "raise" (naming it) or "skip" (counting it)."""
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """AdamW with linear warm-up and polynomial decay."""
+
+    learning_rate: float = 6e-5
+    """Peak rate of the backbone."""
+    head_learning_rate_multiple: float = 10.0
+    """The head learns at this multiple of the backbone's rate."""
+    weight_decay: float = 0.01
+    """Decoupled decay of weights; norms, biases and other vectors do not decay."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    warmup_steps: int = 1500
+    """Steps of linear growth from `warmup_start` times the peak rate."""
+    warmup_start: float = 1e-6
+    """First rate over peak rate."""
+    power: float = 1.0
+    """Exponent of the polynomial decay to 0 at the last step."""
+    clip_norm: float | None = None
+    """Largest global norm of the gradient; None does not clip."""
+    accumulate: int = 1
+    """A batch is processed in this many parts, with the gradient of the whole: less memory."""
+    ema_decay: float | None = None
+    """Decay per step of the averaged parameters; None keeps none. Evaluation uses them if kept."""
+
+
+@dataclasses.dataclass
+class LossConfig:
+    """Cross-entropy."""
+
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all classes."""
+    class_weights: tuple[float, ...] | None = None
+    """One weight per class; the mean is over the weights, as in PyTorch."""
+
+
+@dataclasses.dataclass
+class EvalConfig:
+    """Evaluation on the whole validation split."""
+
+    every: int = 1000
+    """Steps between evaluations; there is always one after the last step."""
+    batch_size: int = 8
+    pad_to: tuple[int, ...] | None = None
+    """Height and width that images are padded to; None pads to the next multiples of 32."""
+    dilation_ratio: float = 0.02
+    """Width of the boundary in boundary IoU, as a share of the image diagonal."""
+    pictures: int = 4
+    """Images drawn into predictions/ at every evaluation."""
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    """What is kept for resuming. Each evaluation saves too."""
+
+    every: int = 500
+    """Steps between checkpoints."""
+    keep: int = 1
+    """Newest checkpoints kept, beside the best by mIoU."""
+
+
+@dataclasses.dataclass
+class Config:
+    """One experiment."""
+
+    steps: int = 1000
+    """Total number of optimizer steps."""
+    batch_size: int = 16
+    """Global batch, over all devices and hosts."""
+    seed: int = 0
+    """Seeds initialisation, dropout, shuffling and augmentation."""
+    log_every: int = 20
+    """Steps between lines in metrics.jsonl."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run. The message names every field that is wrong."""
+
+
+class _DictParser(flags.ArgumentParser):
+    """Lets `--config.a_dict="{'key': 1}"` replace a dictionary."""
+
+    def parse(self, argument: str | dict) -> dict:
+        value = ast.literal_eval(argument) if isinstance(argument, str) else argument
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a dictionary such as \"{{'key': 1}}\", got {argument!r}")
+        return value
+
+
+config_flags.register_flag_parser_for_type(dict, _DictParser())
+
+
+def given(group: Any) -> dict[str, Any]:
+    """Fields of a group that are not None, as keyword arguments."""
+    return {
+        field.name: value
+        for field in dataclasses.fields(group)
+        if (value := getattr(group, field.name)) is not None
+    }
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as plain nested values, equal to what its JSON text reads back as."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one dictionary with dotted keys; an empty one stays a value."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """A sentence with the near matches of `name`, or with all known names."""
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+
+
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Checks the names in `--config.x.y=...` arguments before config_flags sees them.
+
+    Raises:
+        ConfigError: naming every unknown field and its near matches.
+    """
+    known, groups = [], []
+    for path, value in _fields(Config()):
+        (groups if dataclasses.is_dataclass(value) else known).append(path)
+    wrong = []
+    for argument in arguments:
+        name = argument.lstrip("-").split("=", 1)[0]
+        if argument.startswith("-") and name.removeprefix("no").startswith("config."):
+            path = name.removeprefix("no").removeprefix("config.")
+            inside_dict = path.startswith("model.head.upsampler_options.")
+            if path not in known and not inside_dict:
+                reason = "is a group of fields" if path in groups else "does not exist"
+                wrong.append(f"config.{path} {reason}; {did_you_mean(path, known)}")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def _fields(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """All (dotted path, value) pairs below a dataclass, groups included."""
+    pairs = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        pairs.append((prefix + field.name, value))
+        if dataclasses.is_dataclass(value):
+            pairs += _fields(value, f"{prefix}{field.name}.")
+    return pairs
+
+
+def validate(config: Config, *, devices: int = 1) -> None:
+    """Checks everything that can be known before data are read or a program is compiled.
+
+    Args:
+        config: the experiment.
+        devices: number of devices that share a batch.
+
+    Raises:
+        ConfigError: naming every field that is wrong, what it is and what it has to be.
+    """
+    values = dict(_fields(config))
+    wrong = []
+
+    def require(field: str, condition: Callable[[Any], bool], need: str) -> None:
+        if not condition(values[field]):
+            wrong.append(f"config.{field} is {values[field]!r}; it has to be {need}")
+
+    for field in (
+        "steps batch_size log_every model.head.width optimizer.accumulate eval.every "
+        "eval.batch_size checkpoint.every checkpoint.keep"
+    ).split():
+        require(field, lambda v: v >= 1, "at least 1")
+    for field in "data.num_workers eval.pictures optimizer.weight_decay".split():
+        require(field, lambda v: v >= 0, "0 or more")
+    for field in "data.resize_scale optimizer.learning_rate optimizer.power".split():
+        require(field, lambda v: v > 0, "positive")
+    parts = max(config.optimizer.accumulate, 1) * devices
+    require(
+        "batch_size",
+        lambda v: v % parts == 0,
+        f"a multiple of {parts} (devices x config.optimizer.accumulate)",
+    )
+    require("eval.batch_size", lambda v: v % devices == 0, f"a multiple of {devices} (the devices)")
+    is_size = lambda v: len(v) == 2 and all(side >= 32 and side % 32 == 0 for side in v)  # noqa: E731
+    size = "(height, width), multiples of 32 (the backbone's largest stride)"
+    require("data.crop_size", is_size, size)
+    require("eval.pad_to", lambda v: v is None or is_size(v), size + ", or None")
+    require(
+        "data.scale_range",
+        lambda v: len(v) == 2 and 0 < v[0] <= v[1],
+        "(smallest, largest), both positive",
+    )
+    require("data.on_corrupt", lambda v: v in ("raise", "skip"), "'raise' or 'skip'")
+    require("model.dtype", lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
+    require(
+        "optimizer.warmup_steps",
+        lambda v: 0 <= v < max(config.steps, 1),
+        f"0 or more, and less than config.steps = {config.steps}",
+    )
+    require("optimizer.clip_norm", lambda v: v is None or v > 0, "positive, or None")
+    require("optimizer.ema_decay", lambda v: v is None or 0 < v < 1, "between 0 and 1, or None")
+    require("loss.label_smoothing", lambda v: 0 <= v < 1, "at least 0 and less than 1")
+    require("eval.dilation_ratio", lambda v: 0 < v < 1, "between 0 and 1")
+    try:
+        upsamplers.upsampler_entry(config.model.head.upsampler)
+    except ValueError as error:
+        wrong.append(f"config.model.head.upsampler: {error}")
+    try:
+        classes = data.dataset_info(config.data.name).num_classes
+        require(
+            "loss.class_weights",
+            lambda v: v is None or len(v) == classes,
+            f"one weight for each of the {classes} classes of {config.data.name!r}, or None",
+        )
+    except ValueError as error:
+        wrong.append(f"config.data.name: {error}")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+# What may change between a run and its continuation: nothing that the numbers depend on.
+_FREE_TO_CHANGE = ("log_every", "eval.", "checkpoint.", "data.dir")
+
+
+def check_same_run(workdir: pathlib.Path, config: Config, *, only: str = "") -> None:
+    """Checks a config against the one that the checkpoints of a workdir were made with.
+
+    Args:
+        workdir: directory of the run.
+        config: the present config.
+        only: compare fields whose dotted path starts with this.
+
+    Raises:
+        ConfigError: naming every field that differs; how often things are logged, evaluated and
+            saved, and where the dataset lies, may.
+    """
+    path = workdir / "config.json"
+    before = flatten(json.loads(path.read_text())) if path.exists() else {}
+    now = flatten(to_dict(config))
+    lines = [
+        f"  config.{field}: was {before.get(field)!r}, is {now.get(field)!r}"
+        for field in sorted(before.keys() | now.keys())
+        if field.startswith(only)
+        and not field.startswith(_FREE_TO_CHANGE)
+        and before.get(field) != now.get(field)
+    ]
+    if before and lines:
+        raise ConfigError(
+            f"the checkpoints in {workdir} are of another config:\n"
+            + "\n".join(lines)
+            + "\nuse that config, or another --workdir"
+        )
+
+
+def write_config(workdir: pathlib.Path, config: Config) -> None:
+    """Writes `config.json`."""
+    path = workdir / "config.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,330 @@
+"""Train or evaluate a segmentation model.
+
+    python train.py --config configs/shapes_resfu.py --workdir runs/shapes
+    python train.py --config configs/shapes_resfu.py --workdir runs/shapes --mode eval
+
+Any field of the config can be overridden: `--config.optimizer.learning_rate=1e-4`. The same
+command again continues where the run stopped, also after a kill. In the workdir: `config.json`,
+`metrics.jsonl`, TensorBoard events, `checkpoints/` (newest and best) and `predictions/`.
+"""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import config_flags
+
+from resfu_jax import data, training, visualize
+from resfu_jax.model import create_model
+
+CONFIG = config_flags.DEFINE_config_file("config", help_string="A file in configs/.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "For --mode eval: best, latest or a step.")
+
+State = dict[str, Any]  # everything that a checkpoint holds, as a pytree of arrays
+Batch = dict[str, jax.Array]
+
+
+def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: str) -> None:
+    """Trains to `config.steps`, or evaluates a checkpoint."""
+    # ------------------------------------------------------------------------------------- devices
+    training.validate(config, devices=jax.device_count())
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    replicated, over_batch = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+
+    def to_devices(batch: dict[str, np.ndarray]) -> Batch:
+        return {
+            key: jax.make_array_from_process_local_data(over_batch, value)
+            for key, value in batch.items()
+            if key != "id"
+        }
+
+    # ---------------------------------------------------------------------------------------- data
+    info = data.dataset_info(config.data.name)
+    if info.embedded and not data.is_prepared(config.data.name, config.data.dir):
+        print(f"building the dataset {config.data.name} (once)", file=sys.stderr)
+        data.prepare(config.data.name, config.data.dir)
+    train_source = data.open_source(config.data.name, "train", config.data.dir)
+    val_source = data.open_source(config.data.name, "validation", config.data.dir)
+    if config.data.on_corrupt == "skip":
+        train_source = data.skip_corrupt(train_source, info)
+        val_source = data.skip_corrupt(val_source, info)
+    process = dict(shard=(jax.process_index(), jax.process_count()))
+    val_batches = data.eval_batches(
+        val_source,
+        info,
+        batch_size=config.eval.batch_size // jax.process_count(),
+        resize_scale=config.data.resize_scale,
+        pad_to=config.eval.pad_to or 32,
+        **process,
+    )
+
+    # --------------------------------------------------------------------------------------- model
+    schedule = training.create_schedule(config.optimizer, config.steps)
+    optimizer = training.create_optimizer(config.optimizer, config.steps)
+
+    def init() -> tuple[nnx.GraphDef, State]:
+        model = create_model(
+            backbone=training.given(config.model.backbone),
+            head=training.given(config.model.head),
+            num_classes=info.num_classes,
+            dtype=jnp.dtype(config.model.dtype),
+            remat=config.model.remat,
+            rngs=nnx.Rngs(config.seed),
+        )
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        params, rest = nnx.as_pure(params), nnx.as_pure(rest)  # rest: batch statistics, dropout
+        state = {
+            "step": jnp.zeros((), jnp.int32),
+            "params": params,
+            "rest": rest,
+            "optimizer": optimizer.init(params),
+        }
+        if config.optimizer.ema_decay is not None:
+            state["ema"] = jax.tree.map(jnp.copy, params)
+        return graphdef, state
+
+    try:
+        graphdef, abstract_state = jax.eval_shape(init)
+    except ValueError as error:  # an option that the model does not have, or its value
+        raise training.ConfigError(f"config.model: {error}") from error
+    abstract_state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract_state
+    )
+    parameters = sum(p.size for p in jax.tree.leaves(abstract_state["params"]))
+
+    # --------------------------------------------------------------------------------- update step
+    def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        # The parts of an accumulated batch divide by the weight of the whole.
+        normalizer = training.pixel_weights(
+            batch["label"],
+            ignore_label=info.ignore_label,
+            class_weights=config.loss.class_weights,
+        ).sum()
+
+        def loss_fn(params: Any, rest: Any, part: Batch) -> tuple[jax.Array, Any]:
+            model = nnx.merge(graphdef, params, rest, copy=True)
+            loss = training.cross_entropy(
+                model(part["image"]),
+                part["label"],
+                ignore_label=info.ignore_label,
+                label_smoothing=config.loss.label_smoothing,
+                class_weights=config.loss.class_weights,
+                normalizer=normalizer,
+            )
+            return loss, nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
+
+        params = state["params"]
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        if config.optimizer.accumulate == 1:
+            (loss, rest), grads = grad_fn(params, state["rest"], batch)
+        else:
+            loss, rest, grads = training.accumulate_gradients(
+                grad_fn, params, state["rest"], batch, parts=config.optimizer.accumulate
+            )
+        updates, optimizer_state = optimizer.update(grads, state["optimizer"], params)
+        params = optax.apply_updates(params, updates)
+        metrics = {
+            "loss": loss,
+            "gradient_norm": optax.tree.norm(grads),
+            "learning_rate": schedule(state["step"]),
+        }
+        new_state = {
+            "step": state["step"] + 1,
+            "params": params,
+            "rest": rest,
+            "optimizer": optimizer_state,
+        }
+        if config.optimizer.ema_decay is not None:
+            new_state["ema"] = training.update_ema(
+                state["ema"], params, state["step"], config.optimizer.ema_decay
+            )
+        return new_state, metrics
+
+    train_step = jax.jit(train_step, donate_argnums=0)
+
+    # ---------------------------------------------------------------------------------- evaluation
+    def eval_step(state: State, batch: Batch) -> tuple[training.SegmentationCounts, jax.Array]:
+        model = nnx.merge(graphdef, state.get("ema", state["params"]), state["rest"])
+        model = nnx.view(
+            model, deterministic=True, use_running_average=True, raise_if_not_found=False
+        )
+        predictions = jnp.argmax(model(batch["image"]), axis=-1).astype(jnp.uint8)
+        counts = training.count(
+            predictions,
+            batch["label"],
+            num_classes=info.num_classes,
+            ignore_label=info.ignore_label,
+            dilation_ratio=config.eval.dilation_ratio,
+            sizes=batch.get("size"),
+        )
+        return counts, predictions
+
+    eval_step = jax.jit(eval_step, out_shardings=replicated)
+
+    def evaluate(step: int, state: State) -> dict[str, float]:
+        counts = training.SegmentationCounts.zeros(info.num_classes)
+        drawn = 0
+        for batch in val_batches:
+            batch_counts, predictions = eval_step(state, to_devices(batch))
+            counts = counts.merge(batch_counts)
+            for i in range(min(config.eval.pictures - drawn, len(batch["id"]))):
+                picture = visualize.side_by_side(
+                    batch["image"][i],
+                    batch["label"][i],
+                    np.asarray(predictions[i]),
+                    info.palette,
+                    ignore_label=info.ignore_label,
+                )
+                name = f"step{step:07d}_{drawn}.png"
+                visualize.save_png(workdir / "predictions" / name, picture)
+                drawn += 1
+        return counts.compute(info.class_names)
+
+    # ------------------------------------------------------------------------------ resume or start
+    checkpoints = training.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    start = checkpoints.find("latest" if mode == "train" else checkpoint)
+    if start is not None:
+        training.check_same_run(workdir, config, only="" if mode == "train" else "model.")
+
+    if mode == "eval":
+        if start is None:
+            raise training.CheckpointError(f"there is no checkpoint in {workdir / 'checkpoints'}")
+        metrics = evaluate(start, checkpoints.restore(start, abstract_state))
+        checkpoints.close()
+        (workdir / f"eval_{start}.json").write_text(json.dumps({"step": start} | metrics, indent=2))
+        training.print_table(f"checkpoint {start}", metrics, info.class_names, {})
+        return
+
+    train_batches = data.train_batches(
+        train_source,
+        info,
+        batch_size=config.batch_size // jax.process_count(),
+        crop_size=config.data.crop_size,
+        resize_scale=config.data.resize_scale,
+        scale_range=config.data.scale_range,
+        flip=config.data.flip,
+        photometric=config.data.photometric,
+        seed=config.seed,
+        num_workers=config.data.num_workers,
+        **process,
+    )
+    checkpoints.check_space(abstract_state)
+    if start is None:
+        start = 0
+        _, state = jax.jit(init, out_shardings=replicated)()
+    else:
+        state = checkpoints.restore(start, abstract_state, train_batches)
+    training.write_config(workdir, config)
+
+    # ---------------------------------------------------------------------------------------- loop
+    reporter = training.Reporter(
+        workdir, steps=config.steps, batch_size=config.batch_size, start=start
+    )
+    reporter.message(
+        f"{config.data.name}: {len(train_source)} training and {len(val_source)} validation "
+        f"images; {parameters:,} parameters; {jax.device_count()} {jax.default_backend()} device(s); "
+        f"{f'continuing from step {start}' if start else 'starting'}, to step {config.steps}"
+    )
+    stop = training.StopSignals()
+    window = []  # (step, ids, metrics on the device) since the last report
+
+    def report(step: int) -> None:
+        """Fetches the window's metrics (this waits for the device); stops if one is not finite."""
+        steps, ids, metrics = zip(*window, strict=True)
+        metrics = jax.device_get(metrics)
+        for i, values in enumerate(metrics):
+            for name in ("loss", "gradient_norm"):
+                if not np.isfinite(values[name]):
+                    raise NonFiniteError(
+                        f"{name} is {values[name]} at step {steps[i]}, in the batch of images "
+                        f"{', '.join(image_id.decode() for image_id in ids[i])}. The newest good "
+                        f"checkpoint is {checkpoints.find('latest')}, in {checkpoints.directory}"
+                    )
+        means = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+        reporter.train(step, means | {"learning_rate": float(metrics[-1]["learning_rate"])})
+        window.clear()
+
+    try:
+        for step in range(start + 1, config.steps + 1):
+            batch = next(train_batches)
+            state, metrics = train_step(state, to_devices(batch))
+            window.append((step, batch["id"], metrics))
+            reporter.advance(step)
+
+            last = step == config.steps
+            evaluating = last or step % config.eval.every == 0
+            saving = evaluating or stop.received or step % config.checkpoint.every == 0
+            if saving or step % config.log_every == 0:
+                report(step)
+            metrics = None
+            if evaluating:
+                metrics = evaluate(step, state)
+                reporter.evaluation(step, metrics)
+            if saving:
+                checkpoints.save(step, state, train_batches, metrics)
+            if stop.received and not last:
+                reporter.message(f"stopped at step {step}; the same command continues")
+                sys.exit(128 + stop.received)
+    finally:
+        checkpoints.close()
+        train_batches.close()
+        reporter.close()
+
+    # --------------------------------------------------------------------------------------- table
+    history = training.read_metrics(workdir / "metrics.jsonl")
+    best = max((line for line in history if "val/miou" in line), key=lambda line: line["val/miou"])
+    training.print_table(
+        f"{config.data.name}, {config.model.head.upsampler}, step {config.steps}",
+        {name.removeprefix("val/"): value for name, value in history[-1].items()},
+        info.class_names,
+        {
+            "best": f"mIoU {best['val/miou']:.2f} at step {best['step']}",
+            "training time": f"{sum(line.get('seconds', 0) for line in history) / 60:.1f} min",
+            "parameters": f"{parameters:,}",
+            "corrupt images skipped": str(len(train_source.skipped) + len(val_source.skipped)),
+            "workdir": str(workdir),
+        },
+    )
+
+
+# ------------------------------------------------------------------------------------ command line
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags after checking the names of config fields, for a helpful message."""
+    try:
+        training.check_overrides(argv[1:])
+    except training.ConfigError as error:
+        sys.exit(f"error: {error}")
+    return app.parse_flags_with_usage(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Runs; mistakes of the person at the keyboard end in one message without a traceback."""
+    if argv[1:]:
+        sys.exit(f"error: unknown arguments: {' '.join(argv[1:])}")
+    try:
+        run(CONFIG.value, pathlib.Path(WORKDIR.value).resolve(), MODE.value, CHECKPOINT.value)
+    except (
+        training.ConfigError,
+        training.CheckpointError,
+        data.DatasetNotPrepared,
+        data.DataError,
+        NonFiniteError,
+    ) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    flags.FLAGS.set_default("verbosity", -1)  # Warnings only: Orbax tells every step of a save.
+    app.run(main, flags_parser=parse_flags)
