@@ -2,13 +2,12 @@
 
 import fractions
 import math
-from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Shaped
 
 from resfu_jax.ops import _interp
 
@@ -53,9 +52,8 @@ def resize(
       antialias: when shrinking, widen the kernel to the ratio so that every input pixel counts;
         bilinear and bicubic (a = -1/2, as PyTorch) only.
       implementation: `"reference"` gathers the neighbours of every output pixel; `"polyphase"`,
-        for nearest, nearest-exact and bilinear upsampling by a whole ratio, computes all outputs
-        between two neighbours at once by broadcasting, without a gather (or, in the gradient, a
-        scatter). `None` chooses.
+        for upsampling by a whole ratio with align_corners=False, interleaves outputs computed
+        from shifted maps, so that the gradient needs no scatter. `None` chooses.
 
     Raises:
       ValueError: contradicting or unsupported arguments.
@@ -72,20 +70,21 @@ def resize(
         shape = (x.shape[0], *size, x.shape[3])
         return jax.image.resize(values, shape, kernel, antialias=True).astype(x.dtype)
 
-    polyphase = not align_corners and method != "bicubic" and None not in map(_whole, ratios)
+    polyphase = not align_corners and None not in map(_whole, ratios)
     if implementation == "polyphase" and not polyphase:
         raise ValueError(
-            "implementation='polyphase' needs a whole upsampling ratio, align_corners=False and a "
-            f"method other than bicubic; got {x.shape[1:3]} -> {size}, "
-            f"align_corners={align_corners}, method={method!r}"
+            "implementation='polyphase' needs a whole upsampling ratio and align_corners=False, "
+            f"got {x.shape[1:3]} -> {size}, align_corners={align_corners}"
         )
-    for axis, n_out, ratio in zip((1, 2), size, ratios, strict=True):
+    if implementation is None and polyphase:
+        # Every phase is an operand of the compiled program; beyond some, gathering is cheaper.
+        polyphase = max(map(_whole, ratios)) <= 16
+    for axis in (2, 1):
+        n_out, ratio = size[axis - 1], ratios[axis - 1]
         if polyphase and implementation != "reference":
-            r = _whole(ratio)
-            up = _polyphase_bilinear if method == "bilinear" else _repeat
-            values = up(values, r, axis)
+            values = _polyphase(values, _whole(ratio), axis, method)
         else:
-            values = _REFERENCE[method](values, n_out, ratio, axis, align_corners)
+            values = _gather(values, n_out, ratio, axis, method, align_corners)
     return values.astype(x.dtype)
 
 
@@ -118,8 +117,8 @@ def _check(x, size, method, align_corners, antialias, implementation) -> None:
         raise ValueError(f"x must be (batch, height, width, channels), got shape {x.shape}")
     if any(isinstance(n, int) and n < 1 for n in (*x.shape[1:3], *size)):
         raise ValueError(f"sizes must be at least 1, got {x.shape[1:3]} -> {size}")
-    if method not in _REFERENCE:
-        raise ValueError(f"method must be one of {', '.join(_REFERENCE)}, got {method!r}")
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
     if implementation not in (None, "reference", "polyphase"):
         raise ValueError(
             f"implementation must be 'reference', 'polyphase' or None, got {implementation!r}"
@@ -139,85 +138,74 @@ def _whole(ratio: _Ratio) -> int | None:
     return int(n_out // n_in) if n_out % n_in == 0 else None
 
 
-def _taps(values, n_out, ratio, axis, align_corners):
-    """Indices below the source positions, and fractions shaped to broadcast along `axis`."""
+def _weights(method: Method, t) -> dict[int, Any]:
+    """Weights of the pixels around a position, by their offset from the pixel below it.
+
+    `t`, a number or an array, is the distance to that pixel, in [0, 1).
+    """
+    if method == "bilinear":
+        return {0: 1 - t, 1: t}
+    a = -0.75  # Keys, "Cubic convolution interpolation for digital image processing", 1981, eq. 4
+
+    def near(d):
+        return ((a + 2) * d - (a + 3)) * d * d + 1
+
+    def far(d):
+        return ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+
+    return {-1: far(1 + t), 0: near(t), 1: near(1 - t), 2: far(2 - t)}
+
+
+def _gather(values, n_out, ratio, axis, method, align_corners) -> Array:
+    """Resize `axis` by gathering the neighbours of every output pixel."""
+    if method in ("nearest", "nearest-exact"):
+        n_in, n = (jnp.asarray(r, jnp.int32) for r in ratio)
+        p = jnp.arange(n_out, dtype=jnp.int32)
+        index = p * n_in // n if method == "nearest" else (2 * p + 1) * n_in // (2 * n)
+        return _interp.take_clamped(values, index, axis)
     if align_corners:
         lower, t = _interp.align_corners_taps(values.shape[axis], n_out, dtype=values.dtype)
     else:
         lower, t = _interp.half_pixel_taps(*ratio, count=n_out, dtype=values.dtype)
-    return lower, jnp.expand_dims(t, tuple(a for a in range(values.ndim) if a != axis))
-
-
-def _bilinear(values, n_out, ratio, axis, align_corners):
-    lower, t = _taps(values, n_out, ratio, axis, align_corners)
-    a = _interp.take_clamped(values, lower, axis)
-    b = _interp.take_clamped(values, lower + 1, axis)
-    return (1 - t) * a + t * b
-
-
-def _bicubic(values, n_out, ratio, axis, align_corners):
-    lower, t = _taps(values, n_out, ratio, axis, align_corners)
-    a = -0.75
-    total = 0
-    for tap in (-1, 0, 1, 2):
-        d = jnp.abs(t - tap)  # Keys (1981), equation 4
-        if tap in (0, 1):
-            weight = ((a + 2) * d - (a + 3)) * d * d + 1
-        else:
-            weight = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-        total = total + weight * _interp.take_clamped(values, lower + tap, axis)
-    return total
-
-
-def _nearest(values, n_out, ratio, axis, align_corners):
-    n_in, n = (jnp.asarray(r, jnp.int32) for r in ratio)
-    index = jnp.arange(n_out, dtype=jnp.int32) * n_in // n
-    return _interp.take_clamped(values, index, axis)
-
-
-def _nearest_exact(values, n_out, ratio, axis, align_corners):
-    n_in, n = (jnp.asarray(r, jnp.int32) for r in ratio)
-    index = (2 * jnp.arange(n_out, dtype=jnp.int32) + 1) * n_in // (2 * n)
-    return _interp.take_clamped(values, index, axis)
-
-
-_REFERENCE: dict[str, Callable[..., Array]] = {
-    "bilinear": _bilinear,
-    "nearest": _nearest,
-    "nearest-exact": _nearest_exact,
-    "bicubic": _bicubic,
-}
-
-
-def _repeat(values: Array, r: int, axis: int) -> Array:
-    """Every pixel r times along `axis`: both nearest rules at a whole ratio."""
-    shape = list(values.shape)
-    shape.insert(axis + 1, r)
-    repeated = jnp.broadcast_to(jnp.expand_dims(values, axis + 1), shape)
-    return _merge(repeated, axis)
-
-
-def _polyphase_bilinear(values: Float[Array, "..."], r: int, axis: int) -> Float[Array, "..."]:
-    """Bilinear upsampling of `axis` by the whole ratio `r`.
-
-    Between two neighbouring source pixels lie r output pixels, at the fractions 1/2r, 3/2r, ... if
-    r is even and 0, 1/r, ... if it is odd. They are computed for all n + 1 pairs of the
-    edge-padded axis; the outputs that belong to it are in the middle.
-    """
-    n = values.shape[axis]
-    padded = jnp.pad(values, [(1, 1) if a == axis else (0, 0) for a in range(4)], mode="edge")
-    a, b = (
-        jnp.expand_dims(jax.lax.slice_in_dim(padded, i, i + n + 1, axis=axis), axis + 1)
-        for i in (0, 1)
+    t = jnp.expand_dims(t, tuple(a for a in range(values.ndim) if a != axis))
+    return sum(
+        weight * _interp.take_clamped(values, lower + offset, axis)
+        for offset, weight in _weights(method, t).items()
     )
-    numerators = jnp.arange(r, dtype=values.dtype) * 2 + (1 - r % 2)
-    t = jnp.expand_dims(numerators / (2 * r), tuple(i for i in range(5) if i != axis + 1))
-    between = _merge((1 - t) * a + t * b, axis)
-    start = (r + 1) // 2
-    return jax.lax.slice_in_dim(between, start, start + n * r, axis=axis)
 
 
-def _merge(values: Array, axis: int) -> Array:
-    """Merge `axis` with the one after it."""
-    s = values.shape
-    return values.reshape(*s[:axis], s[axis] * s[axis + 1], *s[axis + 2 :])
+def _polyphase(values: Array, r: int, axis: int, method: Method) -> Array:
+    """Upsample `axis` by the whole ratio r.
+
+    Output pixel `q r + p` combines the pixels around q with weights that depend on the phase p
+    only. Stacking the r phases keeps the gradient a sum of slices; XLA's reductions and scatters
+    over short axes are several times slower.
+    """
+    if method in ("nearest", "nearest-exact"):
+        phases = [values] * r
+    else:
+        shifted = {0: values}
+        for offset in (1, 2):
+            shifted[offset] = _next(shifted[offset - 1], axis)
+            shifted[-offset] = _previous(shifted[1 - offset], axis)
+        phases = []
+        for p in range(r):
+            lower, remainder = divmod(2 * p + 1 - r, 2 * r)  # position (p + 1/2) / r - 1/2
+            weights = _weights(method, remainder / (2 * r))
+            phases.append(sum(w * shifted[lower + i] for i, w in weights.items() if w != 0))
+    shape = (*values.shape[:axis], -1, *values.shape[axis + 1 :])
+    return jnp.stack(phases, axis=axis + 1).reshape(shape)
+
+
+def _next(values: Array, axis: int) -> Array:
+    """The pixel after every pixel along `axis`, the last edge repeated."""
+    n = values.shape[axis]
+    rest = jax.lax.slice_in_dim(values, 1, n, axis=axis)
+    return jnp.concatenate([rest, jax.lax.slice_in_dim(values, n - 1, n, axis=axis)], axis=axis)
+
+
+def _previous(values: Array, axis: int) -> Array:
+    """The pixel before every pixel along `axis`, the first edge repeated."""
+    n = values.shape[axis]
+    rest = jax.lax.slice_in_dim(values, 0, n - 1, axis=axis)
+    return jnp.concatenate([jax.lax.slice_in_dim(values, 0, 1, axis=axis), rest], axis=axis)

@@ -1,0 +1,41 @@
+"""Adaptive pooling."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+def adaptive_avg_pool(
+    x: Float[Array, "b h w c"], output_size: tuple[int, int]
+) -> Float[Array, "b H W c"]:
+    """Average pooling to a given size, as `torch.nn.functional.adaptive_avg_pool2d`.
+
+    Along an axis of n pixels pooled to o cells, cell i is the mean of the pixels
+    floor(i n / o) .. ceil((i + 1) n / o) - 1. Cells may overlap, and o may exceed n.
+
+    Means are computed in float32 or better; the result has the dtype of `x`.
+
+    Raises:
+      ValueError: `x` is not a batch of maps, or `output_size` is not two positive sizes.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"x must be (batch, height, width, channels), got shape {x.shape}")
+    if len(output_size) != 2 or any(isinstance(o, int) and o < 1 for o in output_size):
+        raise ValueError(f"output_size must be two positive sizes, got {output_size}")
+    dtype = np.promote_types(x.dtype, np.float32)
+    rows, columns = (_cells(n, o, dtype) for n, o in zip(x.shape[1:3], output_size, strict=True))
+    precision = jax.lax.Precision.HIGHEST
+    y = jnp.einsum("Hh,bhwc->bHwc", rows, x.astype(dtype), precision=precision)
+    return jnp.einsum("Ww,bHwc->bHWc", columns, y, precision=precision).astype(x.dtype)
+
+
+def _cells(n: int, o: int, dtype: DTypeLike) -> Float[Array, "o n"]:
+    """Averaging matrix of an axis: row i has 1 / (pixels in cell i) at the pixels of cell i."""
+    i, n_, o_ = jnp.arange(o, dtype=jnp.int32), jnp.asarray(n, jnp.int32), jnp.asarray(o, jnp.int32)
+    start = i * n_ // o_
+    end = ((i + 1) * n_ + o_ - 1) // o_
+    pixel = jnp.arange(n, dtype=jnp.int32)[None, :]
+    inside = (start[:, None] <= pixel) & (pixel < end[:, None])
+    return inside.astype(dtype) / (end - start).astype(dtype)[:, None]
