@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -33,6 +33,10 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "For --mode eval: best, l
 
 State = dict[str, Any]  # everything that a checkpoint holds, as a pytree of arrays
 Batch = dict[str, jax.Array]
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or its gradient is NaN or infinite. The message names the step and the images."""
 
 
 def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: str) -> None:
@@ -310,6 +314,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> None:
     """Runs; mistakes of the person at the keyboard end in one message without a traceback."""
+    logging.set_verbosity(logging.WARNING)  # Orbax would tell every step of a save.
     if argv[1:]:
         sys.exit(f"error: unknown arguments: {' '.join(argv[1:])}")
     try:
@@ -326,5 +331,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    flags.FLAGS.set_default("verbosity", -1)  # Warnings only: Orbax tells every step of a save.
     app.run(main, flags_parser=parse_flags)

@@ -14,9 +14,14 @@ from typing import Any
 import grain
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
 Path = str | os.PathLike[str]
+
+
+# Checkpoints between evaluations have no metrics, which is no reason to warn each time.
+logging.get_absl_logger().addFilter(lambda record: "tracked_metric" not in str(record.msg))
 
 
 class CheckpointError(RuntimeError):
@@ -37,7 +42,10 @@ class Checkpoints:
         policies = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
             self.directory,
-            item_names=("state", "data"),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "data": grain.checkpoint.CheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 create=True,
                 cleanup_tmp_directories=True,
