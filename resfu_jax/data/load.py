@@ -3,7 +3,7 @@
 import difflib
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ import tensorflow_datasets as tfds
 from resfu_jax.data import camvid, shapes
 from resfu_jax.data.info import DatasetInfo, DatasetNotPrepared
 
-_DATASETS: dict[str, tuple[DatasetInfo, type[tfds.core.GeneratorBasedBuilder], str]] = {
+# Classes, builder, and the builder's configuration.
+_Entry = tuple[DatasetInfo, type[tfds.core.GeneratorBasedBuilder], str | tfds.core.BuilderConfig]
+_DATASETS: dict[str, _Entry] = {
     "camvid": (camvid.INFO, camvid.Camvid, "default"),
     "camvid/clean": (camvid.CLEAN_INFO, camvid.Camvid, "clean"),
     "shapes": (shapes.INFO, shapes.Shapes, "default"),
@@ -107,6 +109,10 @@ class Source:
         """The example as encoded `image` and `label` and its `id`, all bytes."""
         return self.records[index]
 
+    def __iter__(self) -> Iterator[dict[str, bytes]]:
+        """All examples in order."""
+        return (self[index] for index in range(len(self)))
+
     def where(self, example: dict[str, bytes]) -> str:
         """How messages name an example."""
         return f"{self.name}, split {self.split!r}, example {example['id'].decode()!r}"
@@ -141,7 +147,7 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike | None = None
     return Source(name, split, records)
 
 
-def _lookup(name: str) -> tuple[DatasetInfo, type[tfds.core.GeneratorBasedBuilder], str]:
+def _lookup(name: str) -> _Entry:
     if name not in _DATASETS:
         near = difflib.get_close_matches(name, _DATASETS, n=3, cutoff=0.4)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -97,7 +97,7 @@ def train_batches(
             flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, even in a notebook
         iterable = iterable.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
-        )
+        ).map(_own)
     return iter(iterable)
 
 
@@ -254,6 +254,11 @@ def _augmented(
 
 def _stack(rows: Sequence[dict[str, Any]]) -> Batch:
     return {key: np.stack([np.asarray(row[key]) for row in rows]) for key in rows[0]}
+
+
+def _own(batch: Batch) -> Batch:
+    # Arrays from workers live in shared memory, which complains if it outlives the interpreter.
+    return {key: np.array(value, subok=False) for key, value in batch.items()}
 
 
 def _corrupt_id(source: Source, info: DatasetInfo, index: int) -> str | None:
