@@ -5,10 +5,13 @@ floating point, the index is off by one for some size pairs; with integers it ne
 be symbolic (`jax.export`). Exact while `2 * n_in * n_out < 2**31`.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+Size = Any  # int, or a symbolic dimension of `jax.export`
 Taps = tuple[Int[Array, " n"], Float[Array, " n"]]
 
 
@@ -21,7 +24,7 @@ def _divide(
 
 
 def half_pixel_taps(
-    n_in: int, n_out: int, *, count: int | None = None, dtype: DTypeLike = jnp.float32
+    n_in: Size, n_out: Size, *, count: Size | None = None, dtype: DTypeLike = jnp.float32
 ) -> Taps:
     """Source positions `(p + 1/2) * n_in / n_out - 1/2` of the pixels p of a resized axis.
 
@@ -45,7 +48,7 @@ def half_pixel_taps(
     return _divide((2 * p + 1) * n - m, 2 * m, dtype)
 
 
-def align_corners_taps(n_in: int, n_out: int, *, dtype: DTypeLike = jnp.float32) -> Taps:
+def align_corners_taps(n_in: Size, n_out: Size, *, dtype: DTypeLike = jnp.float32) -> Taps:
     """Source positions `p * (n_in - 1) / (n_out - 1)`: the first and last pixels coincide.
 
     A single output pixel lies on the first source pixel. Returns as `half_pixel_taps`.

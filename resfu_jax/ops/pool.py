@@ -6,9 +6,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from resfu_jax.ops._interp import Size
+
 
 def adaptive_avg_pool(
-    x: Float[Array, "b h w c"], output_size: tuple[int, int]
+    x: Float[Array, "b h w c"], output_size: tuple[Size, Size]
 ) -> Float[Array, "b H W c"]:
     """Average pooling to a given size, as `torch.nn.functional.adaptive_avg_pool2d`.
 
@@ -31,7 +33,7 @@ def adaptive_avg_pool(
     return jnp.einsum("Ww,bHwc->bHWc", columns, y, precision=precision).astype(x.dtype)
 
 
-def _cells(n: int, o: int, dtype: DTypeLike) -> Float[Array, "o n"]:
+def _cells(n: Size, o: Size, dtype: DTypeLike) -> Float[Array, "o n"]:
     """Averaging matrix of an axis: row i has 1 / (pixels in cell i) at the pixels of cell i."""
     i, n_, o_ = jnp.arange(o, dtype=jnp.int32), jnp.asarray(n, jnp.int32), jnp.asarray(o, jnp.int32)
     start = i * n_ // o_

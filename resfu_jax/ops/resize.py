@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from resfu_jax.ops import _interp
+from resfu_jax.ops._interp import Size
+from resfu_jax.ops._polyphase import whole_ratio
 
 Method = Literal["bilinear", "nearest", "nearest-exact", "bicubic"]
 Implementation = Literal["reference", "polyphase"]
@@ -17,7 +19,7 @@ Implementation = Literal["reference", "polyphase"]
 
 def resize(
     x: Shaped[Array, "b h w c"],
-    size: tuple[int, int] | None = None,
+    size: tuple[Size, Size] | None = None,
     *,
     scale: int | float | None = None,
     method: Method = "bilinear",
@@ -58,48 +60,39 @@ def resize(
     Raises:
       ValueError: contradicting or unsupported arguments.
     """
-    size, ratios = _output_size(x, size, scale)
+    size, (n_in, n_out) = _sizes(x, size, scale)
     _check(x, size, method, align_corners, antialias, implementation)
-    if method in ("bilinear", "bicubic"):
-        dtype = np.promote_types(x.dtype, np.float32)
-        values = x.astype(dtype)
-    else:
-        values = x
+    nearest = method in ("nearest", "nearest-exact")
+    values = x if nearest else x.astype(np.promote_types(x.dtype, np.float32))
     if antialias:
-        kernel = {"bilinear": "linear", "bicubic": "cubic"}[method]
-        shape = (x.shape[0], *size, x.shape[3])
-        return jax.image.resize(values, shape, kernel, antialias=True).astype(x.dtype)
+        return _antialiased(values, size, n_in, n_out, method).astype(x.dtype)
 
-    polyphase = not align_corners and None not in map(_whole, ratios)
-    if implementation == "polyphase" and not polyphase:
+    whole = None if align_corners else whole_ratio(n_in, n_out)
+    if implementation == "polyphase" and whole is None:
         raise ValueError(
             "implementation='polyphase' needs a whole upsampling ratio and align_corners=False, "
             f"got {x.shape[1:3]} -> {size}, align_corners={align_corners}"
         )
-    if implementation is None and polyphase:
-        # Every phase is an operand of the compiled program; beyond some, gathering is cheaper.
-        polyphase = max(map(_whole, ratios)) <= 16
+    # Every phase is an operand of the compiled program; beyond some, gathering is cheaper.
+    if implementation == "reference" or (implementation is None and whole and max(whole) > 16):
+        whole = None
     for axis in (2, 1):
-        n_out, ratio = size[axis - 1], ratios[axis - 1]
-        if polyphase and implementation != "reference":
-            values = _polyphase(values, _whole(ratio), axis, method)
+        if whole is not None:
+            values = _polyphase(values, whole[axis - 1], axis, method)
         else:
-            values = _gather(values, n_out, ratio, axis, method, align_corners)
+            ratio = n_in[axis - 1], n_out[axis - 1]
+            values = _gather(values, size[axis - 1], ratio, axis, method, align_corners)
     return values.astype(x.dtype)
 
 
-# Ratio of an axis as (n_in, n_out), sizes or numbers with the same quotient.
-_Ratio = tuple[int, int]
-
-
-def _output_size(x, size, scale) -> tuple[tuple[int, int], tuple[_Ratio, _Ratio]]:
-    """Output size, and n_in / n_out of both axes."""
+def _sizes(x, size, scale):
+    """Output size, and (n_in, n_out) whose quotients are the ratios of the two axes."""
     if (size is None) == (scale is None):
         raise ValueError(f"give either size or scale, got size={size}, scale={scale}")
     if size is not None:
         if len(size) != 2:
             raise ValueError(f"size must be (height, width), got {size}")
-        return tuple(size), tuple(zip(x.shape[1:3], size, strict=True))
+        return tuple(size), (x.shape[1:3], tuple(size))
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     # 65536 keeps the integer arithmetic of the positions within int32 for maps of 8192 pixels.
@@ -109,7 +102,7 @@ def _output_size(x, size, scale) -> tuple[tuple[int, int], tuple[_Ratio, _Ratio]
         math.floor(n * scale) if isinstance(n, int) else n * up.numerator // up.denominator
         for n in x.shape[1:3]
     )
-    return size, ((up.denominator, up.numerator),) * 2
+    return size, ((up.denominator,) * 2, (up.numerator,) * 2)
 
 
 def _check(x, size, method, align_corners, antialias, implementation) -> None:
@@ -132,10 +125,20 @@ def _check(x, size, method, align_corners, antialias, implementation) -> None:
         raise ValueError("antialias needs align_corners=False and implementation=None")
 
 
-def _whole(ratio: _Ratio) -> int | None:
-    """The upsampling ratio if it is a whole number."""
-    n_in, n_out = ratio
-    return int(n_out // n_in) if n_out % n_in == 0 else None
+def _antialiased(values, size, n_in, n_out, method) -> Array:
+    dtype = values.dtype
+    scale = [
+        jnp.asarray(n, dtype) / jnp.asarray(m, dtype) for m, n in zip(n_in, n_out, strict=True)
+    ]
+    return jax.image.scale_and_translate(
+        values,
+        (values.shape[0], *size, values.shape[3]),
+        (1, 2),
+        jnp.stack(scale),
+        jnp.zeros(2, dtype),
+        method={"bilinear": "linear", "bicubic": "cubic"}[method],
+        antialias=True,
+    )
 
 
 def _weights(method: Method, t) -> dict[int, Any]:
