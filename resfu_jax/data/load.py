@@ -77,12 +77,12 @@ def prepare(
         if not manual_dir.is_dir() or not any(manual_dir.iterdir()):
             raise FileNotFoundError(f"manual_dir {manual_dir} is not a folder with files in it.")
     if not _is_prepared(builder):
-        builder.download_and_prepare(
-            file_format="array_record",
-            download_config=tfds.download.DownloadConfig(
-                manual_dir=manual_dir, try_download_gcs=False
-            ),
-        )
+        config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
+        try:
+            builder.download_and_prepare(file_format="array_record", download_config=config)
+        except OSError:
+            if not _is_prepared(builder):  # else another process has just finished the same job
+                raise
     return Path(builder.data_path)
 
 

@@ -87,7 +87,7 @@ def train_batches(
         .repeat(None)
         .random_map(functools.partial(_augmented, source=source, info=info, augment=augment))
     )
-    batches = dataset[index::count].batch(batch_size, batch_fn=_stack)
+    batches = dataset[index::count].batch(batch_size, drop_remainder=True, batch_fn=_stack)
     threads = 1 if num_workers else os.cpu_count() or 1
     iterable = batches.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
