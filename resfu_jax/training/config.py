@@ -16,7 +16,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from resfu_jax import data, upsamplers
+from resfu_jax import data
+from resfu_jax.upsamplers._registry import upsampler_entry
 
 
 @dataclasses.dataclass
@@ -308,7 +309,7 @@ def validate(config: Config, *, devices: int = 1) -> None:
     require("loss.label_smoothing", lambda v: 0 <= v < 1, "at least 0 and less than 1")
     require("eval.dilation_ratio", lambda v: 0 < v < 1, "between 0 and 1")
     try:
-        upsamplers.upsampler_entry(config.model.head.upsampler)
+        upsampler_entry(config.model.head.upsampler)
     except ValueError as error:
         wrong.append(f"config.model.head.upsampler: {error}")
     try:

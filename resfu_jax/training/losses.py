@@ -23,7 +23,7 @@ def pixel_weights(
 
 def cross_entropy(
     logits: Float[Array, "*b h w k"],
-    labels: Integer[Array, "*b h w"],
+    labels: Integer[Array, "..."],
     *,
     ignore_label: int = 255,
     label_smoothing: float = 0.0,
@@ -34,7 +34,7 @@ def cross_entropy(
 
     Args:
         logits: unnormalised class scores.
-        labels: class of each pixel, or `ignore_label`.
+        labels: class of each pixel, or `ignore_label`; of the logits' shape without classes.
         ignore_label: pixels with this label count neither in the sum nor in the mean.
         label_smoothing: s, the share of the target spread evenly over the K classes.
         class_weights: w, one weight per class; the mean is over the sum of weights, as in PyTorch.

@@ -6,6 +6,7 @@ that the result is exact and depends neither on the batch size nor on the number
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,9 @@ class SegmentationCounts:
         boundary_union: pixels in either boundary, per class.
     """
 
-    confusion: Array | np.ndarray
-    boundary_intersection: Array | np.ndarray
-    boundary_union: Array | np.ndarray
+    confusion: Any
+    boundary_intersection: Any
+    boundary_union: Any
 
     @classmethod
     def zeros(cls, num_classes: int) -> "SegmentationCounts":

@@ -1,0 +1,81 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resfu_jax.training import cross_entropy, pixel_weights
+
+K = 5
+
+
+def numpy_loss(logits, labels, smoothing=0.0, weights=None):
+    """Pixel by pixel, in float64."""
+    total = norm = 0.0
+    for z, y in zip(logits.reshape(-1, K).astype(np.float64), labels.ravel(), strict=True):
+        if y == 255:
+            continue
+        log_p = z - np.log(np.exp(z).sum())
+        target = np.full(K, smoothing / K)
+        target[y] += 1 - smoothing
+        w = 1.0 if weights is None else weights[y]
+        total -= w * (target * log_p).sum()
+        norm += w
+    return total / norm
+
+
+def example(seed=0, ignored=0.3):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(2, 6, 7, K)).astype(np.float32) * 3
+    labels = rng.integers(0, K, (2, 6, 7)).astype(np.uint8)
+    labels[rng.random(labels.shape) < ignored] = 255
+    return logits, labels
+
+
+@pytest.mark.parametrize("weights", [None, (0.5, 1.0, 2.0, 0.0, 3.0)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_equals_the_definition(smoothing, weights):
+    logits, labels = example()
+    loss = jax.jit(
+        lambda z, y: cross_entropy(z, y, label_smoothing=smoothing, class_weights=weights)
+    )(logits, labels)
+    np.testing.assert_allclose(loss, numpy_loss(logits, labels, smoothing, weights), rtol=1e-5)
+
+
+def test_ignored_pixels_have_no_gradient():
+    logits, labels = example()
+    grad = jax.grad(lambda z: cross_entropy(z, jnp.asarray(labels)))(jnp.asarray(logits))
+    assert np.all(np.asarray(grad)[labels == 255] == 0)
+    assert np.all(np.any(np.asarray(grad)[labels != 255] != 0, axis=-1))
+
+
+def test_all_ignored_is_zero_and_has_zero_gradient():
+    logits, labels = example(ignored=2.0)
+    loss, grad = jax.value_and_grad(lambda z: cross_entropy(z, jnp.asarray(labels)))(
+        jnp.asarray(logits)
+    )
+    assert loss == 0
+    assert np.all(np.asarray(grad) == 0)
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+    logits, labels = example()
+    loss = cross_entropy(jnp.asarray(logits, jnp.bfloat16), jnp.asarray(labels))
+    rounded = np.asarray(jnp.asarray(logits, jnp.bfloat16), np.float32)
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, numpy_loss(rounded, labels), rtol=1e-5)
+
+
+def test_parts_of_a_batch_add_up():
+    logits, labels = example()
+    normalizer = pixel_weights(jnp.asarray(labels)).sum()
+    parts = sum(
+        cross_entropy(jnp.asarray(z), jnp.asarray(y), normalizer=normalizer)
+        for z, y in zip(logits, labels, strict=True)
+    )
+    np.testing.assert_allclose(parts, numpy_loss(logits, labels), rtol=1e-5)
+
+
+def test_wrong_shape_is_named():
+    logits, labels = example()
+    with pytest.raises(ValueError, match=r"labels have shape \(2, 3, 7\).*need \(2, 6, 7\)"):
+        cross_entropy(jnp.asarray(logits), jnp.asarray(labels[:, :3]))

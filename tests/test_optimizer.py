@@ -1,0 +1,147 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from resfu_jax.training import (
+    OptimizerConfig,
+    accumulate_gradients,
+    create_optimizer,
+    create_schedule,
+    cross_entropy,
+    pixel_weights,
+    update_ema,
+)
+from resfu_jax.training.optimizer import decay_mask, head_mask
+
+
+class Net(nnx.Module):
+    """The kinds of parameters there are, under the names that models have."""
+
+    def __init__(self, rngs, dropout=0.0):
+        self.backbone = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.norm = nnx.GroupNorm(8, num_groups=2, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.head = nnx.Conv(8, 5, (1, 1), rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.dropout(nnx.relu(self.norm(self.backbone(x)))))
+
+
+def pure_params():
+    return nnx.as_pure(nnx.state(Net(nnx.Rngs(0)), nnx.Param))
+
+
+def test_schedule_warms_up_linearly_and_decays_to_zero():
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=10, warmup_start=0.1, power=0.9)
+    schedule = create_schedule(config, 110)
+    np.testing.assert_allclose(
+        [schedule(s) for s in (0, 5, 10, 60, 110)], [0.2, 1.1, 2.0, 2 * 0.5**0.9, 0.0], rtol=1e-6
+    )
+
+
+def test_no_warmup():
+    schedule = create_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=0), 10)
+    np.testing.assert_allclose([schedule(0), schedule(5)], [1.0, 0.5], rtol=1e-6)
+
+
+def test_masks():
+    params = pure_params()
+    assert nnx.to_pure_dict(decay_mask(params)) == {
+        "backbone": {"kernel": True, "bias": False},
+        "norm": {"scale": False, "bias": False},
+        "head": {"kernel": True, "bias": False},
+    }
+    assert nnx.to_pure_dict(head_mask(params)) == {
+        "backbone": {"kernel": False, "bias": False},
+        "norm": {"scale": False, "bias": False},
+        "head": {"kernel": True, "bias": True},
+    }
+
+
+def test_norms_and_biases_do_not_decay_whatever_their_shape():
+    tree = {
+        "pcdc": {"bias": jnp.ones((4, 8)), "kernel": jnp.ones((4, 8))},
+        "norm1": jnp.ones((2, 2)),
+    }
+    assert decay_mask(tree) == {"pcdc": {"bias": False, "kernel": True}, "norm1": False}
+
+
+def test_each_parameter_gets_its_own_rate_and_decay():
+    """One step from zero moments moves a parameter by lr · multiple · (sign(g) + wd · p)."""
+    config = OptimizerConfig(
+        learning_rate=1e-2, head_learning_rate_multiple=10.0, weight_decay=0.1, warmup_steps=0
+    )
+    optimizer = create_optimizer(config, 1000)
+    params = pure_params()
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 0.5), params)
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+
+    def expected(path, p):
+        head = path[0].key == "head"
+        decay = 0.1 if path[-1].key == "kernel" else 0.0
+        return -1e-2 * (10 if head else 1) * (1 + decay * p)
+
+    wanted = jax.tree_util.tree_map_with_path(expected, params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, wanted)
+
+
+def test_clipping_bounds_the_gradient_that_adam_sees():
+    params = {"head": {"kernel": jnp.zeros((2, 2))}}
+    optimizer = create_optimizer(OptimizerConfig(clip_norm=1.0, warmup_steps=0), 10)
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 50.0), params)  # norm 100
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+        _, state = optimizer.update(grads, optimizer.init(params), params)
+    first_moment = optax.tree.get(state, "mu")["head"]["kernel"]
+    np.testing.assert_allclose(first_moment, 0.1 * 0.5, rtol=1e-5)
+
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch():
+    """Also when the parts have different numbers of labelled pixels."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 5, (8, 6, 6)).astype(np.uint8)
+    labels[:3] = 255
+    labels[4, :5] = 255
+    batch = {"image": jnp.asarray(rng.normal(size=(8, 6, 6, 3)), jnp.float32)}
+    batch["label"] = jnp.asarray(labels)
+    graphdef, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
+    params, rest = nnx.as_pure(params), nnx.as_pure(rest)
+    normalizer = pixel_weights(batch["label"]).sum()
+
+    def loss_fn(params, rest, part):
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        loss = cross_entropy(model(part["image"]), part["label"], normalizer=normalizer)
+        return loss, nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, _), grads = jax.jit(grad_fn)(params, rest, batch)
+    for parts in (2, 4, 8):
+        part_loss, _, part_grads = jax.jit(
+            lambda p, r, b, parts=parts: accumulate_gradients(grad_fn, p, r, b, parts=parts)
+        )(params, rest, batch)
+        np.testing.assert_allclose(part_loss, loss, rtol=1e-6)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), part_grads, grads
+        )
+
+
+def test_accumulation_advances_the_dropout_stream_with_every_part():
+    graphdef, params, rest = nnx.split(Net(nnx.Rngs(0), dropout=0.5), nnx.Param, ...)
+    params, rest = nnx.as_pure(params), nnx.as_pure(rest)
+
+    def loss_fn(params, rest, part):
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        return model(part).mean(), nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    _, rest, _ = accumulate_gradients(grad_fn, params, rest, jnp.ones((4, 4, 4, 3)), parts=2)
+    assert nnx.to_pure_dict(rest)["dropout"]["rngs"]["count"] == 2
+
+
+@pytest.mark.parametrize(("step", "rate"), [(0, 0.1), (90, 0.91), (10**6, 0.99)])
+def test_ema(step, rate):
+    ema = update_ema({"w": jnp.ones(3)}, {"w": jnp.zeros(3)}, jnp.int32(step), 0.99)
+    np.testing.assert_allclose(ema["w"], rate, rtol=1e-6)
