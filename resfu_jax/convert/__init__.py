@@ -1,0 +1,41 @@
+"""Official PyTorch modules -> modules of this library, weights included. Needs no PyTorch."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
+
+from resfu_jax.convert.resfu import pcdc_block, resfu
+
+_CONVERTERS: dict[str, Callable[..., nnx.Module]] = {
+    "zmhhmz/ReSFU:ReSFU": resfu,
+    "zmhhmz/ReSFU:PCDC_Block": pcdc_block,
+}
+
+
+def from_torch(official_class: str, state_dict: Mapping[str, Any], **arguments: Any) -> nnx.Module:
+    """Build the module that equals an official one, from its weights.
+
+    Args:
+      official_class: `"owner/repo:Class"` as the official repository spells it, or the class name
+        alone where only one repository has it.
+      state_dict: the official module's `state_dict()`; values may be anything that `np.asarray`
+        reads. Strip a wrapper's prefix from the keys first.
+      **arguments: the official constructor's keyword arguments.
+
+    Raises:
+      ValueError: unknown class (near matches are named); missing, unexpected or misshapen entries
+        (all are named).
+    """
+    matches = [n for n in _CONVERTERS if official_class in (n, n.partition(":")[2])]
+    if not matches:
+        bare = {n.partition(":")[2]: n for n in _CONVERTERS} | {n: n for n in _CONVERTERS}
+        near = difflib.get_close_matches(official_class, bare, n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(repr(bare[n]) for n in near)}?" if near else ""
+        raise ValueError(
+            f"unknown official class {official_class!r}{hint} (known: {', '.join(_CONVERTERS)})"
+        )
+    if len(matches) > 1:
+        raise ValueError(f"{official_class!r} is in several repositories: {', '.join(matches)}")
+    return _CONVERTERS[matches[0]](state_dict, **arguments)

@@ -1,4 +1,4 @@
-"""Reads a PyTorch state dict entry by entry and reports everything that is wrong with it at once."""
+"""Reads a PyTorch state dict entry by entry and reports all that is wrong with it at once."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -30,10 +30,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
+from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import half_pixel_taps, take_clamped
+from resfu_jax.ops._polyphase import extend, phase_weights, whole_ratio
 
 Implementation = Literal["reference", "polyphase"]
 
@@ -84,34 +85,8 @@ def fns_attention(
     return _polyphase(attn, x, k, ratio)
 
 
-def whole_ratio(size: tuple[int, int], out_size: tuple[int, int]) -> tuple[int, int] | None:
-    """`out_size / size` if both quotients are whole, else `None`. Sizes may be symbolic."""
-    if any(isinstance(n, int) and n < 1 for n in size):
-        return None
-    if any(o % n != 0 for n, o in zip(size, out_size, strict=True)):
-        return None
-    ratio = tuple(o // n for n, o in zip(size, out_size, strict=True))
-    # A symbolic quotient (unrelated symbolic sizes) has no phases to enumerate.
-    return ratio if all(isinstance(r, int) and r >= 1 for r in ratio) else None
-
-
-def phase_weights(ratio: int, kernel_size: int = 1) -> np.ndarray:
-    """M[p, u, t]: weight of tap u at phase p on the low-resolution pixel t - r - 1 of its cell.
-
-    Shape (ratio, K, K + 2), two non-zeros at most in a row, which sums to 1.
-    """
-    m = np.zeros((ratio, kernel_size, kernel_size + 2))
-    for p in range(ratio):
-        lower, remainder = divmod(2 * p + 1 - ratio, 2 * ratio)  # p's offset from the cell's centre
-        fraction = remainder / (2 * ratio)
-        for u in range(kernel_size):
-            m[p, u, u + 1 + lower] = 1 - fraction
-            m[p, u, u + 2 + lower] += fraction
-    return m
-
-
 def _reference(attn: Array, x: Array, k: int) -> Array:
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = at_least_float32(x.dtype)
     values, attn = x.astype(dtype), attn.astype(dtype)
     rows, row_fraction = half_pixel_taps(x.shape[1], attn.shape[1], dtype=dtype)
     cols, col_fraction = half_pixel_taps(x.shape[2], attn.shape[2], dtype=dtype)
@@ -134,7 +109,7 @@ def _reference(attn: Array, x: Array, k: int) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _polyphase(attn: Array, x: Array, k: int, ratio: tuple[int, int]) -> Array:
     weight = _compose(attn, k, ratio)
-    padded = _extend(x, k)
+    padded = extend(x, k // 2 + 1)
     b, h, w, c = x.shape
     out = 0
     for t in range(k + 2):
@@ -150,11 +125,11 @@ def _polyphase_fwd(attn, x, k, ratio):
 
 def _polyphase_bwd(k, ratio, residuals, g):
     attn, x = residuals
-    (b, h, w, c), n, dtype = x.shape, k + 2, jnp.promote_types(x.dtype, jnp.float32)
+    (b, h, w, c), n, dtype = x.shape, k + 2, at_least_float32(x.dtype)
     phases = ratio[0] * ratio[1]
     g = g.astype(dtype).reshape(b, h, ratio[0], w, ratio[1], c)
     g = g.transpose(0, 1, 3, 2, 4, 5).reshape(b * h * w, phases, c)  # cell, phase, channel
-    padded, extend_vjp = jax.vjp(lambda a: _extend(a, k), x)
+    padded, extend_vjp = jax.vjp(lambda a: extend(a, k // 2 + 1), x)
 
     # Gradient to the composed weights, per cell (phases x C)(C x window), and to the attention.
     rows = jnp.stack([padded[:, t : t + h] for t in range(n)], axis=2)
@@ -187,7 +162,7 @@ _polyphase.defvjp(_polyphase_fwd, _polyphase_bwd)
 def _compose(attn: Array, k: int, ratio: tuple[int, int]) -> Array:
     """Attention (b, H, W, K*K) to weights on low-resolution pixels (b, h, p, w, q, t, s)."""
     b, hh, ww, _ = attn.shape
-    dtype = jnp.promote_types(attn.dtype, jnp.float32)
+    dtype = at_least_float32(attn.dtype)
     attn = attn.astype(dtype).reshape(b, hh // ratio[0], ratio[0], ww // ratio[1], ratio[1], k, k)
     rows, cols = (jnp.asarray(phase_weights(r, k), dtype) for r in ratio)
     rows = rows[None, None, :, None, None, :, :, None]  # b h p w q u t v
@@ -195,8 +170,3 @@ def _compose(attn: Array, k: int, ratio: tuple[int, int]) -> Array:
     # Broadcast sums over the two short axes of taps: as matrix products they would be transposed.
     attn = sum(attn[..., u, None, :] * rows[..., u, :, :] for u in range(k))
     return sum(attn[..., v, None] * cols[..., v, :] for v in range(k))
-
-
-def _extend(x: Array, k: int) -> Array:
-    r = k // 2 + 1
-    return jnp.pad(x, ((0, 0), (r, r), (r, r), (0, 0)), mode="edge")

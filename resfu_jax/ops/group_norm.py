@@ -1,0 +1,47 @@
+"""Group normalisation (Wu and He, ECCV 2018), also in the form that folds into a linear map."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from resfu_jax.ops._dtypes import at_least_float32
+
+
+def group_norm(
+    x: Float[Array, "b h w c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    *,
+    groups: int,
+    eps: float = 1e-5,
+) -> Float[Array, "b h w c"]:
+    """Normalise contiguous groups of channels over space; statistics in float32 or better."""
+    mean, factor = group_moments(x, groups=groups, eps=eps)
+    factor = factor * scale.astype(factor.dtype)[None]
+    shape = (x.shape[0], 1, 1, x.shape[3])
+    y = (x.astype(mean.dtype) - mean.reshape(shape)) * factor.reshape(shape)
+    return (y + bias.astype(mean.dtype).reshape(1, 1, 1, -1)).astype(x.dtype)
+
+
+def group_moments(
+    x: Float[Array, "b h w c"], *, groups: int, eps: float = 1e-5
+) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
+    """Mean and 1 / sqrt(variance + eps) of every channel's group.
+
+    Normalisation is affine in x once they are known. A linear map that follows it can take it over
+    (weights `factor * scale * W`), and the normalised map is never written.
+    """
+    dtype = at_least_float32(x.dtype)
+    x = x.astype(dtype)
+    mean = group_mean(jnp.mean(x, axis=(1, 2)), groups)
+    variance = group_mean(jnp.mean(jnp.square(x - mean[:, None, None, :]), axis=(1, 2)), groups)
+    return mean, jax.lax.rsqrt(variance + eps)
+
+
+def group_mean(x: Float[Array, "b c"], groups: int) -> Float[Array, "b c"]:
+    """Every channel replaced by the mean of its group."""
+    b, c = x.shape
+    if groups < 1 or c % groups:
+        raise ValueError(f"groups must divide the {c} channels, got {groups}")
+    mean = jnp.mean(x.reshape(b, groups, c // groups), axis=-1, keepdims=True)
+    return jnp.broadcast_to(mean, (b, groups, c // groups)).reshape(b, c)

@@ -1,0 +1,483 @@
+"""ReSFU: a refreshed similarity-based upsampler for direct high-ratio feature upsampling.
+
+With x the features at low resolution, y the guide at high resolution, s the ratio:
+
+    q = Linear(GN(y)),  k = Linear(GN(x)),  k_up = bilinear(k)                     queries and keys
+    q_gs = Gaussian(q),  q_gf = GuidedFilter(guide=q, input=k_up)                  aligned partners
+    score = PCDC_semantic(k_up, q_gf) + PCDC_detail(q_gs, q)                       K*K scores
+    attn = softmax(score, neighbours outside the image masked)
+    out[p] = sum_j attn_j[p] x(neighbour j of p)                                   `fns_attention`
+
+PCDC (paired central difference convolution) compares a key map with a query map by a learned
+similarity: sum_j W_j (GN(k)[p + d j] - GN(q)[p]) + b, then a small channel compressor. Semantic
+scores compare the upsampled key with the query filtered towards it; detail scores compare the query
+with its own blur. Scores pick among the K*K neighbours of `fns_attention`, which lie one
+low-resolution pixel apart around p's exact position.
+
+Source: Zhou, Wang, Zheng, Meng, "A Refreshed Similarity-based Upsampler for Direct High-Ratio
+Feature Upsampling"; the semantics are those of the authors' released module.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from resfu_jax.ops._dtypes import at_least_float32, promote
+from resfu_jax.ops._gradient import scale_gradient
+from resfu_jax.ops._polyphase import extend, upsample_extended, upsampled_moments, whole_ratio
+from resfu_jax.ops.filters import (
+    check_gf_scale,
+    gaussian_blur,
+    guided_filter_subsampled,
+    subsample,
+)
+from resfu_jax.ops.fns_attention import fns_attention
+from resfu_jax.ops.group_norm import group_mean, group_moments, group_norm
+from resfu_jax.ops.grouped_conv import block_diagonal, grouped_conv, grouped_linear
+from resfu_jax.ops.resize import resize
+from resfu_jax.upsamplers._registry import register
+
+Implementation = Literal["reference", "polyphase"]
+
+_EPS = 1e-5  # of every GroupNorm
+_HIDDEN = 128  # channels of the score branches, fixed in the official module
+_WEIGHT_INIT = nnx.initializers.normal(0.02)
+_OUTSIDE = -1e7
+
+
+@register("resfu")
+class ReSFU(nnx.Module):
+    """Upsamples features to the size of a guide.
+
+    Args:
+      features: channels C of the features; with `normx`, below 32 or a multiple of 32.
+      guide_features: channels Cg of the guide; with `normy`, below 32 or a multiple of 32.
+      scale: nominal ratio of the guide's size to the features', 2 in the released configuration.
+        The sampling follows the true ratio; `scale` only sets the default of `dilation`.
+      dilation: distance, in guide pixels, of the neighbours that the scores compare and the mask
+        covers; `scale` if not given. (The released SegFormer configuration runs 2 at all ratios.)
+      groups: groups of the score branches' convolutions.
+      kernel_size: K, odd; K*K neighbours.
+      embedding_dim: channels E of queries and keys.
+      y_conv: project the guide to queries; without, the guide itself is the query and Cg = E.
+      qkv_bias: biases of the two projections.
+      normx: GroupNorm the features before the key projection.
+      normy: GroupNorm the guide before the query projection.
+      gn_dim: groups of the score branches' norms.
+      radius: half side of the guided filter's window, guide pixels.
+      eps: regulariser of the guided filter.
+      lr_mult: multiplies the gradients of the score branches' parameters (500 in the released
+        configurations; nearly without effect under Adam).
+      gf_scale: subsampling of the guided filter.
+      implementation: `"reference"` computes as the formulas stand; `"polyphase"` gives the same
+        values from less work: norms folded into the projections, and, where the ratio is whole and
+        equals the dilation, the semantic key convolution done at low resolution. `None` chooses.
+      dtype: of the computation; the inputs' promoted dtype if not given. Statistics and the softmax
+        are float32 or better.
+      param_dtype: of the parameters.
+      rngs: source of the initial weights.
+
+    Raises:
+      ValueError: widths that groups do not divide, an even kernel, a missing guide.
+    """
+
+    guide = "features"
+
+    def __init__(
+        self,
+        features: int,
+        guide_features: int | None,
+        *,
+        scale: int = 2,
+        dilation: int | None = None,
+        groups: int = 4,
+        kernel_size: int = 3,
+        embedding_dim: int = 32,
+        y_conv: bool = True,
+        qkv_bias: bool = True,
+        normx: bool = True,
+        normy: bool = True,
+        gn_dim: int = 8,
+        radius: int = 8,
+        eps: float = 1e-3,
+        lr_mult: float = 1.0,
+        gf_scale: int = 2,
+        implementation: Implementation | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if guide_features is None:
+            raise ValueError("guide_features is needed: ReSFU is guided; give the guide's channels")
+        dilation = scale if dilation is None else dilation
+        if scale < 1 or dilation < 1:
+            raise ValueError(f"scale and dilation must be at least 1, got {scale} and {dilation}")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+        for name, n in (("groups", groups), ("gn_dim", gn_dim)):
+            if n < 1 or embedding_dim % n or _HIDDEN % n:
+                raise ValueError(
+                    f"{name} must divide embedding_dim ({embedding_dim}) and {_HIDDEN}, got {n}"
+                )
+        if not y_conv and guide_features != embedding_dim:
+            raise ValueError(
+                "with y_conv=False the guide is the query: guide_features must equal embedding_dim "
+                f"({embedding_dim}), got {guide_features}"
+            )
+        if radius < 0 or gf_scale < 1:
+            raise ValueError(f"need radius >= 0 and gf_scale >= 1, got {radius} and {gf_scale}")
+        if implementation not in (None, "reference", "polyphase"):
+            raise ValueError(
+                f"implementation must be 'reference', 'polyphase' or None, got {implementation!r}"
+            )
+        self.features, self.guide_features = features, guide_features
+        self.dilation, self.kernel_size = dilation, kernel_size
+        self.radius, self.eps, self.gf_scale = radius, eps, gf_scale
+        self.implementation, self.dtype = implementation, dtype
+
+        def norm(name, width):
+            if width >= 32 and width % 32:
+                raise ValueError(
+                    f"{name} must be below 32 or a multiple of 32 (GroupNorm), got {width}; "
+                    "or switch that norm off with normx=False / normy=False"
+                )
+            groups = 32 if width >= 32 else width
+            return nnx.GroupNorm(
+                width, groups, epsilon=_EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0)
+            )
+
+        def projection(width):
+            return nnx.Linear(
+                width,
+                embedding_dim,
+                use_bias=qkv_bias,
+                kernel_init=_WEIGHT_INIT,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        self.norm_x = norm("features", features) if normx else None
+        self.norm_y = norm("guide_features", guide_features) if normy else None
+        self.q = projection(guide_features) if y_conv else None
+        self.k = projection(features)
+        branch = dict(
+            width=embedding_dim,
+            dilation=dilation,
+            kernel_size=kernel_size,
+            groups=groups,
+            gn_dim=gn_dim,
+            lr_mult=lr_mult,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.semantic_scores = PCDC(**branch)
+        self.detail_scores = PCDC(**branch)
+
+    def __call__(
+        self, features: Float[Array, "b h w {self.features}"], guide: Float[Array, "b H W cg"]
+    ) -> Float[Array, "b H W {self.features}"]:
+        """Features `(B, h, w, C)` at the guide's size `(B, H, W, Cg)`, any H >= h and W >= w."""
+        attn = self.attention(features, guide)
+        dtype = self._dtype(features, guide)
+        form = self.implementation if self.implementation == "reference" else None
+        return fns_attention(attn, features.astype(dtype), implementation=form)
+
+    def attention(
+        self, features: Float[Array, "b h w c"], guide: Float[Array, "b H W cg"]
+    ) -> Float[Array, "b H W taps"]:
+        """Weights of the K*K neighbours of every output pixel, row-major, summing to 1."""
+        self._check(features, guide)
+        dtype = self._dtype(features, guide)
+        x, y = features.astype(dtype), guide.astype(dtype)
+        if self.implementation == "reference":
+            scores = self._scores_reference(x, y)
+        else:
+            scores = self._scores_polyphase(x, y)
+        scores = scores.astype(at_least_float32(dtype))
+        mask = neighbours_inside(y.shape[1:3], self.kernel_size, self.dilation)
+        return jax.nn.softmax(jnp.where(mask[None], scores, scores + _OUTSIDE), axis=-1)
+
+    def _scores_reference(self, x: Array, y: Array) -> Array:
+        q, k = self.query(y), self.key(x)
+        k_up = resize(k, q.shape[1:3], implementation="reference")
+        q_gs, q_gf = self.smooth_queries(q, k_up)
+        return self.semantic_scores(k_up, q_gf) + self.detail_scores(q_gs, q)
+
+    def query(self, y: Array) -> Array:
+        """Queries q, `(B, H, W, E)`."""
+        y = y if self.norm_y is None else _normalise(y, self.norm_y)
+        return y if self.q is None else _linear(y, self.q)
+
+    def key(self, x: Array) -> Array:
+        """Keys k, `(B, h, w, E)`."""
+        x = x if self.norm_x is None else _normalise(x, self.norm_x)
+        return _linear(x, self.k)
+
+    def smooth_queries(self, q: Array, k_up: Array) -> tuple[Array, Array]:
+        """The partners of the two score branches: q blurred, and q filtered towards the key."""
+        q_gf = guided_filter_subsampled(
+            q,
+            subsample(q, self.gf_scale),
+            subsample(k_up, self.gf_scale),
+            radius=self.radius // self.gf_scale,
+            eps=self.eps,
+        )
+        return gaussian_blur(q, kernel_size=3, sigma=1.0), q_gf
+
+    def _scores_polyphase(self, x: Array, y: Array) -> Array:
+        q = _linear_of_norm(y, self.norm_y, self.q)
+        k = _linear_of_norm(x, self.norm_x, self.k)
+        # XLA computes only the pixels of k_up that the guided filter keeps.
+        q_gs, q_gf = self.smooth_queries(q, resize(k, q.shape[1:3]))
+        ratio = whole_ratio(k.shape[1:3], q.shape[1:3])
+        if ratio == (self.dilation, self.dilation):
+            semantic = self.semantic_scores.of_upsampled_key(k, q_gf, ratio)
+        else:
+            semantic = self.semantic_scores.folded(resize(k, q.shape[1:3]), q_gf)
+        return semantic + self.detail_scores.folded(q_gs, q)
+
+    def _dtype(self, features: Array, guide: Array) -> DTypeLike:
+        return promote(features.dtype, guide.dtype) if self.dtype is None else self.dtype
+
+    def _check(self, features: Array, guide: Array) -> None:
+        for name, a, width in (
+            ("features", features, self.features),
+            ("guide", guide, self.guide_features),
+        ):
+            if a.ndim != 4 or a.shape[3] != width:
+                raise ValueError(
+                    f"{name} must be (batch, height, width, {width}), got shape {a.shape}"
+                )
+        if features.shape[0] != guide.shape[0]:
+            raise ValueError(
+                f"guide must have the features' batch size {features.shape[0]}, "
+                f"got {guide.shape[0]}"
+            )
+        for n, m in zip(features.shape[1:3], guide.shape[1:3], strict=True):
+            if isinstance(n, int) and isinstance(m, int) and not 1 <= n <= m:
+                raise ValueError(
+                    "guide must be at least as large as the features along both axes, "
+                    f"got guide {guide.shape[1:3]} and features {features.shape[1:3]}"
+                )
+        check_gf_scale(self.gf_scale, guide.shape)
+
+
+class PCDC(nnx.Module):
+    """Paired central difference convolution and channel compressor: a learned similarity.
+
+        t = relu(sum_j W_j (GN(k)[p + d j] - GN(q)[p]) + b)       grouped, E -> 128
+        u = relu(Linear_grouped(t))                               128 -> 128
+        score = Linear(GN(u))                                     128 -> K*K
+
+    Both arguments share the first norm's parameters; its bias cancels in the difference and never
+    receives a gradient.
+
+    Args:
+      width: channels E of the two maps.
+      dilation: d, pixels.
+      kernel_size: K.
+      groups: of the first two layers.
+      gn_dim: groups of the two norms.
+      lr_mult: multiplies the gradients of all parameters in here.
+      hidden: channels between the layers.
+      param_dtype: of the parameters.
+      rngs: source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        dilation: int,
+        kernel_size: int,
+        groups: int,
+        gn_dim: int,
+        lr_mult: float = 1.0,
+        hidden: int = _HIDDEN,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.dilation, self.kernel_size = dilation, kernel_size
+        self.groups, self.gn_dim, self.lr_mult = groups, gn_dim, lr_mult
+        k = kernel_size
+        # Kaiming normal, fan_out, ReLU, of the grouped convolution as PyTorch counts its fans.
+        std = (2 / (hidden * k * k)) ** 0.5
+        shape = (k, k, width // groups, hidden)
+        init = nnx.initializers.normal(std)
+        self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
+        self.bias = nnx.Param(jnp.zeros((hidden,), param_dtype))
+        self.norm = nnx.GroupNorm(
+            width, gn_dim, epsilon=_EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0)
+        )
+        self.mix_kernel = nnx.Param(
+            _WEIGHT_INIT(rngs.params(), (hidden // groups, hidden), param_dtype)
+        )
+        self.mix_bias = nnx.Param(jnp.zeros((hidden,), param_dtype))
+        self.hidden_norm = nnx.GroupNorm(
+            hidden, gn_dim, epsilon=_EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0)
+        )
+        self.project = nnx.Linear(
+            hidden, k * k, kernel_init=_WEIGHT_INIT, param_dtype=param_dtype, rngs=rngs
+        )
+
+    def __call__(
+        self, k: Float[Array, "b h w c"], q: Float[Array, "b h w c"]
+    ) -> Float[Array, "b h w taps"]:
+        """Scores of the K*K neighbours, as the formulas stand."""
+        p = self._parameters(k.dtype)
+        k, q = (group_norm(a, p.scale, p.norm_bias, groups=self.gn_dim, eps=_EPS) for a in (k, q))
+        t = grouped_conv(
+            extend(k, self._border()),
+            p.kernel,
+            groups=self.groups,
+            dilation=self.dilation,
+            implementation="reference",
+        )
+        t = t - grouped_linear(q, p.kernel.sum(axis=(0, 1)), groups=self.groups)
+        t = jax.nn.relu(t + p.bias[None, None, None])
+        u = grouped_linear(t, p.mix_kernel, groups=self.groups) + p.mix_bias[None, None, None]
+        u = jax.nn.relu(u)
+        u = group_norm(u, p.hidden_scale, p.hidden_bias, groups=self.gn_dim, eps=_EPS)
+        return u @ p.project + p.project_bias[None, None, None]
+
+    def folded(
+        self, k: Float[Array, "b h w c"], q: Float[Array, "b h w c"]
+    ) -> Float[Array, "b h w taps"]:
+        """The same with the norms folded into the linear maps around them."""
+        p = self._parameters(k.dtype)
+        k = self._centred(k, group_moments(k, groups=self.gn_dim, eps=_EPS), p)
+        response = grouped_conv(
+            extend(k, self._border()), p.kernel, groups=self.groups, dilation=self.dilation
+        )
+        return self._compress(response, q, p)
+
+    def of_upsampled_key(
+        self, k: Float[Array, "b h w c"], q: Float[Array, "b H W c"], ratio: tuple[int, int]
+    ) -> Float[Array, "b H W taps"]:
+        """`folded(upsampled k, q)` from the small key, where the dilation equals the ratio.
+
+        A dilation-s convolution of a map upsampled by s is the upsampling of the plain convolution
+        of the small map: the taps of an output pixel share its fractions.
+        """
+        p = self._parameters(k.dtype)
+        wide = at_least_float32(k.dtype)
+        small = k.astype(wide)
+        centre = group_mean(small.mean(axis=(1, 2)), self.gn_dim)
+        mean, square = upsampled_moments(small, ratio, centre)
+        mean = group_mean(mean, self.gn_dim)
+        variance = group_mean(square, self.gn_dim) - jnp.square(mean - centre)
+        k = self._centred(k, (mean, jax.lax.rsqrt(variance + _EPS)), p)
+        # One ring of responses beyond the image, for the interpolation at its border.
+        response = grouped_conv(extend(k, self.kernel_size // 2 + 1), p.kernel, groups=self.groups)
+        return self._compress(upsample_extended(response, ratio), q, p)
+
+    def _compress(self, response: Array, q: Array, p: "_BranchParameters") -> Array:
+        """Scores from the response to the normalised key, and the query."""
+        mean, factor = group_moments(q, groups=self.gn_dim, eps=_EPS)
+        weight = block_diagonal(p.kernel.sum(axis=(0, 1)), self.groups).astype(factor.dtype)
+        weight = (factor * p.scale.astype(factor.dtype)[None])[:, :, None] * weight[None]
+        bias = p.bias.astype(factor.dtype)[None] + jnp.einsum("bc,bco->bo", mean, weight)
+        central = jnp.einsum("bhwc,bco->bhwo", q, weight.astype(q.dtype))
+        t = jax.nn.relu(response - central + bias.astype(q.dtype)[:, None, None])
+        u = grouped_linear(t, p.mix_kernel, groups=self.groups) + p.mix_bias[None, None, None]
+        u = jax.nn.relu(u)
+        return _affine_of_norm(
+            u,
+            p.hidden_scale,
+            p.hidden_bias,
+            group_moments(u, groups=self.gn_dim, eps=_EPS),
+            p.project,
+            p.project_bias,
+        )
+
+    def _centred(self, k: Array, moments: tuple[Array, Array], p: "_BranchParameters") -> Array:
+        """The normalised key without the norm's bias, which cancels in the difference."""
+        mean, factor = moments
+        factor = factor * p.scale.astype(factor.dtype)[None]
+        centred = (k.astype(factor.dtype) - mean[:, None, None]) * factor[:, None, None]
+        return centred.astype(k.dtype)
+
+    def _border(self) -> int:
+        return self.dilation * (self.kernel_size - 1) // 2
+
+    def _parameters(self, dtype: DTypeLike) -> "_BranchParameters":
+        return _BranchParameters(self, dtype)
+
+
+class _BranchParameters:
+    """The parameters of a score branch in the compute dtype, their gradients times `lr_mult`."""
+
+    def __init__(self, branch: PCDC, dtype: DTypeLike):
+        def read(variable: nnx.Param) -> Array:
+            value = variable[...].astype(dtype)
+            return value if branch.lr_mult == 1 else scale_gradient(value, branch.lr_mult)
+
+        self.kernel, self.bias = read(branch.kernel), read(branch.bias)
+        self.scale, self.norm_bias = read(branch.norm.scale), read(branch.norm.bias)
+        self.mix_kernel, self.mix_bias = read(branch.mix_kernel), read(branch.mix_bias)
+        self.hidden_scale = read(branch.hidden_norm.scale)
+        self.hidden_bias = read(branch.hidden_norm.bias)
+        self.project, self.project_bias = read(branch.project.kernel), read(branch.project.bias)
+
+
+def neighbours_inside(
+    size: tuple[int, int], kernel_size: int, dilation: int
+) -> Bool[Array, "h w taps"]:
+    """Whether neighbour p + dilation (j - r) of pixel p lies in an image of this size."""
+
+    def axis(n):
+        p = jnp.arange(n)[:, None] + dilation * (jnp.arange(kernel_size) - kernel_size // 2)[None]
+        return (p >= 0) & (p < n)
+
+    rows, cols = (axis(n) for n in size)
+    inside = rows[:, None, :, None] & cols[None, :, None, :]
+    return inside.reshape(*size, kernel_size * kernel_size)
+
+
+def _normalise(x: Array, norm: nnx.GroupNorm) -> Array:
+    return group_norm(x, norm.scale[...], norm.bias[...], groups=norm.num_groups, eps=_EPS)
+
+
+def _linear(x: Array, layer: nnx.Linear) -> Array:
+    x = x @ layer.kernel[...].astype(x.dtype)
+    return x if layer.bias is None else x + layer.bias[...].astype(x.dtype)[None, None, None]
+
+
+def _linear_of_norm(x: Array, norm: nnx.GroupNorm | None, layer: nnx.Linear | None) -> Array:
+    """`layer(norm(x))` without writing the normalised map; either may be absent."""
+    if layer is None:
+        return x if norm is None else _normalise(x, norm)
+    if norm is None:
+        return _linear(x, layer)
+    return _affine_of_norm(
+        x,
+        norm.scale[...],
+        norm.bias[...],
+        group_moments(x, groups=norm.num_groups, eps=_EPS),
+        layer.kernel[...],
+        None if layer.bias is None else layer.bias[...],
+    )
+
+
+def _affine_of_norm(
+    x: Array,
+    scale: Array,
+    norm_bias: Array,
+    moments: tuple[Array, Array],
+    kernel: Array,
+    bias: Array | None,
+) -> Array:
+    """`GN(x) @ kernel + bias` as one product with per-image weights."""
+    mean, factor = moments
+    scale, norm_bias, kernel = (a.astype(factor.dtype) for a in (scale, norm_bias, kernel))
+    factor = factor * scale[None]
+    offset = (norm_bias[None] - mean * factor) @ kernel
+    if bias is not None:
+        offset = offset + bias.astype(offset.dtype)[None]
+    weight = (factor[:, :, None] * kernel[None]).astype(x.dtype)
+    product = jnp.einsum("bhwc,bco->bhwo", x, weight, preferred_element_type=factor.dtype)
+    return (product + offset[:, None, None]).astype(x.dtype)
