@@ -1,0 +1,30 @@
+"""Backbones: images to a pyramid of feature maps.
+
+A backbone is called with images `(B, H, W, 3)`, has `features`, the channel counts of its maps, and
+returns those maps from the finest to the coarsest.
+"""
+
+from typing import Any
+
+from flax import nnx
+
+from resfu_jax._names import lookup
+from resfu_jax.backbones.mit import MiT
+
+BACKBONES = {"mit": MiT}
+
+
+def create_backbone(name: str = "mit", **options: Any) -> nnx.Module:
+    """Build a backbone by name.
+
+    Args:
+      name: one of `BACKBONES`.
+      **options: arguments of the class, `rngs` among them.
+
+    Raises:
+      ValueError: unknown name (near matches are named), or options that do not fit.
+    """
+    return lookup("backbone", BACKBONES, name)(**options)
+
+
+__all__ = ["BACKBONES", "MiT", "create_backbone"]
