@@ -1,0 +1,258 @@
+"""The classic upsamplers: interpolation, transposed convolution, sub-pixel convolution.
+
+They take no guide. Sources: Zeiler et al., "Deconvolutional Networks", CVPR 2010, for transposed
+convolution; Shi et al., "Real-Time Single Image and Video Super-Resolution Using an Efficient
+Sub-Pixel Convolutional Neural Network", CVPR 2016, for sub-pixel convolution. Semantics and
+initial weights are PyTorch's.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from resfu_jax.ops._interp import Size
+from resfu_jax.ops.pixel_shuffle import pixel_shuffle
+from resfu_jax.ops.resize import resize
+from resfu_jax.upsamplers._registry import register
+
+
+@register("nearest", method="nearest")
+@register("bilinear", method="bilinear")
+@register("bicubic", method="bicubic")
+class Interpolation(nnx.Module):
+    """Fixed interpolation, `ops.resize`; it has no parameters.
+
+    Args:
+      features: channels, kept.
+      guide_features: ignored.
+      scale: output size as a multiple of the input size, where the call does not give one; any
+        positive number.
+      method: as in `ops.resize`.
+      align_corners: as in `ops.resize`; for bilinear and bicubic.
+      dtype: of the result; that of the features if not given.
+      param_dtype: ignored.
+      rngs: ignored.
+
+    Raises:
+      ValueError: `scale` is not positive, or `align_corners` with a nearest method.
+    """
+
+    guide = "none"
+
+    def __init__(
+        self,
+        features: int,
+        guide_features: int | None = None,
+        *,
+        scale: int | float = 4,
+        method: str = "bilinear",
+        align_corners: bool = False,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+    ):
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}")
+        if align_corners and method not in ("bilinear", "bicubic"):
+            raise ValueError(f"align_corners does not apply to method {method!r}")
+        self.features, self.scale = features, scale
+        self.method, self.align_corners = method, align_corners
+        self.dtype = dtype
+
+    def __call__(
+        self, features: Float[Array, "b h w c"], output_size: tuple[Size, Size] | None = None
+    ) -> Float[Array, "b H W c"]:
+        """Resize `features` to `output_size`, or by `scale`.
+
+        Raises:
+          ValueError: a wrong number of channels.
+        """
+        _check_features(features, self.features)
+        return resize(
+            features if self.dtype is None else features.astype(self.dtype),
+            output_size,
+            scale=self.scale if output_size is None else None,
+            method=self.method,
+            align_corners=self.align_corners,
+        )
+
+
+@register("deconv")
+class Deconvolution(nnx.Module):
+    """Transposed convolution of stride `scale`.
+
+    With s the stride, P the padding and k the kernel, input pixel a adds k[u] x[a] to output pixel
+    a s + u - P, on both axes.
+
+    Args:
+      features: input channels C.
+      guide_features: ignored.
+      scale: stride and whole upsampling ratio.
+      out_features: output channels, C if not given.
+      kernel_size: side of the kernel, `scale` if not given.
+      padding: pixels cropped at every border of the full result.
+      output_padding: pixels of the full result kept (or added) at the bottom and right only.
+      dtype: of the computation; that of the features and parameters if not given.
+      param_dtype: of the parameters.
+      rngs: source of the initial weights, uniform within 1 / sqrt(out_features * kernel_size**2).
+
+    Raises:
+      ValueError: the kernel, padding and stride do not give exactly `scale` times the size.
+    """
+
+    guide = "none"
+
+    def __init__(
+        self,
+        features: int,
+        guide_features: int | None = None,
+        *,
+        scale: int = 4,
+        out_features: int | None = None,
+        kernel_size: int | None = None,
+        padding: int = 0,
+        output_padding: int = 0,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        _check_scale(scale)
+        out_features = features if out_features is None else out_features
+        kernel_size = scale if kernel_size is None else kernel_size
+        if (
+            kernel_size - 2 * padding + output_padding != scale
+            or not 0 <= padding < kernel_size
+            or not 0 <= output_padding < scale
+        ):
+            raise ValueError(
+                "kernel_size - 2 * padding + output_padding must equal scale, with 0 <= padding < "
+                f"kernel_size and 0 <= output_padding < scale; got kernel_size={kernel_size}, "
+                f"padding={padding}, output_padding={output_padding}, scale={scale}"
+            )
+        self.features, self.scale = features, scale
+        self.padding, self.output_padding = padding, output_padding
+        self.dtype = dtype
+        bound = 1 / math.sqrt(out_features * kernel_size**2)
+        shape = (kernel_size, kernel_size, features, out_features)
+        self.kernel = nnx.Param(_uniform(rngs, shape, param_dtype, bound))
+        self.bias = nnx.Param(_uniform(rngs, (out_features,), param_dtype, bound))
+
+    def __call__(
+        self, features: Float[Array, "b h w c"], output_size: tuple[Size, Size] | None = None
+    ) -> Float[Array, "b H W d"]:
+        """Upsample by `scale`.
+
+        Raises:
+          ValueError: a wrong number of channels, or an `output_size` that is not `scale` times the
+            size of `features`.
+        """
+        _check_features(features, self.features)
+        _check_output_size("deconv", features, output_size, self.scale)
+        x, kernel, bias = promote_dtype(
+            (features, self.kernel[...], self.bias[...]), dtype=self.dtype
+        )
+        b, h, w, _ = x.shape
+        s, k = self.scale, kernel.shape[0]
+        if k == s and self.padding == 0:  # the blocks do not overlap: a matrix product
+            blocks = jnp.einsum("bhwi,yxio->bhywxo", x, kernel)
+            return blocks.reshape(b, h * s, w * s, -1) + bias[None, None, None]
+        border = (k - 1 - self.padding, k - 1 - self.padding + self.output_padding)
+        y = jax.lax.conv_general_dilated(
+            x,
+            jnp.flip(kernel, (0, 1)),
+            window_strides=(1, 1),
+            padding=(border, border),
+            lhs_dilation=(s, s),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + bias[None, None, None]
+
+
+@register("pixel_shuffle")
+class PixelShuffle(nnx.Module):
+    """Sub-pixel convolution: a 3x3 convolution to C scale^2 channels, then `ops.pixel_shuffle`.
+
+    Args:
+      features: channels C, kept.
+      guide_features: ignored.
+      scale: whole upsampling ratio.
+      kernel_size: side of the convolution's kernel, odd; zero padding keeps the size.
+      dtype: of the computation; that of the features and parameters if not given.
+      param_dtype: of the parameters.
+      rngs: source of the initial weights, uniform within 1 / sqrt(C * kernel_size**2).
+
+    Raises:
+      ValueError: `scale` is not a positive whole number, or an even kernel.
+    """
+
+    guide = "none"
+
+    def __init__(
+        self,
+        features: int,
+        guide_features: int | None = None,
+        *,
+        scale: int = 4,
+        kernel_size: int = 3,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        _check_scale(scale)
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+        self.features, self.scale = features, scale
+        self.dtype = dtype
+        bound = 1 / math.sqrt(features * kernel_size**2)
+        shape = (kernel_size, kernel_size, features, features * scale**2)
+        self.kernel = nnx.Param(_uniform(rngs, shape, param_dtype, bound))
+        self.bias = nnx.Param(_uniform(rngs, shape[-1:], param_dtype, bound))
+
+    def __call__(
+        self, features: Float[Array, "b h w c"], output_size: tuple[Size, Size] | None = None
+    ) -> Float[Array, "b H W c"]:
+        """Upsample by `scale`.
+
+        Raises:
+          ValueError: a wrong number of channels, or an `output_size` that is not `scale` times the
+            size of `features`.
+        """
+        _check_features(features, self.features)
+        _check_output_size("pixel_shuffle", features, output_size, self.scale)
+        x, kernel, bias = promote_dtype(
+            (features, self.kernel[...], self.bias[...]), dtype=self.dtype
+        )
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return pixel_shuffle(y + bias[None, None, None], self.scale)
+
+
+def _uniform(rngs: nnx.Rngs, shape, dtype: DTypeLike, bound: float) -> Array:
+    return jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
+
+
+def _check_scale(scale) -> None:
+    if not isinstance(scale, int) or scale < 1:
+        raise ValueError(f"scale must be a positive whole number, got {scale}")
+
+
+def _check_features(features, channels: int) -> None:
+    if features.ndim != 4 or features.shape[3] != channels:
+        raise ValueError(
+            f"features must be (batch, height, width, {channels}), got {features.shape}"
+        )
+
+
+def _check_output_size(name: str, features, output_size, scale: int) -> None:
+    fixed = tuple(scale * n for n in features.shape[1:3])
+    if output_size is not None and tuple(output_size) != fixed:
+        raise ValueError(
+            f"{name} of scale {scale} turns {features.shape[1:3]} into {fixed} only, got "
+            f"output_size={tuple(output_size)}; resize its result, or choose another upsampler"
+        )
