@@ -151,6 +151,16 @@ def test_the_archive_is_downloaded(tmp_path, archive, monkeypatch):
     assert _ids("camvid", "validation", tmp_path / "data") == sorted(VAL)
 
 
+def test_a_full_disk_is_said_plainly(tmp_path, monkeypatch):
+    def write_examples(*_):
+        raise RuntimeError("write() failed: No space left on device; writing camvid-train")
+
+    monkeypatch.setattr(camvid.Camvid, "_split_generators", write_examples)
+    with pytest.raises(OSError, match=f"No room on the disk of {tmp_path} for camvid; choose"):
+        prepare("camvid", tmp_path, _fabricate(tmp_path / "raw"))
+    assert not is_prepared("camvid", tmp_path)
+
+
 def test_command_line(tmp_path):
     raw = _fabricate(tmp_path / "raw")
 

@@ -83,6 +83,13 @@ def prepare(
         except OSError:
             if not _is_prepared(builder):  # else another process has just finished the same job
                 raise
+        except RuntimeError as error:  # how array_record's writer reports a full disk
+            if "No space left on device" not in str(error):
+                raise
+            raise OSError(
+                f"No room on the disk of {builder.data_dir_root} for {name}; choose another place "
+                "with --data-dir or $RESFU_DATA_DIR."
+            ) from error
     return Path(builder.data_path)
 
 
