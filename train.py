@@ -237,7 +237,7 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
     )
     reporter.message(
         f"{config.data.name}: {len(train_source)} training and {len(val_source)} validation "
-        f"images; {parameters:,} parameters; {jax.device_count()} {jax.default_backend()} device(s); "
+        f"images; {parameters:,} parameters; {jax.device_count()} x {jax.default_backend()}; "
         f"{f'continuing from step {start}' if start else 'starting'}, to step {config.steps}"
     )
     stop = training.StopSignals()

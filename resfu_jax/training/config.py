@@ -105,7 +105,9 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     """Decoupled decay of weights; norms, biases and other vectors do not decay."""
     beta1: float = 0.9
+    """Decay of the running mean of the gradient."""
     beta2: float = 0.999
+    """Decay of the running mean of its square."""
     warmup_steps: int = 1500
     """Steps of linear growth from `warmup_start` times the peak rate."""
     warmup_start: float = 1e-6
@@ -137,6 +139,7 @@ class EvalConfig:
     every: int = 1000
     """Steps between evaluations; there is always one after the last step."""
     batch_size: int = 8
+    """Images evaluated at once, over all devices and hosts."""
     pad_to: tuple[int, ...] | None = None
     """Height and width that images are padded to; None pads to the next multiples of 32."""
     dilation_ratio: float = 0.02

@@ -1,0 +1,173 @@
+import dataclasses
+import importlib
+import json
+import pathlib
+
+import pytest
+
+from resfu_jax.training import (
+    Config,
+    ConfigError,
+    check_overrides,
+    check_same_run,
+    given,
+    validate,
+    write_config,
+)
+from resfu_jax.training.config import flatten, to_dict
+
+CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def runnable(**changes):
+    """A valid config, with `{"group.field": value}` changed."""
+    config = Config(steps=2000)
+    for path, value in changes.items():
+        *groups, field = path.split(".")
+        holder = config
+        for group in groups:
+            holder = getattr(holder, group)
+        assert hasattr(holder, field)
+        setattr(holder, field, value)
+    return config
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_are_valid_and_say_how_to_run_them(name):
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config()
+    validate(config)
+    assert module.get_config() is not config
+    assert f"python train.py --config configs/{name}.py --workdir" in module.__doc__
+    assert "Result" in module.__doc__
+
+
+@pytest.mark.parametrize("pair", ["shapes_{}", "camvid_segformer_b0_{}"])
+def test_twins_differ_in_the_upsampler_alone(pair):
+    a, b = (
+        flatten(to_dict(importlib.import_module(f"configs.{pair.format(name)}").get_config()))
+        for name in ("resfu", "bilinear")
+    )
+    assert {field for field in a if a[field] != b[field]} == {"model.head.upsampler"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "need"),
+    [
+        ("steps", 0, "at least 1"),
+        ("batch_size", 12, "multiple of 8"),
+        ("eval.batch_size", 4, "multiple of 8"),
+        ("log_every", 0, "at least 1"),
+        ("data.crop_size", (100, 128), "multiples of 32"),
+        ("data.crop_size", (128,), "height, width"),
+        ("eval.pad_to", (100, 100), "multiples of 32"),
+        ("data.scale_range", (2.0, 1.0), "smallest, largest"),
+        ("data.resize_scale", 0.0, "positive"),
+        ("data.on_corrupt", "drop", "'raise' or 'skip'"),
+        ("data.name", "shape", "shapes"),
+        ("model.dtype", "float16", "bfloat16"),
+        ("model.head.upsampler", "resfuu", "resfu"),
+        ("optimizer.warmup_steps", 2000, "less than config.steps = 2000"),
+        ("optimizer.clip_norm", -1.0, "positive, or None"),
+        ("optimizer.ema_decay", 1.0, "between 0 and 1"),
+        ("loss.label_smoothing", 1.0, "less than 1"),
+        ("loss.class_weights", (1.0, 2.0), "one weight for each"),
+        ("checkpoint.keep", 0, "at least 1"),
+    ],
+)
+def test_wrong_values_are_named_with_what_they_need(field, value, need):
+    validate(runnable(**{"eval.batch_size": 16}), devices=8)
+    with pytest.raises(ConfigError) as error:
+        validate(runnable(**{"eval.batch_size": 16, field: value}), devices=8)
+    assert str(error.value).startswith(f"config.{field}")
+    assert need in str(error.value)
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(ConfigError) as error:
+        validate(runnable(steps=0, log_every=0))
+    assert "config.steps" in str(error.value) and "config.log_every" in str(error.value)
+
+
+def test_accumulation_divides_the_batch():
+    validate(runnable(**{"batch_size": 12, "optimizer.accumulate": 3}))
+    with pytest.raises(ConfigError, match="multiple of 24"):
+        validate(runnable(**{"batch_size": 12, "optimizer.accumulate": 3}), devices=8)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.sead=3", "config.sead does not exist; did you mean seed"),
+        ("--config.model.head.widht=3", "did you mean model.head.width"),
+        ("--config.optimizer.lr=3", "config.optimizer.lr does not exist"),
+        ("--config.optimizer=3", "is a group of fields"),
+        ("--noconfig.data.flp", "did you mean data.flip"),
+    ],
+)
+def test_unknown_fields_are_named_with_near_matches(argument, message):
+    with pytest.raises(ConfigError, match=message):
+        check_overrides(["--config=x.py", argument, "--workdir=y"])
+
+
+def test_known_fields_pass():
+    check_overrides(
+        [
+            "--config=x.py",
+            "--config.seed=3",
+            "--noconfig.data.flip",
+            "--config.model.head.upsampler_options={'lr_mult': 1.0}",
+            "--config.model.head.upsampler_options.lr_mult=2.0",
+        ]
+    )
+
+
+def test_given_leaves_out_none():
+    config = Config()
+    config.model.backbone.widths = (8, 16, 32, 64)
+    assert given(config.model.backbone) == {
+        "name": "mit",
+        "variant": "b0",
+        "widths": (8, 16, 32, 64),
+        "drop_path": 0.1,
+    }
+
+
+def test_a_run_continues_with_its_own_config_only(tmp_path):
+    config = Config()
+    check_same_run(tmp_path, config)  # nothing there yet
+    write_config(tmp_path, config)
+    assert json.loads((tmp_path / "config.json").read_text()) == to_dict(config)
+    check_same_run(tmp_path, config)
+
+    config.eval.every, config.log_every, config.checkpoint.keep = 7, 3, 2
+    check_same_run(tmp_path, config)
+
+    config.seed, config.model.head.width = 5, 32
+    with pytest.raises(ConfigError) as error:
+        check_same_run(tmp_path, config)
+    assert "config.seed: was 0, is 5" in str(error.value)
+    assert "config.model.head.width: was 256, is 32" in str(error.value)
+    with pytest.raises(ConfigError) as error:
+        check_same_run(tmp_path, config, only="model.")
+    assert "seed" not in str(error.value)
+
+
+def test_every_field_is_documented_or_self_evident():
+    """A field without its own line of documentation is one that config readers must guess."""
+    source = (pathlib.Path(__file__).parents[1] / "resfu_jax/training/config.py").read_text()
+    undocumented = []
+    for group in (Config(), *(getattr(Config(), f.name) for f in dataclasses.fields(Config))):
+        if not dataclasses.is_dataclass(group):
+            continue
+        body = source.split(f"class {type(group).__name__}:")[1].split("\n\n\n")[0].splitlines()
+        for i, line in enumerate(body):
+            name = line.strip().split(":")[0]
+            if (
+                name in {f.name for f in dataclasses.fields(group)}
+                and "default_factory" not in line
+            ):
+                following = body[i + 1].strip() if i + 1 < len(body) else ""
+                if not following.startswith('"""'):
+                    undocumented.append(f"{type(group).__name__}.{name}")
+    assert undocumented == []
