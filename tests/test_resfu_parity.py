@@ -93,7 +93,7 @@ def test_score_branch(name, form, x64):
     check_gradients(g, d_params, wanted)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "polyphase", None])
+@pytest.mark.parametrize("implementation", ["reference", "polyphase"])
 @pytest.mark.parametrize("name", MODULES)
 def test_module(name, implementation, x64):
     g, inputs, cotangent = load(name, x64)
