@@ -1,0 +1,266 @@
+"""`ops.resize` and the positions it reads: parity with PyTorch, and laws at random sizes."""
+
+import fractions
+import functools
+
+import goldens
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import export
+
+from resfu_jax.ops import _interp
+from resfu_jax.ops.resize import resize
+
+METHODS = ["bilinear", "bicubic", "nearest", "nearest-exact"]
+SIZES = st.integers(1, 12)
+
+
+@pytest.fixture(params=[False, True], ids=["float32", "x64"])
+def x64(request):
+    with jax.enable_x64(request.param):
+        yield request.param
+
+
+def arguments(args: dict) -> dict:
+    """Our arguments for those of `torch.nn.functional.interpolate`."""
+    size = tuple(args["size"]) if "size" in args else None
+    return dict(
+        size=size,
+        scale=args.get("scale_factor"),
+        method=args["mode"],
+        align_corners=bool(args.get("align_corners")),
+        antialias=bool(args.get("antialias")),
+    )
+
+
+@pytest.mark.parametrize("implementation", [None, "reference", "polyphase"])
+@pytest.mark.parametrize(
+    "name", goldens.names("classic_bilinear", "classic_bicubic", "classic_nearest")
+)
+def test_parity(name, implementation, x64):
+    g = goldens.load(name, x64=x64)
+    options = arguments(g.args)
+    x = jnp.asarray(goldens.nhwc(g.arrays["in/x"]))
+
+    def f(x):
+        return resize(x, implementation=implementation, **options)
+
+    applies = {
+        None: True,
+        "reference": not options["antialias"],
+        "polyphase": options["scale"] in (2, 4) and not options["align_corners"],
+    }[implementation]
+    if not applies:
+        with pytest.raises(ValueError, match="implementation"):
+            f(x)
+        return
+    cotangent = jnp.asarray(goldens.nhwc(g.arrays["in/cotangent"]))
+    y, dx = jax.jit(lambda x: (f(x), *jax.vjp(f, x)[1](cotangent)))(x)
+    assert y.dtype == x.dtype
+    goldens.assert_close(y, goldens.nhwc(g.arrays["out/y"]), g.tol_out, name)
+    goldens.assert_close(dx, goldens.nhwc(g.arrays["grad/in/x"]), g.tol_grad, name)
+
+
+@pytest.mark.parametrize("name", goldens.names("func_pad"))
+def test_jnp_pad_is_torch_pad(name, x64):
+    g = goldens.load(name, x64=x64)
+    x = jnp.asarray(goldens.nhwc(g.arrays["in/x"]))
+    mode = {"reflect": "reflect", "replicate": "edge"}[g.args["mode"]]
+    y, vjp = jax.vjp(lambda x: jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), mode=mode), x)
+    (dx,) = vjp(jnp.asarray(goldens.nhwc(g.arrays["in/cotangent"])))
+    goldens.assert_close(y, goldens.nhwc(g.arrays["out/y"]), g.tol_out, name)
+    goldens.assert_close(dx, goldens.nhwc(g.arrays["grad/in/x"]), g.tol_grad, name)
+
+
+# The sizes are traced, so that one compiled program serves all of them.
+_half_pixel_taps = jax.jit(functools.partial(_interp.half_pixel_taps, count=1000))
+
+
+@settings(deadline=None)
+@given(n_in=st.integers(1, 5000), n_out=st.integers(1, 5000))
+def test_half_pixel_positions_are_exact(n_in, n_out):
+    check_positions(
+        *_half_pixel_taps(n_in, n_out),
+        lambda p: fractions.Fraction((2 * p + 1) * n_in, 2 * n_out) - fractions.Fraction(1, 2),
+    )
+
+
+@pytest.mark.parametrize(("n_in", "n_out"), [(1, 5), (5, 1), (37, 37), (41, 123), (901, 257)])
+def test_align_corners_positions_are_exact(n_in, n_out):
+    check_positions(
+        *_interp.align_corners_taps(n_in, n_out),
+        lambda p: fractions.Fraction(p * (n_in - 1), max(n_out - 1, 1)),
+    )
+
+
+def check_positions(lower, fraction, exact):
+    lower, fraction = np.asarray(lower), np.asarray(fraction)
+    assert lower.dtype == np.int32 and fraction.dtype == np.float32
+    assert (0 <= fraction).all() and (fraction < 1).all()
+    for p in range(0, len(lower), 1 + len(lower) // 20):
+        s = exact(p)
+        assert lower[p] == s.__floor__()
+        # Numerator and denominator are rounded to float32 before the one division.
+        assert fraction[p] == pytest.approx(float(s - s.__floor__()), rel=3e-7)
+
+
+def test_positions_where_float32_is_off_by_one():
+    n_in, n_out = 41, 123
+    lower, fraction = _interp.half_pixel_taps(n_in, n_out)
+    # A whole ratio of 3: every third output lies exactly on an input pixel.
+    np.testing.assert_array_equal(lower[1::3], np.arange(n_in))
+    np.testing.assert_array_equal(fraction[1::3], 0)
+
+
+@settings(deadline=None, max_examples=8)
+@given(
+    sizes=st.tuples(SIZES, SIZES, SIZES, SIZES),
+    method=st.sampled_from(METHODS),
+    align_corners=st.booleans(),
+    antialias=st.booleans(),
+)
+def test_constant_stays_constant(sizes, method, align_corners, antialias):
+    if method.startswith("nearest"):
+        align_corners = antialias = False
+    if antialias:
+        align_corners = False
+    h, w, height, width = sizes
+    x = jnp.full((1, h, w, 2), 3.0)
+    y = resize(x, (height, width), method=method, align_corners=align_corners, antialias=antialias)
+    assert y.shape == (1, height, width, 2)
+    np.testing.assert_allclose(y, 3, rtol=2e-6)
+
+
+@settings(deadline=None, max_examples=6)
+@given(
+    size=st.tuples(SIZES, SIZES),
+    ratio=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    method=st.sampled_from(METHODS),
+)
+def test_implementations_agree(size, ratio, method):
+    """Values and gradients, also where the map is narrower than the kernel."""
+    h, w = size
+    x = jax.random.normal(jax.random.key(0), (2, h, w, 3))
+    out = (h * ratio[0], w * ratio[1])
+    cotangent = jax.random.normal(jax.random.key(1), (2, *out, 3))
+    results = []
+    for implementation in ("reference", "polyphase"):
+
+        @jax.jit
+        def f(x, implementation=implementation):
+            y, vjp = jax.vjp(
+                lambda x: resize(x, out, method=method, implementation=implementation), x
+            )
+            return y, *vjp(cotangent)
+
+        results.append(f(x))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [(6, 9), (12, 20)])
+def test_jit_and_vmap_and_bfloat16(method, size):
+    x = jax.random.normal(jax.random.key(0), (2, 4, 5, 3))
+
+    def f(x):
+        return resize(x, size, method=method)
+
+    y = f(x)
+    np.testing.assert_allclose(jax.jit(f)(x), y, atol=2e-6)
+    np.testing.assert_allclose(jax.vmap(f)(jnp.stack([x, 2 * x]))[1], 2 * y, atol=4e-6)
+    half = f(x.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    # One rounding of the input and one of the output: the weights are exact.
+    exact = f(x.astype(jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_array_equal(half, exact.astype(jnp.bfloat16))
+
+
+def test_nearest_takes_labels():
+    labels = jnp.arange(6, dtype=jnp.uint8).reshape(1, 2, 3, 1)
+    y = resize(labels, scale=2, method="nearest")
+    assert y.dtype == jnp.uint8
+    np.testing.assert_array_equal(y, np.asarray(labels).repeat(2, 1).repeat(2, 2))
+
+
+@pytest.mark.parametrize("scale", [1.5, 0.3, 2.7])
+def test_rounded_scale_reads_at_the_scale(scale):
+    """With `scale`, a ramp is read at (p + 1/2) / scale - 1/2, not at the ratio of the sizes."""
+    n = 11
+    m = int(n * scale)
+    ramp = jnp.arange(n, dtype=jnp.float32)[None, :, None, None]
+    y = resize(jnp.broadcast_to(ramp, (1, n, n, 1)), scale=scale)
+    assert y.shape[1] == m
+    wanted = np.clip((np.arange(m) + 0.5) / scale - 0.5, 0, n - 1)
+    np.testing.assert_allclose(y[0, :, 0, 0], wanted, rtol=1e-5)
+
+
+def test_antialias_averages_when_shrinking():
+    """A checkerboard of the finest period turns grey away from the border."""
+    x = (jnp.indices((12, 12)).sum(0) % 2).astype(jnp.float32)[None, :, :, None]
+    y = resize(x, (4, 4), antialias=True)
+    np.testing.assert_allclose(y[0, 1:-1, 1:-1], 0.5, atol=0.05)
+    assert np.ptp(resize(x, (4, 4))) == 1
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_symbolic_export(method, antialias):
+    if method.startswith("nearest") and antialias:
+        return
+    x = jax.random.normal(jax.random.key(0), (2, 4, 5, 3))
+    b, h, w = export.symbolic_shape("b, h, w")
+    spec = jax.ShapeDtypeStruct((b, h, w, 3), jnp.float32)
+    sizes = {
+        (4 * h, 2 * w): (16, 10),  # a whole ratio: no gather
+        (h + 3, w): (7, 5),
+        (6, 7): (6, 7),
+    }
+    for symbolic, size in sizes.items():
+
+        def f(x, size=symbolic):
+            return resize(x, size, method=method, antialias=antialias)
+
+        exported = export.export(jax.jit(f))(spec)
+        np.testing.assert_allclose(exported.call(x), f(x, size), atol=1e-6)
+    scaled = export.export(jax.jit(lambda x: resize(x, scale=2.5, method=method)))(spec)
+    np.testing.assert_allclose(scaled.call(x), resize(x, scale=2.5, method=method), atol=1e-6)
+
+
+def test_batch_sharding_needs_no_communication():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    x = jax.device_put(jax.random.normal(jax.random.key(0), (8, 4, 5, 2)), sharding)
+    for size in ((7, 9), (8, 10)):
+        gradient = jax.jit(jax.grad(lambda x, s=size: jnp.sum(jnp.square(resize(x, s)))))
+        program = gradient.lower(x).compile().as_text()
+        assert "all-gather" not in program and "all-reduce" not in program
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(), "either size or scale"),
+        (dict(size=(2, 2), scale=2), "either size or scale"),
+        (dict(size=(0, 2)), "at least 1"),
+        (dict(scale=0), "scale must be positive"),
+        (dict(scale=0.1), "at least 1"),
+        (dict(scale=2, method="nearest", align_corners=True), "do not apply"),
+        (dict(scale=2, method="nearest", antialias=True), "do not apply"),
+        (dict(scale=2, antialias=True, align_corners=True), "antialias needs"),
+        (dict(size=(9, 10), implementation="polyphase"), "whole upsampling ratio"),
+        (dict(scale=2, align_corners=True, implementation="polyphase"), "align_corners=False"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        resize(jnp.zeros((1, 4, 5, 2)), **options)
+
+
+def test_interpolating_integers_is_an_error():
+    with pytest.raises(ValueError, match="floating-point"):
+        resize(jnp.zeros((1, 4, 5, 2), jnp.uint8), scale=2)
