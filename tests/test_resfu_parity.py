@@ -159,5 +159,5 @@ def test_state_dict_problems_are_all_named():
         from_torch("ReSFU", state, **g.args)
     for text in ("missing 'q.weight'", "'k.bias' has shape (3,)", "unexpected 'extra'"):
         assert text in str(e.value)
-    with pytest.raises(ValueError, match="did you mean 'zmhhmz/ReSFU:ReSFU'"):
+    with pytest.raises(ValueError, match="did you mean 'ReSFU'"):
         from_torch("RESFU", g.group("param"), **g.args)

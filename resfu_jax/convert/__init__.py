@@ -1,16 +1,19 @@
 """Official PyTorch modules -> modules of this library, weights included. Needs no PyTorch."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
 
+from resfu_jax._names import lookup
+from resfu_jax.convert.classic import conv_pixel_shuffle, conv_transpose
 from resfu_jax.convert.resfu import pcdc_block, resfu
 
 _CONVERTERS: dict[str, Callable[..., nnx.Module]] = {
     "zmhhmz/ReSFU:ReSFU": resfu,
     "zmhhmz/ReSFU:PCDC_Block": pcdc_block,
+    "pytorch/pytorch:ConvTranspose2d": conv_transpose,
+    "pytorch/pytorch:Sequential(Conv2d, PixelShuffle)": conv_pixel_shuffle,
 }
 
 
@@ -30,12 +33,8 @@ def from_torch(official_class: str, state_dict: Mapping[str, Any], **arguments: 
     """
     matches = [n for n in _CONVERTERS if official_class in (n, n.partition(":")[2])]
     if not matches:
-        bare = {n.partition(":")[2]: n for n in _CONVERTERS} | {n: n for n in _CONVERTERS}
-        near = difflib.get_close_matches(official_class, bare, n=3, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(repr(bare[n]) for n in near)}?" if near else ""
-        raise ValueError(
-            f"unknown official class {official_class!r}{hint} (known: {', '.join(_CONVERTERS)})"
-        )
+        full = {n.partition(":")[2]: n for n in _CONVERTERS} | {n: n for n in _CONVERTERS}
+        lookup("official class", full, official_class)
     if len(matches) > 1:
         raise ValueError(f"{official_class!r} is in several repositories: {', '.join(matches)}")
     return _CONVERTERS[matches[0]](state_dict, **arguments)

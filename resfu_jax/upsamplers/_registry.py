@@ -1,11 +1,12 @@
 """The registry: names -> upsamplers, so that heads and configs choose one by name."""
 
 import dataclasses
-import difflib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from flax import nnx
+
+from resfu_jax._names import lookup
 
 T = TypeVar("T", bound=type[nnx.Module])
 
@@ -45,11 +46,7 @@ def list_upsamplers() -> list[str]:
 
 def upsampler_entry(name: str) -> Entry:
     """The registry's entry for `name`; a `ValueError` that names near matches if there is none."""
-    if name not in _ENTRIES:
-        near = difflib.get_close_matches(str(name), _ENTRIES, n=3, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"unknown upsampler {name!r}{hint} (known: {', '.join(list_upsamplers())})")
-    return _ENTRIES[name]
+    return lookup("upsampler", _ENTRIES, name)
 
 
 def create_upsampler(
@@ -78,10 +75,6 @@ def create_upsampler(
     """
     entry = upsampler_entry(name)
     rngs = nnx.Rngs(0) if rngs is None else rngs
-    known = entry.cls.__init__.__kwdefaults__ or {}
     for option in options:
-        if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f" (options: {', '.join(known)})"
-            raise ValueError(f"upsampler {name!r} has no option {option!r}{hint}")
+        lookup(f"option of upsampler {name!r}:", entry.cls.__init__.__kwdefaults__, option)
     return entry.cls(features, guide_features, scale=scale, rngs=rngs, **(entry.options | options))

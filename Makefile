@@ -1,0 +1,35 @@
+# `make` lists the targets. Each makes the virtual environment it needs; PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= runs/shapes_resfu
+WORKERS ?= auto
+BIN := $(VENV)/bin
+
+.PHONY: help install train test lint bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+install: $(VENV)/installed  ## make the virtual environment
+
+train: install  ## train ReSFU on the embedded dataset `shapes` (CPU, about 9 minutes with installation)
+	$(BIN)/python train.py --config configs/shapes_resfu.py --workdir $(WORKDIR)
+
+test: install  ## run all tests (CPU)
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: install  ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: install  ## time ReSFU's forms side by side
+	$(BIN)/python -m benchmarks.run
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache

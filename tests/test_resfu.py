@@ -1,0 +1,340 @@
+"""ReSFU and its ops: what must hold for any input."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import export
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from resfu_jax.ops.filters import box_filter, gaussian_blur, guided_filter
+from resfu_jax.ops.fns_attention import fns_attention
+from resfu_jax.ops.grouped_conv import grouped_conv, grouped_linear
+from resfu_jax.upsamplers import create_upsampler
+from resfu_jax.upsamplers.resfu import ReSFU, neighbours_inside
+
+# Every example compiles; the seeds are fixed so that a run repeats.
+few = settings(max_examples=8, deadline=None, derandomize=True, database=None)
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def attention(seed, *size, kernel_size=3):
+    return jax.nn.softmax(normal(seed, *size, kernel_size**2), axis=-1)
+
+
+@functools.cache
+def resfu(scale=2, **options):
+    options = dict(groups=2, gn_dim=2, embedding_dim=8) | options
+    return ReSFU(4, 3, scale=scale, rngs=nnx.Rngs(0), **options)
+
+
+@functools.cache
+def compiled(scale=2, **options):
+    return jax.jit(resfu(scale, **options).__call__)
+
+
+# --- fns_attention ---
+
+
+@few
+@given(h=st.integers(1, 6), w=st.integers(1, 6), ratio=st.integers(1, 5), k=st.sampled_from([1, 3]))
+def test_fns_attention_forms_agree(h, w, ratio, k):
+    attn, x = attention(0, 1, h * ratio, w * ratio, kernel_size=k), normal(1, 1, h, w, 3)
+    cotangent = normal(2, 1, h * ratio, w * ratio, 3)
+
+    def f(implementation):
+        y, vjp = jax.vjp(lambda a, x: fns_attention(a, x, implementation=implementation), attn, x)
+        return y, vjp(cotangent)
+
+    chex.assert_trees_all_close(f("polyphase"), f("reference"), rtol=1e-5, atol=1e-5)
+
+
+@few
+@given(h=st.integers(1, 5), w=st.integers(1, 5), hh=st.integers(1, 13), ww=st.integers(1, 13))
+def test_fns_attention_samples_where_the_formula_says(h, w, hh, ww):
+    """Any pair of sizes, against exact rational positions: a ramp is sampled at its positions."""
+    for axis, n, m in ((0, h, hh), (1, w, ww)):
+        ramp = jnp.arange(n, dtype=jnp.float32)
+        x = jnp.broadcast_to(ramp[:, None] if axis == 0 else ramp[None], (h, w))[None, ..., None]
+        for tap in range(9):
+            attn = jnp.zeros((1, hh, ww, 9)).at[..., tap].set(1)
+            y = np.asarray(fns_attention(attn, x)[0, ..., 0])
+            step = (tap // 3 if axis == 0 else tap % 3) - 1
+            positions = np.clip((np.arange(m) + 0.5) * n / m - 0.5 + step, 0, n - 1)
+            wanted = positions[:, None] if axis == 0 else positions[None]
+            np.testing.assert_allclose(y, np.broadcast_to(wanted, y.shape), atol=1e-5)
+
+
+@few
+@given(ratio=st.integers(1, 4), implementation=st.sampled_from(["reference", "polyphase"]))
+def test_fns_attention_is_convex_and_shifts(ratio, implementation):
+    h, w = 7, 6
+    f = functools.partial(fns_attention, implementation=implementation)
+    attn, x = attention(0, 1, h * ratio, w * ratio), normal(1, 1, h, w, 2)
+    y = f(attn, x)
+    assert y.max() <= x.max() + 1e-5
+    assert y.min() >= x.min() - 1e-5
+    np.testing.assert_allclose(f(attn, jnp.full_like(x, 3.5)), 3.5, rtol=1e-6)
+    # Moving both inputs by a whole cell moves the interior.
+    moved = f(jnp.roll(attn, ratio, axis=1), jnp.roll(x, 1, axis=1))
+    inner = slice(3 * ratio, (h - 2) * ratio)
+    np.testing.assert_allclose(moved[:, inner], jnp.roll(y, ratio, axis=1)[:, inner], atol=1e-6)
+
+
+def test_fns_attention_rejects():
+    x = normal(0, 1, 4, 4, 2)
+    with pytest.raises(ValueError, match="odd K"):
+        fns_attention(normal(0, 1, 8, 8, 4), x)
+    with pytest.raises(ValueError, match="same batch size"):
+        fns_attention(normal(0, 2, 8, 8, 9), x)
+    with pytest.raises(ValueError, match="whole ratios"):
+        fns_attention(normal(0, 1, 9, 8, 9), x, implementation="polyphase")
+    with pytest.raises(ValueError, match="implementation must be"):
+        fns_attention(normal(0, 1, 8, 8, 9), x, implementation="cuda")
+
+
+# --- filters and grouped convolutions ---
+
+
+@few
+@given(h=st.integers(1, 9), w=st.integers(1, 9), radius=st.integers(0, 5))
+def test_filters_keep_constants(h, w, radius):
+    x = jnp.full((1, h, w, 2), 2.5)
+    np.testing.assert_allclose(box_filter(x, radius), x, rtol=1e-6)
+    np.testing.assert_allclose(gaussian_blur(x, kernel_size=5, sigma=1.3), x, rtol=1e-6)
+    y = guided_filter(normal(0, 1, h, w, 2), x, radius=radius, eps=1e-3)
+    np.testing.assert_allclose(y, x, rtol=1e-5)
+
+
+def test_box_filter_is_the_mean_of_the_window():
+    x = np.asarray(normal(0, 1, 6, 5, 1))
+    y = box_filter(jnp.asarray(x), 2)
+    for i in range(6):
+        for j in range(5):
+            window = x[0, max(i - 2, 0) : i + 3, max(j - 2, 0) : j + 3]
+            np.testing.assert_allclose(y[0, i, j, 0], window.mean(), rtol=1e-5)
+
+
+def test_filters_reject():
+    x = normal(0, 1, 4, 4, 2)
+    with pytest.raises(ValueError, match="kernel_size"):
+        gaussian_blur(x, kernel_size=2)
+    with pytest.raises(ValueError, match="sigma"):
+        gaussian_blur(x, sigma=0.0)
+    with pytest.raises(ValueError, match="radius"):
+        box_filter(x, -1)
+    with pytest.raises(ValueError, match="gf_scale"):
+        guided_filter(x, x, radius=2, eps=1e-3, gf_scale=5)
+
+
+@pytest.mark.parametrize(("groups", "dilation"), [(1, 1), (2, 3), (4, 2)])
+def test_grouped_conv_forms_agree(groups, dilation):
+    x, kernel = normal(0, 2, 9, 11, 8), normal(1, 3, 3, 8 // groups, 12)
+
+    def f(implementation):
+        def conv(x, kernel):
+            return grouped_conv(
+                x, kernel, groups=groups, dilation=dilation, implementation=implementation
+            )
+
+        y, vjp = jax.vjp(conv, x, kernel)
+        return y, vjp(normal(2, *y.shape))
+
+    chex.assert_trees_all_close(f("dense_gradient"), f("reference"), rtol=1e-4, atol=1e-4)
+    point = kernel[1, 1]
+    wanted = grouped_conv(x, point[None, None], groups=groups)
+    np.testing.assert_allclose(grouped_linear(x, point, groups=groups), wanted, atol=1e-5)
+    with pytest.raises(ValueError, match="groups=5 must divide"):
+        grouped_conv(x, kernel, groups=5)
+
+
+# --- the module ---
+
+
+@few
+@given(
+    h=st.integers(2, 6),
+    w=st.integers(2, 6),
+    scale=st.sampled_from([2, 3, 4]),
+    extra=st.integers(0, 1),
+)
+def test_constant_features_stay_constant_and_outputs_are_convex(h, w, scale, extra):
+    """Any odd or non-square size, guides that are not a whole multiple included."""
+    guide = normal(0, 1, h * scale + extra, w * scale, 3)
+    x = normal(1, 1, h, w, 4)
+    up = compiled(scale)
+    np.testing.assert_allclose(up(jnp.full_like(x, -1.25), guide), -1.25, rtol=1e-5)
+    y = up(x, guide)
+    assert y.shape == (1, h * scale + extra, w * scale, 4)
+    assert (y.max(axis=(1, 2)) <= x.max(axis=(1, 2)) + 1e-5).all()
+    assert (y.min(axis=(1, 2)) >= x.min(axis=(1, 2)) - 1e-5).all()
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4, 6, 8, 16])
+@pytest.mark.parametrize("dilation", [None, 2])
+def test_scales_and_dilations(scale, dilation):
+    """The polyphase form equals the reference, where the dilation is the ratio and where not."""
+    x, guide = normal(0, 1, 3, 2, 4), normal(1, 1, 3 * scale, 2 * scale, 3)
+    polyphase = compiled(scale, dilation=dilation)(x, guide)
+    reference = compiled(scale, dilation=dilation, implementation="reference")(x, guide)
+    np.testing.assert_allclose(polyphase, reference, atol=1e-5)
+
+
+def test_shifting_by_whole_cells_shifts_the_interior():
+    """Without global norms in the way: what remains are the hidden norms, whose inputs only move."""
+    up = jax.jit(resfu(2, normx=False, normy=False, radius=2, kernel_size=3).__call__)
+    # A pattern on a constant ground, far from the borders: moving it changes no global statistic.
+    x = jnp.zeros((1, 24, 24, 4)).at[:, 8:12, 8:12].set(normal(0, 1, 4, 4, 4))
+    guide = jnp.zeros((1, 48, 48, 3)).at[:, 16:24, 16:24].set(normal(1, 1, 8, 8, 3))
+    y = up(x, guide)
+    moved = up(jnp.roll(x, (3, 2), axis=(1, 2)), jnp.roll(guide, (6, 4), axis=(1, 2)))
+    np.testing.assert_allclose(moved, jnp.roll(y, (6, 4), axis=(1, 2)), atol=2e-5)
+    assert np.abs(y).max() > 0.1
+
+
+def test_jit_equals_eager_and_vmap_equals_batch():
+    up = resfu()
+    x, guide = normal(0, 3, 5, 4, 4), normal(1, 3, 10, 8, 3)
+    batched = compiled()(x, guide)
+    np.testing.assert_allclose(batched, up(x, guide), atol=1e-6)
+    mapped = jax.vmap(lambda a, g: up(a[None], g[None])[0])(x, guide)
+    np.testing.assert_allclose(mapped, batched, atol=1e-6)
+
+
+def test_bfloat16_is_finite_and_near_float32():
+    x, guide = normal(0, 2, 5, 7, 4), normal(1, 2, 20, 28, 3)
+    wanted = compiled(4)(x, guide)
+
+    def loss(up, x, guide):
+        return up(x, guide).astype(jnp.float32).sum()
+
+    low = ReSFU(
+        4, 3, scale=4, groups=2, gn_dim=2, embedding_dim=8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
+    y = jax.jit(low.__call__)(x, guide)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), wanted, atol=0.08)
+    gradients = jax.grad(loss, argnums=(0, 1, 2))(low, x, guide)
+    assert all(np.isfinite(g.astype(jnp.float32)).all() for g in jax.tree.leaves(gradients))
+
+
+def test_sharded_equals_unsharded():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    x, guide = normal(0, 8, 3, 4, 4), normal(1, 8, 6, 8, 3)
+    wanted = compiled()(x, guide)
+    y = compiled()(jax.device_put(x, sharding), jax.device_put(guide, sharding))
+    assert len(y.sharding.device_set) == 8
+    np.testing.assert_allclose(y, wanted, atol=1e-6)
+
+
+def test_export_with_symbolic_batch_and_sizes():
+    up = resfu(4)
+    b, h, w = export.symbolic_shape("b, h, w", constraints=["h >= 2", "w >= 2"])
+    exported = export.export(jax.jit(up.__call__))(
+        jax.ShapeDtypeStruct((b, h, w, 4), jnp.float32),
+        jax.ShapeDtypeStruct((b, 4 * h, 4 * w, 3), jnp.float32),
+    )
+    reloaded = export.deserialize(exported.serialize())
+    for shape in ((1, 3, 2), (2, 4, 5)):
+        n, i, j = shape
+        x, guide = normal(0, n, i, j, 4), normal(1, n, 4 * i, 4 * j, 3)
+        np.testing.assert_allclose(reloaded.call(x, guide), compiled(4)(x, guide), atol=1e-5)
+
+
+def test_tree_mode_checkpoint_and_gradients_reach_every_parameter():
+    x, guide = normal(0, 1, 4, 5, 4), normal(1, 1, 8, 10, 3)
+    dead = {"bias"}  # of the branches' first norm: it cancels
+
+    def loss(up, x, guide):
+        return jnp.square(jax.checkpoint(lambda m, *a: m(*a))(up, x, guide)).sum()
+
+    with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
+        gradients = jax.jit(jax.grad(loss))(resfu(), x, guide)
+    for path, g in nnx.to_flat_state(nnx.state(gradients, nnx.Param)):
+        if "norm" in path and path[-1] in dead:
+            continue
+        assert np.abs(g[...]).max() > 0, path
+
+
+def test_lr_mult_scales_the_branches_only():
+    x, guide = normal(0, 1, 4, 5, 4), normal(1, 1, 8, 10, 3)
+
+    def gradients(lr_mult):
+        grads = jax.grad(lambda up: jnp.square(up(x, guide)).sum())(resfu(lr_mult=lr_mult))
+        return dict(nnx.to_flat_state(nnx.state(grads, nnx.Param)))
+
+    one, many = gradients(1.0), gradients(500.0)
+    assert len(one) == 28
+    for path, g in one.items():
+        factor = 500.0 if path[0] in ("semantic_scores", "detail_scores") else 1.0
+        np.testing.assert_allclose(many[path][...], factor * g[...], rtol=1e-4, atol=1e-6)
+
+
+def test_initialisation_is_the_official_one():
+    up = ReSFU(384, 256, kernel_size=3, rngs=nnx.Rngs(3))
+    for weight in (
+        up.q.kernel,
+        up.k.kernel,
+        up.semantic_scores.mix_kernel,
+        up.detail_scores.project.kernel,
+    ):
+        w = np.asarray(weight[...]).ravel()
+        assert abs(w.mean()) < 4 * 0.02 / w.size**0.5
+        assert abs(w.std() / 0.02 - 1) < 4 / (2 * w.size) ** 0.5
+        # A normal, not truncated: its fourth moment is three times its squared variance.
+        assert abs((w**4).mean() / w.var() ** 2 - 3) < 4 * (96 / w.size) ** 0.5
+    for branch in (up.semantic_scores, up.detail_scores):
+        w = np.asarray(branch.kernel[...]).ravel()
+        assert abs(w.std() / (2 / (128 * 9)) ** 0.5 - 1) < 4 / (2 * w.size) ** 0.5
+        for zero in (branch.bias, branch.mix_bias, branch.project.bias, branch.norm.bias):
+            assert not np.any(zero[...])
+        assert np.all(branch.hidden_norm.scale[...] == 1)
+    assert not np.array_equal(up.semantic_scores.kernel[...], up.detail_scores.kernel[...])
+
+
+def test_mask_covers_neighbours_outside():
+    inside = np.asarray(neighbours_inside((5, 4), 3, 2)).reshape(5, 4, 3, 3)
+    assert inside[2, 1].tolist() == [[False, True, True]] * 3
+    assert inside[0, 2].tolist() == [[False] * 3, [True, True, False], [True, True, False]]
+    assert inside[:, :, 1, 1].all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(kernel_size=4), "kernel_size must be odd"),
+        (dict(embedding_dim=10), "groups must divide"),
+        (dict(gn_dim=3), "gn_dim must divide"),
+        (dict(y_conv=False), "guide_features must equal embedding_dim"),
+        (dict(scale=0), "scale and dilation must be at least 1"),
+        (dict(implementation="cuda"), "implementation must be"),
+        (dict(guide_features=48), "guide_features must be below 32 or a multiple of 32"),
+        (dict(guide_features=None), "guide_features is needed"),
+        (dict(radios=4), "unknown option of upsampler 'resfu': 'radios'; did you mean 'radius'"),
+    ],
+)
+def test_constructor_rejects(options, message):
+    with pytest.raises(ValueError, match=message):
+        create_upsampler("resfu", **(dict(features=8, guide_features=8) | options))
+
+
+def test_call_rejects():
+    up = resfu()
+    with pytest.raises(ValueError, match=r"features must be \(batch, height, width, 4\)"):
+        up(normal(0, 1, 4, 4, 5), normal(1, 1, 8, 8, 3))
+    with pytest.raises(ValueError, match="guide must have the features' batch size"):
+        up(normal(0, 2, 4, 4, 4), normal(1, 1, 8, 8, 3))
+    with pytest.raises(ValueError, match="guide must be at least as large"):
+        up(normal(0, 1, 4, 4, 4), normal(1, 1, 3, 8, 3))
+    with pytest.raises(ValueError, match="unknown upsampler 'resfoo'; did you mean 'resfu'"):
+        create_upsampler("resfoo", features=4)
