@@ -2,11 +2,13 @@
 
 It shows what a feature upsampler is for. FILLED shapes (disc, square, triangle, star) need crisp
 outlines, THIN ones (ring, cross, line; 2 to 5 pixels wide) vanish in a coarse feature map, and
-shapes that TOUCH or overlap must not bleed into each other. Colour and texture are drawn
-independently of the class, so only the form tells what a shape is, and every colour in an image
-differs clearly from the others, so that the image shows where each outline runs.
+shapes that TOUCH or overlap must not bleed into each other. Every class has a typical hue, with
+enough spread to overlap with its neighbours', so that a small network learns in minutes which class
+it sees and what remains is where its outlines run; texture and brightness say nothing. Every colour
+in an image differs from the others, so that the image shows each outline.
 """
 
+import colorsys
 import io
 import math
 from collections.abc import Iterator
@@ -34,7 +36,8 @@ INFO = DatasetInfo("shapes", CLASS_NAMES, PALETTE, embedded=True)
 OUTLINE_IGNORED_INFO = DatasetInfo("shapes/outline_ignored", CLASS_NAMES, PALETTE, embedded=True)
 
 _SUPERSAMPLE = 4  # masks are drawn this much larger and box-filtered down: antialiased edges
-_MIN_CONTRAST = 90.0  # smallest distance between two base colours of one image, in RGB units
+_MIN_CONTRAST = 60.0  # smallest distance between two base colours of one image, in RGB units
+_HUE_SPREAD = 0.045  # standard deviation of a class's hue, in turns; classes are 1/7 apart
 _SEED = 2024
 _SPLIT_SEED = {"train": 0, "validation": 1}
 
@@ -57,14 +60,14 @@ def draw_example(
         image (size, size, 3) uint8 and label (size, size) uint8.
     """
     count = int(rng.integers(1, max_shapes + 1))
-    colours = _distinct_colours(rng, count + 1)
+    colours = [_colour(rng, 0, [])]
     image = _texture(rng, size, colours[0], background=True)
     label = np.zeros((size, size), np.uint8)
     owner = np.zeros((size, size), np.int32)  # which shape is on top; 0 is the background
     areas: list[int] = []
     placed: list[tuple[float, float, float]] = []
 
-    for colour in colours[1:]:
+    for _ in range(count):
         for _ in range(10):
             kind = int(rng.integers(1, len(CLASS_NAMES)))
             x, y, radius = _place(rng, size, placed, thin=kind >= 5)
@@ -81,24 +84,27 @@ def draw_example(
             grown = Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MaxFilter(3))
             label[np.asarray(grown) > 0] = INFO.ignore_label
         label[mask] = kind
+        colours.append(_colour(rng, kind, colours))
         alpha = coverage[..., None]
-        image = image * (1 - alpha) + _texture(rng, size, colour) * alpha
+        image = image * (1 - alpha) + _texture(rng, size, colours[-1]) * alpha
 
     image += rng.uniform(1, 5) * rng.standard_normal(image.shape, np.float32)  # sensor noise
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), label
 
 
-def _distinct_colours(rng: np.random.Generator, count: int) -> list[np.ndarray]:
-    """`count` RGB colours, each at least `_MIN_CONTRAST` away from all others."""
-    colours: list[np.ndarray] = []
+def _colour(rng: np.random.Generator, kind: int, others: list[np.ndarray]) -> np.ndarray:
+    """A base colour around the class's hue (grey for the background), unlike all others."""
     contrast = _MIN_CONTRAST
-    while len(colours) < count:
-        candidate = rng.uniform(30, 225, 3).astype(np.float32)
-        if all(np.linalg.norm(candidate - other) >= contrast for other in colours):
-            colours.append(candidate)
-        else:
-            contrast *= 0.998  # a crowded cube must not stall the loop; the decay is tiny
-    return colours
+    while True:
+        hue, saturation = rng.uniform(), rng.uniform(0, 0.2)
+        if kind:
+            hue = (kind - 1) / (len(CLASS_NAMES) - 1) + _HUE_SPREAD * rng.standard_normal()
+            saturation = rng.uniform(0.45, 0.9)
+        rgb = colorsys.hsv_to_rgb(hue % 1, saturation, rng.uniform(0.45, 0.9))
+        candidate = 255 * np.array(rgb, np.float32)
+        if all(np.linalg.norm(candidate - other) >= contrast for other in others):
+            return candidate
+        contrast *= 0.98  # a crowded image must not stall the loop
 
 
 def _texture(
@@ -204,7 +210,7 @@ class ShapesConfig(tfds.core.BuilderConfig):
 class Shapes(tfds.core.GeneratorBasedBuilder):
     """Procedurally drawn filled, thin and touching shapes over a textured background."""
 
-    VERSION = tfds.core.Version("1.0.1")
+    VERSION = tfds.core.Version("1.1.0")
     BUILDER_CONFIGS = [
         ShapesConfig(name="default", description="Every pixel belongs to a class."),
         ShapesConfig(
