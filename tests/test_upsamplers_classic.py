@@ -126,12 +126,13 @@ def test_dtypes(name):
 
 
 def test_deconvolution_is_its_definition():
-    """k[u] x[a] goes to pixel a s + u - P; also where the product form and the general one meet."""
+    """k[u] x[a] goes to pixel a s + u - P."""
     x = jax.random.normal(jax.random.key(0), (1, 3, 4, 2))
     for options in (
         dict(scale=2),
         dict(scale=3, kernel_size=5, padding=1),
-        dict(scale=2, kernel_size=2, padding=0, output_padding=0, out_features=3),
+        dict(scale=2, kernel_size=7, padding=3, output_padding=1, out_features=3),
+        dict(scale=3, kernel_size=1, padding=0, output_padding=2),
         dict(scale=4, kernel_size=4, padding=1, output_padding=2),
     ):
         up = Deconvolution(2, rngs=nnx.Rngs(0), **options)

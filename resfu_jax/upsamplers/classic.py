@@ -156,21 +156,21 @@ class Deconvolution(nnx.Module):
         x, kernel, bias = promote_dtype(
             (features, self.kernel[...], self.bias[...]), dtype=self.dtype
         )
-        b, h, w, _ = x.shape
+        # Output pixel q s + p gets k[p + P + d s] from input pixel q - d: a convolution to s^2
+        # channels per output channel, one for each p, then a pixel shuffle.
         s, k = self.scale, kernel.shape[0]
-        if k == s and self.padding == 0:  # the blocks do not overlap: a matrix product
-            blocks = jnp.einsum("bhwi,yxio->bhywxo", x, kernel)
-            return blocks.reshape(b, h * s, w * s, -1) + bias[None, None, None]
-        border = (k - 1 - self.padding, k - 1 - self.padding + self.output_padding)
-        y = jax.lax.conv_general_dilated(
-            x,
-            jnp.flip(kernel, (0, 1)),
-            window_strides=(1, 1),
-            padding=(border, border),
-            lhs_dilation=(s, s),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return y + bias[None, None, None]
+        before, after = (
+            (k - 1 - self.padding) // s,
+            -(-self.padding // s),
+        )  # d <= before, -d <= after
+        n = before + 1 + after
+        front = after * s - self.padding
+        border = (front, n * s - front - k)
+        blocks = jnp.pad(kernel, (border, border, (0, 0), (0, 0)))
+        blocks = blocks.reshape(n, s, n, s, *kernel.shape[2:])[::-1, :, ::-1]
+        blocks = blocks.transpose(0, 2, 4, 5, 1, 3).reshape(n, n, self.features, -1)
+        y = _convolve(x, blocks, (before, after))
+        return pixel_shuffle(y, s) + bias[None, None, None]
 
 
 @register("pixel_shuffle")
@@ -227,10 +227,15 @@ class PixelShuffle(nnx.Module):
         x, kernel, bias = promote_dtype(
             (features, self.kernel[...], self.bias[...]), dtype=self.dtype
         )
-        y = jax.lax.conv_general_dilated(
-            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        border = kernel.shape[0] // 2
+        y = _convolve(x, kernel, (border, border))
         return pixel_shuffle(y + bias[None, None, None], self.scale)
+
+
+def _convolve(x, kernel, padding: tuple[int, int]) -> Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), (padding, padding), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def _uniform(rngs: nnx.Rngs, shape, dtype: DTypeLike, bound: float) -> Array:
