@@ -272,15 +272,7 @@ class Attention(nnx.Module):
         self.out = nnx.Linear(features, features, kernel_init=_linear_init, **types)
         self.reduces = sr_ratio > 1
         if self.reduces:
-            self.reduce = nnx.Conv(
-                features,
-                features,
-                (sr_ratio, sr_ratio),
-                strides=sr_ratio,
-                padding="VALID",
-                kernel_init=_conv_init,
-                **types,
-            )
+            self.reduce = PatchConv(features, sr_ratio, **types)
             self.reduce_norm = LayerNorm(features, **types)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -301,6 +293,31 @@ class Attention(nnx.Module):
         weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5).astype(value.dtype)
         y = jnp.einsum("bhnm,bmhd->bnhd", weights, value)
         return self.out(y.reshape(x.shape))
+
+
+class PatchConv(nnx.Module):
+    """Convolution whose stride is its kernel's side; border pixels that fill no patch are unused.
+
+    It is a matrix product of the patches, and computed so: on a CPU, the input gradient of XLA's
+    convolution takes many times longer.
+    """
+
+    def __init__(
+        self, features: int, size: int, *, dtype: Dtype | None, param_dtype: Dtype, rngs: nnx.Rngs
+    ):
+        shape = (size, size, features, features)
+        self.kernel = nnx.Param(_conv_init(rngs.params(), shape, param_dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b hr wr c"]:
+        """One output pixel per patch."""
+        r, _, c, _ = self.kernel.shape
+        b, h, w, _ = x.shape
+        h, w = h // r, w // r
+        patches = x[:, : h * r, : w * r].reshape(b, h, r, w, r, c).swapaxes(2, 3)
+        kernel = self.kernel[...].astype(x.dtype).reshape(r * r * c, c)
+        y = patches.reshape(b, h, w, r * r * c) @ kernel
+        return y + jnp.expand_dims(self.bias[...].astype(x.dtype), (0, 1, 2))
 
 
 class MixFFN(nnx.Module):
@@ -339,12 +356,20 @@ class DepthwiseConv(nnx.Module):
         return y + jnp.expand_dims(self.bias[...].astype(x.dtype), (0, 1, 2))
 
 
-class LayerNorm(nnx.LayerNorm):
-    """LayerNorm with PyTorch's epsilon, computed in float32 at least whatever the compute type."""
+class LayerNorm(nnx.Module):
+    """LayerNorm over channels, in float32 at least whatever the compute type."""
 
     def __init__(self, features: int, *, dtype: Dtype | None, param_dtype: Dtype, rngs: nnx.Rngs):
-        super().__init__(features, epsilon=1e-5, param_dtype=param_dtype, rngs=rngs)
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
 
-    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
-        """Normalise the channels of every pixel."""
-        return super().__call__(x.astype(at_least_float32(x.dtype))).astype(x.dtype)
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """(x - mean) / sqrt(variance + 1e-5) * scale + bias."""
+        wide = at_least_float32(x.dtype)
+        y = x.astype(wide)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-5)
+        scale, bias = (
+            jnp.expand_dims(p[...].astype(wide), (0, 1, 2)) for p in (self.scale, self.bias)
+        )
+        return (y * scale + bias).astype(x.dtype)

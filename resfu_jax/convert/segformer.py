@@ -37,7 +37,7 @@ def load_pretrained(path: str | os.PathLike, model: SegmentationModel | MiT) -> 
     """Load a SegFormer checkpoint of Hugging Face transformers into a model, in place.
 
     Into a `MiT`: the weights of the encoder, from a file saved by `SegformerModel`,
-    `SegformerForImageClassification` or `SegformerForSemanticSegmentation`; classifiers and decoders
+    `SegformerForImageClassification` or `SegformerForSemanticSegmentation`; classifier and decoder
     in the file are left out. Into a `SegmentationModel`: those of encoder and decoder, from
     `SegformerForSemanticSegmentation`; its head must be a `SegFormerHead` with `project="linear"`.
     The head's upsamplers, which such files do not have, stay as they are.

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from resfu_jax.ops._dtypes import at_least_float32
+
 Implementation = Literal["reference", "shifts"]
 
 
@@ -60,16 +62,40 @@ def depthwise_conv(
     )
 
 
-def _windows(x: Array, kh: int, kw: int) -> list[tuple[int, int, Array]]:
-    """All taps (u, v) with the map that they see: its pixel (i, j) is x[i + u - r, j + v - s]."""
-    _, h, w, _ = x.shape
-    r, s = kh // 2, kw // 2
-    x = jnp.pad(x, ((0, 0), (r, r), (s, s), (0, 0)))
-    return [(u, v, x[:, u : u + h, v : v + w]) for u in range(kh) for v in range(kw)]
+def _pad(x: Array, kernel: Array) -> Array:
+    r, s = kernel.shape[0] // 2, kernel.shape[1] // 2
+    return jnp.pad(x, ((0, 0), (r, r), (s, s), (0, 0)))
 
 
+@jax.custom_vjp
 def _shifts(x: Array, kernel: Array) -> Array:
-    return sum(
-        window * jnp.expand_dims(kernel[u, v], (0, 1, 2))
-        for u, v, window in _windows(x, *kernel.shape[:2])
-    )
+    kh, kw, _ = kernel.shape
+    _, h, w, _ = x.shape
+    padded = _pad(x, kernel)
+    taps = jnp.expand_dims(kernel, (2, 3, 4))
+    return sum(padded[:, u : u + h, v : v + w] * taps[u, v] for u in range(kh) for v in range(kw))
+
+
+def _shifts_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _shifts(x, kernel), (x, kernel)
+
+
+def _shifts_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    kw = kernel.shape[1]
+    padded = _pad(x, kernel)
+    wide = at_least_float32(x.dtype)
+
+    # One tap after the other: all at once, XLA writes a shifted copy of x for each of them, and
+    # computes g anew in each sum.
+    def tap(k: Array) -> Array:
+        zero = jnp.zeros_like(k)
+        window = jax.lax.dynamic_slice(padded, (zero, k // kw, k % kw, zero), x.shape)
+        return jnp.sum(window * g, axis=(0, 1, 2), dtype=wide)
+
+    taps = jax.lax.map(tap, jnp.arange(kernel.shape[0] * kw, dtype=jnp.int32))
+    # The adjoint of a correlation is the correlation with the kernel turned by half a turn.
+    return _shifts(g, kernel[::-1, ::-1]), taps.reshape(kernel.shape).astype(kernel.dtype)
+
+
+_shifts.defvjp(_shifts_fwd, _shifts_bwd)
