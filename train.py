@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
 from resfu_jax import data, training, visualize
+from resfu_jax.data.transforms import image_size, scaled_size
 from resfu_jax.model import create_model
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="A file in configs/.")
@@ -53,27 +54,8 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
             if key != "id"
         }
 
-    # ---------------------------------------------------------------------------------------- data
-    info = data.dataset_info(config.data.name)
-    if info.embedded and not data.is_prepared(config.data.name, config.data.dir):
-        print(f"building the dataset {config.data.name} (once)", file=sys.stderr)
-        data.prepare(config.data.name, config.data.dir)
-    train_source = data.open_source(config.data.name, "train", config.data.dir)
-    val_source = data.open_source(config.data.name, "validation", config.data.dir)
-    if config.data.on_corrupt == "skip":
-        train_source = data.skip_corrupt(train_source, info)
-        val_source = data.skip_corrupt(val_source, info)
-    process = dict(shard=(jax.process_index(), jax.process_count()))
-    val_batches = data.eval_batches(
-        val_source,
-        info,
-        batch_size=config.eval.batch_size // jax.process_count(),
-        resize_scale=config.data.resize_scale,
-        pad_to=config.eval.pad_to or 32,
-        **process,
-    )
-
     # --------------------------------------------------------------------------------------- model
+    info = data.dataset_info(config.data.name)
     schedule = training.create_schedule(config.optimizer, config.steps)
     optimizer = training.create_optimizer(config.optimizer, config.steps)
 
@@ -106,6 +88,26 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract_state
     )
     parameters = sum(p.size for p in jax.tree.leaves(abstract_state["params"]))
+
+    # ---------------------------------------------------------------------------------------- data
+    if info.embedded and not data.is_prepared(config.data.name, config.data.dir):
+        print(f"building the dataset {config.data.name} (once)", file=sys.stderr)
+        data.prepare(config.data.name, config.data.dir)
+    train_source = data.open_source(config.data.name, "train", config.data.dir)
+    val_source = data.open_source(config.data.name, "validation", config.data.dir)
+    if config.data.on_corrupt == "skip":
+        train_source = data.skip_corrupt(train_source, info)
+        val_source = data.skip_corrupt(val_source, info)
+    process = dict(shard=(jax.process_index(), jax.process_count()))
+    val_batches = data.eval_batches(
+        val_source,
+        info,
+        batch_size=config.eval.batch_size // jax.process_count(),
+        resize_scale=config.data.resize_scale,
+        pad_to=config.eval.pad_to or 32,
+        **process,
+    )
+    val_sizes = image_sizes(val_source, config.data.resize_scale)
 
     # --------------------------------------------------------------------------------- update step
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
@@ -170,7 +172,7 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
             num_classes=info.num_classes,
             ignore_label=info.ignore_label,
             dilation_ratio=config.eval.dilation_ratio,
-            sizes=batch.get("size"),
+            sizes=batch["size"],
         )
         return counts, predictions
 
@@ -180,13 +182,15 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         counts = training.SegmentationCounts.zeros(info.num_classes)
         drawn = 0
         for batch in val_batches:
-            batch_counts, predictions = eval_step(state, to_devices(batch))
+            sizes = np.array([val_sizes[image_id] for image_id in batch["id"]], np.int32)
+            batch_counts, predictions = eval_step(state, to_devices(batch | {"size": sizes}))
             counts = counts.merge(batch_counts)
-            for i in range(min(config.eval.pictures - drawn, len(batch["id"]))):
+            for i in range(min(config.eval.pictures - drawn, np.count_nonzero(sizes[:, 0]))):
+                height, width = sizes[i]
                 picture = visualize.side_by_side(
-                    batch["image"][i],
-                    batch["label"][i],
-                    np.asarray(predictions[i]),
+                    batch["image"][i, :height, :width],
+                    batch["label"][i, :height, :width],
+                    np.asarray(predictions[i, :height, :width]),
                     info.palette,
                     ignore_label=info.ignore_label,
                 )
@@ -226,7 +230,8 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
     checkpoints.check_space(abstract_state)
     if start is None:
         start = 0
-        _, state = jax.jit(init, out_shardings=replicated)()
+        quickly = {"xla_backend_optimization_level": 0}  # It runs once: compile it quickly.
+        _, state = jax.jit(init, out_shardings=replicated, compiler_options=quickly)()
     else:
         state = checkpoints.restore(start, abstract_state, train_batches)
     training.write_config(workdir, config)
@@ -287,10 +292,11 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
 
     # --------------------------------------------------------------------------------------- table
     history = training.read_metrics(workdir / "metrics.jsonl")
-    best = max((line for line in history if "val/miou" in line), key=lambda line: line["val/miou"])
+    evaluations = [line for line in history if "val/miou" in line]
+    best = max(evaluations, key=lambda line: (line["val/miou"], line["step"]))
     training.print_table(
         f"{config.data.name}, {config.model.head.upsampler}, step {config.steps}",
-        {name.removeprefix("val/"): value for name, value in history[-1].items()},
+        {name.removeprefix("val/"): value for name, value in evaluations[-1].items()},
         info.class_names,
         {
             "best": f"mIoU {best['val/miou']:.2f} at step {best['step']}",
@@ -300,6 +306,15 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
             "workdir": str(workdir),
         },
     )
+
+
+def image_sizes(source: data.Source, scale: float) -> dict[bytes, tuple[int, int]]:
+    """Image id -> (height, width) before padding, read from the headers of the files."""
+    sizes = {b"": (0, 0)}  # the rows that fill up the last batch
+    for example in (source[i] for i in range(len(source))):
+        size = image_size(example["image"], source.where(example))
+        sizes[example["id"]] = scaled_size(size, scale)[::-1]
+    return sizes
 
 
 # ------------------------------------------------------------------------------------ command line
