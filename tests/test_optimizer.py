@@ -47,6 +47,11 @@ def test_no_warmup():
     np.testing.assert_allclose([schedule(0), schedule(5)], [1.0, 0.5], rtol=1e-6)
 
 
+def test_a_run_shorter_than_its_warmup():
+    schedule = create_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=100), 4)
+    np.testing.assert_allclose(schedule(3), 0.03, rtol=1e-3)
+
+
 def test_masks():
     params = pure_params()
     assert nnx.to_pure_dict(decay_mask(params)) == {

@@ -280,7 +280,9 @@ def validate(config: Config, *, devices: int = 1) -> None:
         "eval.batch_size checkpoint.every checkpoint.keep"
     ).split():
         require(field, lambda v: v >= 1, "at least 1")
-    for field in "data.num_workers eval.pictures optimizer.weight_decay".split():
+    for field in (
+        "data.num_workers eval.pictures optimizer.weight_decay optimizer.warmup_steps"
+    ).split():
         require(field, lambda v: v >= 0, "0 or more")
     for field in "data.resize_scale optimizer.learning_rate optimizer.power".split():
         require(field, lambda v: v > 0, "positive")
@@ -302,11 +304,6 @@ def validate(config: Config, *, devices: int = 1) -> None:
     )
     require("data.on_corrupt", lambda v: v in ("raise", "skip"), "'raise' or 'skip'")
     require("model.dtype", lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
-    require(
-        "optimizer.warmup_steps",
-        lambda v: 0 <= v < max(config.steps, 1),
-        f"0 or more, and less than config.steps = {config.steps}",
-    )
     require("optimizer.clip_norm", lambda v: v is None or v > 0, "positive, or None")
     require("optimizer.ema_decay", lambda v: v is None or 0 < v < 1, "between 0 and 1, or None")
     require("loss.label_smoothing", lambda v: 0 <= v < 1, "at least 0 and less than 1")
@@ -328,8 +325,8 @@ def validate(config: Config, *, devices: int = 1) -> None:
         raise ConfigError("\n".join(wrong))
 
 
-# What may change between a run and its continuation: nothing that the numbers depend on.
-_FREE_TO_CHANGE = ("log_every", "eval.", "checkpoint.", "data.dir")
+# What may change between a run and its continuation: its length, and what no number depends on.
+_FREE_TO_CHANGE = ("steps", "log_every", "eval.", "checkpoint.", "data.dir")
 
 
 def check_same_run(workdir: pathlib.Path, config: Config, *, only: str = "") -> None:
@@ -341,8 +338,9 @@ def check_same_run(workdir: pathlib.Path, config: Config, *, only: str = "") -> 
         only: compare fields whose dotted path starts with this.
 
     Raises:
-        ConfigError: naming every field that differs; how often things are logged, evaluated and
-            saved, and where the dataset lies, may.
+        ConfigError: naming every field that differs. The number of steps may (the learning rate
+            then follows the new schedule from here on), and how often things are logged, evaluated
+            and saved, and where the dataset lies.
     """
     path = workdir / "config.json"
     before = flatten(json.loads(path.read_text())) if path.exists() else {}

@@ -11,12 +11,15 @@ from resfu_jax.training.config import OptimizerConfig
 
 
 def create_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of the backbone: linear warm-up, then lr · (1 − progress)^power down to 0."""
+    """Learning rate of the backbone: linear warm-up, then lr · (1 − progress)^power down to 0.
+
+    A run that is not longer than the warm-up ends within it.
+    """
     warmup = optax.linear_schedule(
         config.learning_rate * config.warmup_start, config.learning_rate, config.warmup_steps
     )
     decay = optax.polynomial_schedule(
-        config.learning_rate, 0.0, config.power, steps - config.warmup_steps
+        config.learning_rate, 0.0, config.power, max(steps - config.warmup_steps, 1)
     )
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
 
