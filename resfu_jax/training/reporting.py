@@ -40,7 +40,6 @@ class Reporter:
         self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1)
         self._steps, self._batch_size = steps, batch_size
         self._step, self._time = start, time.perf_counter()
-        self._seconds = sum(line.get("seconds", 0.0) for line in kept)
         self._start = (start, time.perf_counter())
         self._bar = tqdm.tqdm(
             total=steps,

@@ -1,0 +1,51 @@
+import json
+
+import pytest
+
+from resfu_jax.training import Reporter, print_table, read_metrics
+
+SCORES = {"miou": 50.0, "boundary_iou": 40.0, "pixel_accuracy": 90.0, "iou/a": 50.0}
+
+
+def report(workdir, steps, start=0):
+    reporter = Reporter(workdir, steps=10, batch_size=2, start=start)
+    for step in steps:
+        reporter.advance(step)
+        reporter.train(step, {"loss": 1.0 / step})
+    reporter.evaluation(step, SCORES)
+    reporter.close()
+
+
+def test_lines_and_events(tmp_path, capsys):
+    report(tmp_path, [1, 2])
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 2]
+    assert lines[0]["loss"] == 1.0 and lines[0]["images_per_second"] > 0
+    assert lines[2]["val/miou"] == 50.0 and lines[2]["val/iou/a"] == 50.0
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+    printed = capsys.readouterr().err
+    assert "step 2/10  loss 0.5000" in printed and "images/s" in printed and "left" in printed
+    assert "mIoU 50.00  boundary IoU 40.00" in printed
+
+
+def test_lines_after_the_restored_step_are_replaced(tmp_path):
+    report(tmp_path, [1, 2, 3])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 0.')  # killed while writing
+    report(tmp_path, [3, 4], start=2)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == [1, 2, 3, 4, 4]
+
+
+def test_a_missing_file_has_no_lines(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_table(capsys, missing):
+    names = ("a", "b") if missing else ("a",)
+    print_table("title", SCORES, names, {"parameters": "1,234"})
+    printed = capsys.readouterr().out
+    assert "title" in printed and "50.00" in printed and "parameters: 1,234" in printed
+    assert ("│ b " in printed) == missing
