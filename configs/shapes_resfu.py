@@ -19,9 +19,9 @@ from resfu_jax.training import (
 
 def get_config() -> Config:
     return Config(
-        steps=1000,
+        steps=300,
         batch_size=16,
-        log_every=20,
+        log_every=10,
         model=ModelConfig(
             backbone=BackboneConfig(
                 widths=(16, 32, 64, 128),
@@ -35,9 +35,9 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(
             learning_rate=2e-3,
             head_learning_rate_multiple=1.0,
-            warmup_steps=100,
+            warmup_steps=30,
             clip_norm=1.0,
         ),
-        eval=EvalConfig(every=250, batch_size=16),
-        checkpoint=CheckpointConfig(every=250),
+        eval=EvalConfig(every=150, batch_size=16),
+        checkpoint=CheckpointConfig(every=50),
     )
