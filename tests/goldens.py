@@ -60,7 +60,9 @@ class Golden:
 
     def group(self, prefix: str) -> dict[str, np.ndarray]:
         """Arrays under `prefix/`, keyed by the rest of their name."""
-        return {k[len(prefix) + 1 :]: v for k, v in self.arrays.items() if k.startswith(prefix + "/")}
+        return {
+            k[len(prefix) + 1 :]: v for k, v in self.arrays.items() if k.startswith(prefix + "/")
+        }
 
     @property
     def zero_grads(self) -> set[str]:
@@ -75,7 +77,9 @@ def load(name: str, x64: bool = False) -> Golden:
         arrays = {k: z[k] for k in z.files if k != "meta"}
         meta = json.loads(str(z["meta"]))
     if x64:
-        arrays = {k: v.astype(np.float64) if v.dtype == np.float32 else v for k, v in arrays.items()}
+        arrays = {
+            k: v.astype(np.float64) if v.dtype == np.float32 else v for k, v in arrays.items()
+        }
     tol = entry["suggested_rtol_float32"]
     return Golden(
         name=name,

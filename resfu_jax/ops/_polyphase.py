@@ -5,12 +5,15 @@ a, with weights that depend on p alone. Maps are "extended": replicated by a bor
 image, so that the clamped positions at the borders need no special case.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from resfu_jax.ops._interp import Size
 
-def whole_ratio(size: tuple[int, int], out_size: tuple[int, int]) -> tuple[int, int] | None:
+
+def whole_ratio(size: tuple[Size, Size], out_size: tuple[Size, Size]) -> tuple[int, int] | None:
     """`out_size / size` if both quotients are whole, else `None`. Sizes may be symbolic."""
     if any(isinstance(n, int) and n < 1 for n in size):
         return None
@@ -38,7 +41,21 @@ def phase_weights(ratio: int, kernel_size: int = 1) -> np.ndarray:
 
 def extend(x: Float[Array, "b h w c"], border: int) -> Float[Array, "b h2 w2 c"]:
     """Replicate the border pixels outwards."""
-    return jnp.pad(x, ((0, 0), (border, border), (border, border), (0, 0)), mode="edge")
+    return extend_axis(extend_axis(x, border, 1), border, 2)
+
+
+def extend_axis(x: Array, border: int, axis: int) -> Array:
+    """Replicate the first and the last slice along one axis `border` times."""
+    # Concatenated rather than padded, whose gradient takes several times longer on a CPU.
+    n = x.shape[axis]
+    first, last = (
+        jnp.broadcast_to(
+            jax.lax.slice_in_dim(x, i, i + 1, axis=axis),
+            (*x.shape[:axis], border, *x.shape[axis + 1 :]),
+        )
+        for i in (0, n - 1)
+    )
+    return jnp.concatenate([first, x, last], axis)
 
 
 def upsample_extended(
@@ -71,16 +88,14 @@ def upsampled_moments(
 
 def _combine(x: Array, weights: np.ndarray, axis: int) -> Array:
     """out[a * P + p] = sum_t weights[p, t] x[a + t] along `axis`, P phases and 3 taps."""
-    phases, taps = weights.shape
-    n = x.shape[axis] - (taps - 1)
-    out = 0
-    for t in range(taps):
-        if not weights[:, t].any():
-            continue
-        shifted = x[:, t : t + n] if axis == 1 else x[:, :, t : t + n]
-        w = jnp.asarray(weights[:, t], x.dtype)
-        w = w.reshape([-1 if i == axis + 1 else 1 for i in range(x.ndim + 1)])
-        out = out + w * jnp.expand_dims(shifted, axis + 1)
-    shape = list(x.shape)
-    shape[axis] = n * phases
-    return out.reshape(shape)
+    n = x.shape[axis] - 2
+    shifted = [x[:, t : t + n] if axis == 1 else x[:, :, t : t + n] for t in range(3)]
+    # Stacked phases, not a broadcast product: its gradient would be a reduction over a short axis,
+    # which XLA does slowly on a CPU.
+    phases = [
+        sum(w * s for w, s in zip(row.tolist(), shifted, strict=True) if w) for row in weights
+    ]
+    shape = (*x.shape[:axis], n * len(phases), *x.shape[axis + 1 :])
+    return jnp.stack([jnp.broadcast_to(p, shifted[0].shape) for p in phases], axis + 1).reshape(
+        shape
+    )

@@ -1,6 +1,7 @@
 """The registry: names -> upsamplers, so that heads and configs choose one by name."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -75,6 +76,7 @@ def create_upsampler(
     """
     entry = upsampler_entry(name)
     rngs = nnx.Rngs(0) if rngs is None else rngs
+    known = inspect.signature(entry.cls.__init__).parameters
     for option in options:
-        lookup(f"option of upsampler {name!r}:", entry.cls.__init__.__kwdefaults__, option)
+        lookup(f"option of upsampler {name!r}:", known, option)
     return entry.cls(features, guide_features, scale=scale, rngs=rngs, **(entry.options | options))
