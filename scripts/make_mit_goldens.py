@@ -11,7 +11,8 @@ image. Written are
 
     model.safetensors   weights, float32, with the names that published checkpoints have
     model.npz           image, the four feature maps, logits; gradients of sum(logits * seed) with
-                        respect to the image and some parameters; all NCHW, as PyTorch has them
+                        respect to the image and some parameters; all NCHW, as PyTorch has them;
+                        `names`, pairs of an entry's name in `state_dict()` and in model.safetensors
 
 and, printed, the number of parameters of the encoders B0 .. B5.
 """
@@ -20,6 +21,7 @@ import pathlib
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerModel
 
 OUT = pathlib.Path(__file__).resolve().parent.parent / "tests" / "goldens_mit"
@@ -71,6 +73,12 @@ def main() -> None:
             value.copy_(noise * (1.5 / value[0].numel()) ** 0.5)
     model.save_pretrained(OUT)
     (OUT / "config.json").unlink()
+    published = load_file(OUT / "model.safetensors")
+    names = [
+        (name, next(k for k, v in published.items() if torch.equal(v, value)))
+        for name, value in model.state_dict().items()
+    ]
+    assert len({k for _, k in names}) == len(published)
 
     model = model.double()
     image = torch.from_numpy(rng.standard_normal((2, 3, 67, 93)).astype(np.float32)).double()
@@ -84,7 +92,9 @@ def main() -> None:
     arrays |= {f"grad/{ours}": parameters[name].grad for name, ours in GRADIENTS.items()}
     # Computed in float64, rounded once.
     np.savez_compressed(
-        OUT / "model.npz", **{k: v.detach().numpy().astype(np.float32) for k, v in arrays.items()}
+        OUT / "model.npz",
+        names=np.array(names),
+        **{k: v.detach().numpy().astype(np.float32) for k, v in arrays.items()},
     )
 
     wide = dict(hidden_sizes=[64, 128, 320, 512])

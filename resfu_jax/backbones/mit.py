@@ -160,7 +160,7 @@ class MiT(nnx.Module):
             pyramid.append(x)
         return tuple(pyramid)
 
-    def _check_size(self, size: tuple[int, int]) -> None:
+    def _check_size(self, size: tuple) -> None:
         if not all(isinstance(n, int) for n in size):
             return  # symbolic
         sides, shortest = size, 1
