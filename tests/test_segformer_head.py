@@ -87,9 +87,9 @@ def test_upsamplers_are_built_for_their_ratios(monkeypatch):
         return create_upsampler(name, **options)
 
     monkeypatch.setattr(segformer, "create_upsampler", record)
-    module = head(upsampler="resfu", upsampler_options={"lr_mult": 7.0})
+    module = head(upsampler="resfu", upsampler_options={"radius": 6})
     assert built == [("resfu", 32, 32, 2), ("resfu", 32, 32, 4), ("resfu", 32, 32, 8)]
-    assert [up.lr_mult for up in module.upsample] == [7.0] * 3
+    assert [up.radius for up in module.upsample] == [6, 6, 6]
 
 
 @pytest.mark.parametrize("graph", [True, False])
