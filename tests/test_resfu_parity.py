@@ -74,22 +74,40 @@ def test_guided_filter(name, x64):
         goldens.assert_close(d, expected(g, f"grad/in/{key}"), g.tol_grad, f"d_{key}")
 
 
+# At one pixel of this golden the input of a hidden unit's ReLU is 7e-8, of values up to 7: float32
+# cannot tell its sign, on which the gradient depends. x64 is compared with the golden itself;
+# float32 with x64 after that unit's bias moved by 1e-3, which takes the pixel off the edge.
+EDGE = {"resfu_pcdc_k3_d2": 12}
+
+
+def branch_gradients(g, form, nudged=None):
+    """Output and gradients to the parameters, k and q, in the mode that g was loaded in."""
+    branch = from_torch("PCDC_Block", g.group("param"), **g.args)
+    if nudged is not None:
+        branch.mix_bias.set_value(branch.mix_bias[...].at[nudged].add(1e-3))
+    graphdef, params = nnx.split(branch)
+    k, q, cotangent = (jnp.asarray(expected(g, f"in/{n}")) for n in ("k", "q", "cotangent"))
+    y, vjp = jax.vjp(lambda p, *a: getattr(nnx.merge(graphdef, p), form)(*a), params, k, q)
+    return y, vjp(cotangent)
+
+
 @pytest.mark.parametrize("form", ["__call__", "folded"])
 @pytest.mark.parametrize("name", BRANCHES)
 def test_score_branch(name, form, x64):
-    g, inputs, cotangent = load(name, x64)
-    branch = from_torch("PCDC_Block", g.group("param"), **g.args)
-    wanted = nnx.state(from_torch("PCDC_Block", g.group("grad/param"), **g.args), nnx.Param)
-    graphdef, params = nnx.split(branch)
-
-    def f(params, k, q):
-        return getattr(nnx.merge(graphdef, params), form)(k, q)
-
-    y, vjp = jax.vjp(f, params, inputs["k"], inputs["q"])
-    d_params, d_k, d_q = vjp(cotangent)
+    g = goldens.load(name, x64=x64)
+    y, (d_params, d_k, d_q) = branch_gradients(g, form)
     goldens.assert_close(y, expected(g, "out/y"), g.tol_out, "y")
-    goldens.assert_close(d_k, expected(g, "grad/in/k"), g.tol_grad, "d_k")
-    goldens.assert_close(d_q, expected(g, "grad/in/q"), g.tol_grad, "d_q")
+    wanted_k, wanted_q = expected(g, "grad/in/k"), expected(g, "grad/in/q")
+    wanted = nnx.state(from_torch("PCDC_Block", g.group("grad/param"), **g.args), nnx.Param)
+    if not x64 and name in EDGE:
+        _, (d_params, d_k, d_q) = branch_gradients(g, form, EDGE[name])
+        with jax.enable_x64(True):
+            _, (wanted, wanted_k, wanted_q) = branch_gradients(
+                goldens.load(name, x64=True), form, EDGE[name]
+            )
+            wanted = jax.tree.map(lambda a: np.where(np.abs(a) < 1e-12, 0, a), wanted)
+    goldens.assert_close(d_k, wanted_k, g.tol_grad, "d_k")
+    goldens.assert_close(d_q, wanted_q, g.tol_grad, "d_q")
     check_gradients(g, d_params, wanted)
 
 
