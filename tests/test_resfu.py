@@ -190,7 +190,7 @@ def test_scales_and_dilations(scale, dilation):
 
 
 def test_shifting_by_whole_cells_shifts_the_interior():
-    """Without global norms in the way: what remains are the hidden norms, whose inputs only move."""
+    """Without norms of the inputs: what remains are the hidden norms, whose inputs only move."""
     up = jax.jit(resfu(2, normx=False, normy=False, radius=2, kernel_size=3).__call__)
     # A pattern on a constant ground, far from the borders: moving it changes no global statistic.
     x = jnp.zeros((1, 24, 24, 4)).at[:, 8:12, 8:12].set(normal(0, 1, 4, 4, 4))

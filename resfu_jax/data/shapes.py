@@ -2,10 +2,10 @@
 
 It shows what a feature upsampler is for. FILLED shapes (disc, square, triangle, star) need crisp
 outlines, THIN ones (ring, cross, line; 2 to 5 pixels wide) vanish in a coarse feature map, and
-shapes that TOUCH or overlap must not bleed into each other. Every class has a typical hue, with
-enough spread to overlap with its neighbours', so that a small network learns in minutes which class
-it sees and what remains is where its outlines run; texture and brightness say nothing. Every colour
-in an image differs from the others, so that the image shows each outline.
+shapes that TOUCH or overlap must not bleed into each other. Shapes are mottled: patches of a hue
+that is typical of the class, on a ground of any colour. A small network learns in minutes which
+class it sees, but only from a neighbourhood: single pixels do not tell, so that what is known
+coarsely has to be brought to the outlines, which the image shows.
 """
 
 import colorsys
@@ -37,7 +37,7 @@ OUTLINE_IGNORED_INFO = DatasetInfo("shapes/outline_ignored", CLASS_NAMES, PALETT
 
 _SUPERSAMPLE = 4  # masks are drawn this much larger and box-filtered down: antialiased edges
 _MIN_CONTRAST = 60.0  # smallest distance between two base colours of one image, in RGB units
-_HUE_SPREAD = 0.045  # standard deviation of a class's hue, in turns; classes are 1/7 apart
+_HUE_SPREAD = 0.025  # standard deviation of a class's hue, in turns; classes are 1/7 apart
 _SEED = 2024
 _SPLIT_SEED = {"train": 0, "validation": 1}
 
@@ -60,7 +60,7 @@ def draw_example(
         image (size, size, 3) uint8 and label (size, size) uint8.
     """
     count = int(rng.integers(1, max_shapes + 1))
-    colours = [_colour(rng, 0, [])]
+    colours = [_colour(rng, 0, [])]  # background
     image = _texture(rng, size, colours[0], background=True)
     label = np.zeros((size, size), np.uint8)
     owner = np.zeros((size, size), np.int32)  # which shape is on top; 0 is the background
@@ -84,27 +84,39 @@ def draw_example(
             grown = Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MaxFilter(3))
             label[np.asarray(grown) > 0] = INFO.ignore_label
         label[mask] = kind
-        colours.append(_colour(rng, kind, colours))
+        ground = _colour(rng, None, colours)
+        patches = _colour(rng, kind, [*colours, ground])
+        colours += [ground, patches]
+        mottled = (_smooth_noise(rng, size, cells=size // 8) > 0)[..., None]
+        fill = _texture(rng, size, ground) + mottled * (patches - ground)
         alpha = coverage[..., None]
-        image = image * (1 - alpha) + _texture(rng, size, colours[-1]) * alpha
+        image = image * (1 - alpha) + fill * alpha
 
     image += rng.uniform(1, 5) * rng.standard_normal(image.shape, np.float32)  # sensor noise
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), label
 
 
-def _colour(rng: np.random.Generator, kind: int, others: list[np.ndarray]) -> np.ndarray:
-    """A base colour around the class's hue (grey for the background), unlike all others."""
+def _colour(rng: np.random.Generator, kind: int | None, others: list[np.ndarray]) -> np.ndarray:
+    """A base colour: of the class's hue, greyish for the background, any for `None`."""
     contrast = _MIN_CONTRAST
     while True:
-        hue, saturation = rng.uniform(), rng.uniform(0, 0.2)
-        if kind:
+        hue, saturation = rng.uniform(), rng.uniform(0.2, 0.9)
+        if kind == 0:
+            saturation = rng.uniform(0, 0.2)
+        elif kind is not None:
             hue = (kind - 1) / (len(CLASS_NAMES) - 1) + _HUE_SPREAD * rng.standard_normal()
-            saturation = rng.uniform(0.45, 0.9)
+            saturation = rng.uniform(0.6, 0.95)
         rgb = colorsys.hsv_to_rgb(hue % 1, saturation, rng.uniform(0.45, 0.9))
         candidate = 255 * np.array(rgb, np.float32)
         if all(np.linalg.norm(candidate - other) >= contrast for other in others):
             return candidate
         contrast *= 0.98  # a crowded image must not stall the loop
+
+
+def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
+    """Unit-variance noise on a grid of `cells`, bicubically enlarged to (size, size)."""
+    coarse = rng.standard_normal((cells, cells), np.float32)
+    return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _texture(
@@ -122,9 +134,7 @@ def _texture(
     out = colour + field[..., None] * tint
     if background or rng.random() < 0.5:
         cells = int(rng.integers(3, 24))
-        coarse = rng.normal(0, rng.uniform(4, 12), (cells, cells)).astype(np.float32)
-        noise = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
-        out = out + np.asarray(noise)[..., None] * tint
+        out = out + rng.uniform(4, 12) * _smooth_noise(rng, size, cells)[..., None] * tint
     return out
 
 
@@ -210,7 +220,7 @@ class ShapesConfig(tfds.core.BuilderConfig):
 class Shapes(tfds.core.GeneratorBasedBuilder):
     """Procedurally drawn filled, thin and touching shapes over a textured background."""
 
-    VERSION = tfds.core.Version("1.1.0")
+    VERSION = tfds.core.Version("1.2.0")
     BUILDER_CONFIGS = [
         ShapesConfig(name="default", description="Every pixel belongs to a class."),
         ShapesConfig(
