@@ -9,7 +9,8 @@ where a block is efficient self-attention (keys and values from a map that is `s
 smaller per side) and Mix-FFN, a feed-forward part with a depthwise 3x3 convolution inside, whose
 zero padding also tells the network where it is: there are no positional embeddings.
 
-Values equal `SegformerModel` of Hugging Face transformers, whose LayerNorms all have epsilon 1e-5.
+Values equal `SegformerModel` of Hugging Face transformers, whose LayerNorms all have epsilon 1e-5
+(the authors' code has 1e-6 in the blocks and at the end of a stage).
 """
 
 import dataclasses
