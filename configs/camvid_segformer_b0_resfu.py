@@ -20,21 +20,21 @@ from resfu_jax.training import (
 
 def get_config() -> Config:
     return Config(
-        steps=4000,
-        batch_size=8,
+        steps=600,
+        batch_size=4,
         log_every=20,
         model=ModelConfig(
-            backbone=BackboneConfig(variant="b0"),
-            head=HeadConfig(upsampler="resfu", width=128),
+            backbone=BackboneConfig(variant="b0", drop_path=0.0),
+            head=HeadConfig(upsampler="resfu", width=128, dropout=0.0),
         ),
         # 480x360 images become 240x180; their crops are padded to a multiple of the stride.
         data=DataConfig(name="camvid", resize_scale=0.5, crop_size=(192, 256)),
         optimizer=OptimizerConfig(
-            learning_rate=6e-4,
+            learning_rate=1e-3,
             head_learning_rate_multiple=1.0,
-            warmup_steps=300,
+            warmup_steps=60,
             clip_norm=1.0,
         ),
-        eval=EvalConfig(every=500, batch_size=8, pad_to=(192, 256)),
-        checkpoint=CheckpointConfig(every=250),
+        eval=EvalConfig(every=150, batch_size=8, pad_to=(192, 256)),
+        checkpoint=CheckpointConfig(every=50),
     )
