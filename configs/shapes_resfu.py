@@ -19,9 +19,9 @@ from resfu_jax.training import (
 
 def get_config() -> Config:
     return Config(
-        steps=300,
-        batch_size=16,
-        log_every=10,
+        steps=600,
+        batch_size=8,
+        log_every=20,
         model=ModelConfig(
             backbone=BackboneConfig(
                 widths=(16, 32, 64, 128),
@@ -31,13 +31,15 @@ def get_config() -> Config:
             ),
             head=HeadConfig(upsampler="resfu", width=64, dropout=0.0),
         ),
-        data=DataConfig(name="shapes", crop_size=(128, 128), scale_range=(0.75, 1.5)),
+        data=DataConfig(
+            name="shapes", crop_size=(128, 128), scale_range=(0.75, 1.5), photometric=False
+        ),
         optimizer=OptimizerConfig(
-            learning_rate=2e-3,
+            learning_rate=4e-3,
             head_learning_rate_multiple=1.0,
             warmup_steps=30,
             clip_norm=1.0,
         ),
-        eval=EvalConfig(every=150, batch_size=16),
-        checkpoint=CheckpointConfig(every=50),
+        eval=EvalConfig(every=200, batch_size=16),
+        checkpoint=CheckpointConfig(every=100),
     )
