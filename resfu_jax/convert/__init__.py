@@ -8,6 +8,9 @@ from flax import nnx
 from resfu_jax._names import lookup
 from resfu_jax.convert.classic import conv_pixel_shuffle, conv_transpose
 from resfu_jax.convert.resfu import pcdc_block, resfu
+from resfu_jax.convert.segformer import load_pretrained
+
+__all__ = ["from_torch", "load_pretrained"]
 
 _CONVERTERS: dict[str, Callable[..., nnx.Module]] = {
     "zmhhmz/ReSFU:ReSFU": resfu,
