@@ -299,7 +299,7 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         {name.removeprefix("val/"): value for name, value in evaluations[-1].items()},
         info.class_names,
         {
-            "best": f"mIoU {best['val/miou']:.2f} at step {best['step']}",
+            "best": f"mIoU {best['val/miou']:.4f} at step {best['step']}",
             "training time": f"{sum(line.get('seconds', 0) for line in history) / 60:.1f} min",
             "parameters": f"{parameters:,}",
             "corrupt images skipped": str(len(train_source.skipped) + len(val_source.skipped)),

@@ -86,10 +86,10 @@ def test_boundary_of_a_square_is_a_frame_and_the_image_edge_counts():
     assert full.sum() == 16 and not full[1:-1, 1:-1].any()
 
 
-def test_perfect_prediction_is_100_and_absent_classes_do_not_count():
+def test_perfect_prediction_is_1_and_absent_classes_do_not_count():
     labels = jnp.asarray(np.kron([[0, 1], [1, 0]], np.ones((8, 8), int))[None])
     metrics = SegmentationCounts.zeros(K).merge(count(labels, labels, num_classes=K)).compute(NAMES)
-    assert metrics["miou"] == metrics["boundary_iou"] == metrics["pixel_accuracy"] == 100
+    assert metrics["miou"] == metrics["boundary_iou"] == metrics["pixel_accuracy"] == 1
     assert set(metrics) == {
         "miou",
         "boundary_iou",
@@ -104,8 +104,8 @@ def test_a_class_that_is_only_predicted_counts_as_zero():
     metrics = SegmentationCounts.zeros(K).merge(count(predictions, labels, num_classes=K))
     metrics = metrics.compute(NAMES)
     assert metrics["iou/c"] == 0
-    np.testing.assert_allclose(metrics["miou"], 100 * (240 / 256) / 2)
-    np.testing.assert_allclose(metrics["pixel_accuracy"], 100 * 240 / 256)
+    np.testing.assert_allclose(metrics["miou"], (240 / 256) / 2)
+    np.testing.assert_allclose(metrics["pixel_accuracy"], 240 / 256)
 
 
 def test_merging_images_equals_counting_them_together_and_does_not_overflow():

@@ -4,7 +4,7 @@ import pytest
 
 from resfu_jax.training import Reporter, print_table, read_metrics
 
-SCORES = {"miou": 50.0, "boundary_iou": 40.0, "pixel_accuracy": 90.0, "iou/a": 50.0}
+SCORES = {"miou": 0.5, "boundary_iou": 0.4, "pixel_accuracy": 0.9, "iou/a": 0.5}
 
 
 def report(workdir, steps, start=0):
@@ -21,11 +21,11 @@ def test_lines_and_events(tmp_path, capsys):
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 2]
     assert lines[0]["loss"] == 1.0 and lines[0]["images_per_second"] > 0
-    assert lines[2]["val/miou"] == 50.0 and lines[2]["val/iou/a"] == 50.0
+    assert lines[2]["val/miou"] == 0.5 and lines[2]["val/iou/a"] == 0.5
     assert list(tmp_path.glob("events.out.tfevents.*"))
     printed = capsys.readouterr().err
     assert "step 2/10  loss 0.5000" in printed and "images/s" in printed and "left" in printed
-    assert "mIoU 50.00  boundary IoU 40.00" in printed
+    assert "mIoU 0.5000  boundary IoU 0.4000" in printed
 
 
 def test_lines_after_the_restored_step_are_replaced(tmp_path):
@@ -47,5 +47,5 @@ def test_table(capsys, missing):
     names = ("a", "b") if missing else ("a",)
     print_table("title", SCORES, names, {"parameters": "1,234"})
     printed = capsys.readouterr().out
-    assert "title" in printed and "50.00" in printed and "parameters: 1,234" in printed
+    assert "title" in printed and "0.5000" in printed and "parameters: 1,234" in printed
     assert ("│ b " in printed) == missing

@@ -43,7 +43,7 @@ class SegmentationCounts:
         return jax.tree.map(lambda a, b: np.asarray(a, np.int64) + np.asarray(b), self, other)
 
     def compute(self, class_names: Sequence[str]) -> dict[str, float]:
-        """The metrics, in percent.
+        """The metrics, as fractions in [0, 1].
 
         Returns:
             `miou` and `boundary_iou` (means over the classes that occur in the labels or the
@@ -56,12 +56,12 @@ class SegmentationCounts:
         boundary = np.asarray(self.boundary_intersection, np.float64)
         boundary_union = np.asarray(self.boundary_union, np.float64)
         present = union > 0
-        iou = 100 * intersection / np.maximum(union, 1)
-        boundary_iou = 100 * boundary / np.maximum(boundary_union, 1)
+        iou = intersection / np.maximum(union, 1)
+        boundary_iou = boundary / np.maximum(boundary_union, 1)
         metrics = {
             "miou": float(iou[present].mean()) if present.any() else 0.0,
             "boundary_iou": float(boundary_iou[present].mean()) if present.any() else 0.0,
-            "pixel_accuracy": float(100 * intersection.sum() / max(confusion.sum(), 1)),
+            "pixel_accuracy": float(intersection.sum() / max(confusion.sum(), 1)),
         }
         for k, name in enumerate(class_names):
             if present[k]:

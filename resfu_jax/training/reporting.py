@@ -78,9 +78,9 @@ class Reporter:
         """Reports validation metrics under `val/`."""
         self._write(step, {f"val/{name}": value for name, value in metrics.items()})
         self.message(
-            f"step {step}/{self._steps}  validation: mIoU {metrics['miou']:.2f}  "
-            f"boundary IoU {metrics['boundary_iou']:.2f}  "
-            f"pixel accuracy {metrics['pixel_accuracy']:.2f}"
+            f"step {step}/{self._steps}  validation: mIoU {metrics['miou']:.4f}  "
+            f"boundary IoU {metrics['boundary_iou']:.4f}  "
+            f"pixel accuracy {metrics['pixel_accuracy']:.4f}"
         )
         self._time = time.perf_counter()  # Evaluation does not count in the images per second.
 
@@ -116,10 +116,10 @@ def print_table(
     table.add_column("boundary IoU", justify="right")
     for name in class_names:
         cells = (metrics.get(f"{kind}/{name}") for kind in ("iou", "boundary_iou"))
-        table.add_row(name, *("-" if cell is None else f"{cell:.2f}" for cell in cells))
+        table.add_row(name, *("-" if cell is None else f"{cell:.4f}" for cell in cells))
     table.add_section()
-    table.add_row("mean", f"{metrics['miou']:.2f}", f"{metrics['boundary_iou']:.2f}")
-    table.add_row("pixel accuracy", f"{metrics['pixel_accuracy']:.2f}", "")
+    table.add_row("mean", f"{metrics['miou']:.4f}", f"{metrics['boundary_iou']:.4f}")
+    table.add_row("pixel accuracy", f"{metrics['pixel_accuracy']:.4f}", "")
     console = Console()
     console.print(table)
     for name, value in facts.items():
