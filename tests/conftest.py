@@ -8,6 +8,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
+import jaxtyping
+import pytest
 from absl import flags
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -17,3 +19,11 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 # grain's multiprocess prefetch reads absl flags, which nobody parses under pytest.
 flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture
+def as_users_call():
+    """Switches off jaxtyping's shape checks, which users do not have, to see our own errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -57,8 +57,13 @@ def test_fns_attention(name, implementation, x64):
         with pytest.raises(ValueError, match="whole ratios"):
             f(**inputs)
         return
-    y, vjp = jax.vjp(f, inputs["attn"], inputs["x"])
-    d_attn, d_x = vjp(cotangent)
+
+    @jax.jit
+    def value_and_gradients(attn, x, cotangent):
+        y, vjp = jax.vjp(f, attn, x)
+        return y, *vjp(cotangent)
+
+    y, d_attn, d_x = value_and_gradients(inputs["attn"], inputs["x"], cotangent)
     goldens.assert_close(y, expected(g, "out/y"), g.tol_out, "y")
     goldens.assert_close(d_attn, expected(g, "grad/in/attn"), g.tol_grad, "d_attn")
     goldens.assert_close(d_x, expected(g, "grad/in/x"), g.tol_grad, "d_x")
@@ -68,9 +73,15 @@ def test_fns_attention(name, implementation, x64):
 def test_guided_filter(name, x64):
     g, inputs, cotangent = load(name, x64)
     options = dict(radius=g.args["radius"], eps=g.args["epsilon"], gf_scale=g.args["scale"])
-    y, vjp = jax.vjp(lambda i, p: guided_filter(i, p, **options), inputs["I"], inputs["p"])
+
+    @jax.jit
+    def value_and_gradients(i, p, cotangent):
+        y, vjp = jax.vjp(lambda i, p: guided_filter(i, p, **options), i, p)
+        return y, vjp(cotangent)
+
+    y, gradients = value_and_gradients(inputs["I"], inputs["p"], cotangent)
     goldens.assert_close(y, expected(g, "out/y"), g.tol_out, "y")
-    for key, d in zip(("I", "p"), vjp(cotangent), strict=True):
+    for key, d in zip(("I", "p"), gradients, strict=True):
         goldens.assert_close(d, expected(g, f"grad/in/{key}"), g.tol_grad, f"d_{key}")
 
 
@@ -87,8 +98,13 @@ def branch_gradients(g, form, nudged=None):
         branch.mix_bias.set_value(branch.mix_bias[...].at[nudged].add(1e-3))
     graphdef, params = nnx.split(branch)
     k, q, cotangent = (jnp.asarray(expected(g, f"in/{n}")) for n in ("k", "q", "cotangent"))
-    y, vjp = jax.vjp(lambda p, *a: getattr(nnx.merge(graphdef, p), form)(*a), params, k, q)
-    return y, vjp(cotangent)
+
+    @jax.jit
+    def value_and_gradients(params, k, q, cotangent):
+        y, vjp = jax.vjp(lambda p, *a: getattr(nnx.merge(graphdef, p), form)(*a), params, k, q)
+        return y, vjp(cotangent)
+
+    return value_and_gradients(params, k, q, cotangent)
 
 
 @pytest.mark.parametrize("form", ["__call__", "folded"])

@@ -1,0 +1,134 @@
+"""Makes the tables and pictures of docs/ from finished runs.
+
+    python scripts/report.py shapes runs/shapes_*  # workdirs of shapes_{bilinear,resfu}, all seeds
+    python scripts/report.py camvid runs/camvid_*  # workdirs of camvid_segformer_b0_*
+
+Writes docs/<name>.md, docs/<name>_curves.png and docs/<name>_predictions.png.
+"""
+
+import argparse
+import json
+import pathlib
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from resfu_jax.training import read_metrics
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
+COLOURS = {"bilinear": "tab:gray", "resfu": "tab:red"}
+
+
+def load(workdir: pathlib.Path) -> dict:
+    """Configuration, last evaluation and history of a run."""
+    config = json.loads((workdir / "config.json").read_text())
+    history = read_metrics(workdir / "metrics.jsonl")
+    evaluations = [line for line in history if "val/miou" in line]
+    return dict(
+        workdir=workdir,
+        upsampler=config["model"]["head"]["upsampler"],
+        seed=config["seed"],
+        steps=config["steps"],
+        losses=[(line["step"], line["loss"]) for line in history if "loss" in line],
+        evaluations=evaluations,
+        last=evaluations[-1],
+        minutes=sum(line.get("seconds", 0) for line in history) / 60,
+    )
+
+
+def spread(values: list[float]) -> str:
+    """Mean, with the standard deviation where there are several."""
+    mean = f"{np.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.3f}"
+
+
+def table(groups: dict[str, list[dict]]) -> str:
+    """Markdown: a row for every metric, a column for every upsampler."""
+    keys = [k for k in next(iter(groups.values()))[0]["last"] if k.startswith("val/")]
+    rows = [f"| | {' | '.join(groups)} |", "|---|" + "---|" * len(groups)]
+    names = {"val/miou": "mIoU", "val/boundary_iou": "boundary IoU"}
+    names["val/pixel_accuracy"] = "pixel accuracy"
+    for key in keys:
+        name = names.get(key, key.removeprefix("val/").replace("_", " ").replace("/", ": "))
+        name = name.replace("iou", "IoU")
+        cells = [spread([r["last"].get(key, 0.0) for r in runs]) for runs in groups.values()]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    minutes = [f"{np.mean([r['minutes'] for r in runs]):.1f}" for runs in groups.values()]
+    rows.append(f"| training minutes (shared machine) | {' | '.join(minutes)} |")
+    return "\n".join(rows)
+
+
+def curves(groups: dict[str, list[dict]], path: pathlib.Path) -> None:
+    """Training loss and validation metrics over the steps."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    titles = ("training loss", "validation mIoU", "validation boundary IoU")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    for upsampler, runs in groups.items():
+        for i, r in enumerate(runs):
+            style = dict(color=COLOURS[upsampler], label=None if i else upsampler, alpha=0.8)
+            axes[0].plot(*zip(*r["losses"], strict=True), **style)
+            steps = [e["step"] for e in r["evaluations"]]
+            for axis, key in zip(axes[1:], ("val/miou", "val/boundary_iou"), strict=True):
+                axis.plot(steps, [e[key] for e in r["evaluations"]], marker="o", **style)
+    axes[0].set_yscale("log")
+    axes[2].legend()
+    figure.savefig(path, dpi=110)
+
+
+def predictions(groups: dict[str, list[dict]], path: pathlib.Path, rows: int, zoom: int) -> None:
+    """Image | label | prediction of each upsampler, for the first validation images."""
+
+    def panels(run, i):
+        picture = Image.open(run["workdir"] / "predictions" / f"step{run['steps']:07d}_{i}.png")
+        width = (picture.width - 2 * GAP) // 3
+        lefts = [j * (width + GAP) for j in range(3)]
+        return [np.asarray(picture)[:, x : x + width, :3] for x in lefts]
+
+    margin = ((0, GAP), (0, GAP), (0, 0))
+    lines = []
+    for i in range(rows):
+        shown = [panels(runs[0], i) for runs in groups.values()]
+        row = [*shown[0][:2], *(p[2] for p in shown)]
+        row = [np.pad(p, margin, constant_values=255) for p in row]
+        lines.append(np.concatenate(row, axis=1))
+    picture = Image.fromarray(np.concatenate(lines, axis=0))
+    figure, axis = plt.subplots(figsize=(picture.width * zoom / 110, picture.height * zoom / 110))
+    axis.imshow(picture, interpolation="nearest")
+    titles = ["image", "label", *groups]
+    for j, title in enumerate(titles):
+        axis.text((j + 0.5) / len(titles), 1.01, title, transform=axis.transAxes, ha="center")
+    axis.axis("off")
+    figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.05)
+
+
+GAP = 4  # between the panels of a prediction picture
+
+
+def main() -> None:
+    """Reads the runs, writes the files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=["shapes", "camvid"])
+    parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
+    args = parser.parse_args()
+    groups: dict[str, list[dict]] = {}
+    for run in sorted(map(load, args.workdirs), key=lambda r: (r["upsampler"], r["seed"])):
+        groups.setdefault(run["upsampler"], []).append(run)
+    DOCS.mkdir(exist_ok=True)
+    curves(groups, DOCS / f"{args.name}_curves.png")
+    shapes = args.name == "shapes"
+    predictions(groups, DOCS / f"{args.name}_predictions.png", rows=4 if shapes else 3, zoom=2)
+    seeds = len(next(iter(groups.values())))
+    (DOCS / f"{args.name}.md").write_text(
+        f"# `{args.name}`: last evaluation, {seeds} seed{'s' * (seeds > 1)}\n\n{table(groups)}\n\n"
+        f"![curves]({args.name}_curves.png)\n\n![predictions]({args.name}_predictions.png)\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
