@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from resfu_jax.ops._interp import Size
 from resfu_jax.ops._polyphase import extend_axis
 from resfu_jax.ops.resize import resize
 
@@ -110,7 +111,7 @@ def subsample(x: Float[Array, "b H W c"], step: int) -> Float[Array, "b h w c"]:
     return x[:, : h * step : step, : w * step : step]
 
 
-def check_gf_scale(gf_scale: int, shape: tuple[int, ...]) -> None:
+def check_gf_scale(gf_scale: int, shape: tuple[Size, ...]) -> None:
     """Raise if a map of this shape has no pixel left after subsampling."""
     sides = [n for n in shape[1:3] if isinstance(n, int)]
     if gf_scale < 1 or any(n < gf_scale for n in sides):

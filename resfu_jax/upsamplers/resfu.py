@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float
 
 from resfu_jax.ops._dtypes import at_least_float32, promote
 from resfu_jax.ops._gradient import scale_gradient
+from resfu_jax.ops._interp import Size
 from resfu_jax.ops._polyphase import extend, upsample_extended, upsampled_moments, whole_ratio
 from resfu_jax.ops.filters import (
     check_gf_scale,
@@ -425,7 +426,7 @@ class _BranchParameters:
 
 
 def neighbours_inside(
-    size: tuple[int, int], kernel_size: int, dilation: int
+    size: tuple[Size, Size], kernel_size: int, dilation: int
 ) -> Bool[Array, "h w taps"]:
     """Whether neighbour p + dilation (j - r) of pixel p lies in an image of this size."""
 
