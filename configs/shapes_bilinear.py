@@ -2,7 +2,8 @@
 
     python train.py --config configs/shapes_bilinear.py --workdir runs/shapes_bilinear
 
-Result: not measured yet.
+Result (last step, mean of seeds 0, 1, 2, standard deviation): mIoU 0.559 ± 0.001, boundary IoU
+0.448 ± 0.002. Two minutes on two CPU cores.
 """
 
 from configs import shapes_resfu
