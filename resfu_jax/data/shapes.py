@@ -198,7 +198,7 @@ def _coverage(
             polygon(np.arange(10) * np.pi / 5, spikes)
         case "ring":
             disc(radius, 255)
-            disc(radius - stroke, 0)
+            disc(max(radius - stroke, 0), 0)
         case "cross":
             bar(1.1 * radius, stroke, 0.0)
             bar(1.1 * radius, stroke, np.pi / 2)
