@@ -4,8 +4,9 @@
     python train.py --config configs/camvid_segformer_b0_resfu.py --workdir runs/camvid_resfu
 
 Result (last step, seed 0): mIoU 0.330, boundary IoU 0.227, against 0.338 and 0.213 of the twin
-`camvid_segformer_b0_bilinear`. 22 minutes on two busy CPU cores. 600 steps of 4 images are 6.5 epochs,
-far from converged: the rare classes are not predicted yet. With more time raise `--config.steps`.
+`camvid_segformer_b0_bilinear`. 22 minutes on two busy CPU cores. 600 steps of 4 images are 6.5
+epochs, far from converged: the rare classes are not predicted yet. With more time raise
+`--config.steps`.
 """
 
 from resfu_jax.training import (
