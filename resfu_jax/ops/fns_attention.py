@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from resfu_jax.ops import _cells
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import half_pixel_taps, take_clamped
 from resfu_jax.ops._polyphase import extend, phase_weights, whole_ratio
@@ -108,15 +109,9 @@ def _reference(attn: Array, x: Array, k: int) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _polyphase(attn: Array, x: Array, k: int, ratio: tuple[int, int]) -> Array:
-    weight = _compose(attn, k, ratio)
-    padded = extend(x, k // 2 + 1)
-    b, h, w, c = x.shape
-    out = 0
-    for t in range(k + 2):
-        for s in range(k + 2):
-            shifted = padded[:, t : t + h, None, s : s + w, None, :].astype(weight.dtype)
-            out = out + weight[..., t, s, None] * shifted
-    return out.reshape(b, h * ratio[0], w * ratio[1], c).astype(x.dtype)
+    weights = _compose(attn, k, ratio)
+    padded = extend(x, k // 2 + 1).astype(weights.dtype)
+    return _cells.reassemble(weights, padded).astype(x.dtype)
 
 
 def _polyphase_fwd(attn, x, k, ratio):
@@ -124,35 +119,16 @@ def _polyphase_fwd(attn, x, k, ratio):
 
 
 def _polyphase_bwd(k, ratio, residuals, g):
+    # The composed weights are made again rather than kept: they are larger than the attention.
     attn, x = residuals
-    (b, h, w, c), n, dtype = x.shape, k + 2, at_least_float32(x.dtype)
-    phases = ratio[0] * ratio[1]
-    g = g.astype(dtype).reshape(b, h, ratio[0], w, ratio[1], c)
-    g = g.transpose(0, 1, 3, 2, 4, 5).reshape(b * h * w, phases, c)  # cell, phase, channel
-    padded, extend_vjp = jax.vjp(lambda a: extend(a, k // 2 + 1), x)
-
-    # Gradient to the composed weights, per cell (phases x C)(C x window), and to the attention.
-    rows = jnp.stack([padded[:, t : t + h] for t in range(n)], axis=2)
-    windows = jnp.stack([rows[..., s : s + w, :] for s in range(n)], axis=3)  # b h t s w c
-    windows = windows.transpose(0, 1, 4, 5, 2, 3).reshape(b * h * w, c, n * n).astype(dtype)
-    # The barrier keeps the transpose out of the product, which is three times slower that way.
-    d_weight = jnp.matmul(g, jax.lax.optimization_barrier(windows))
-    d_weight = d_weight.reshape(b, h, w, *ratio, n, n).transpose(0, 1, 3, 2, 4, 5, 6)
+    (b, h, w, _), n, dtype = x.shape, k + 2, at_least_float32(x.dtype)
+    g = g.astype(dtype)
+    padded, extend_vjp = jax.vjp(lambda a: extend(a, k // 2 + 1).astype(dtype), x)
+    d_weights = _cells.correlate(g, padded, n, 1).reshape(b, h, ratio[0], w, ratio[1], n, n)
     row_table, col_table = (jnp.asarray(phase_weights(r, k), dtype) for r in ratio)
-    d_attn = jnp.einsum("bhpwqts,put,qvs->bhpwquv", d_weight, row_table, col_table, optimize=True)
-
-    # Gradient to x: per cell (window x phases)(phases x C), then the windows overlap-add.
-    weight = _compose(attn, k, ratio).astype(dtype).transpose(0, 1, 3, 2, 4, 5, 6)
-    weight = weight.reshape(b * h * w, phases, n * n)
-    cells = jnp.einsum("xpn,xpc->xnc", weight, g).reshape(b, h, w, n, n, c)
-    bands = sum(
-        jnp.pad(cells[..., s, :], ((0, 0), (0, 0), (s, n - 1 - s), (0, 0), (0, 0)))
-        for s in range(n)
-    )
-    d_padded = sum(
-        jnp.pad(bands[:, :, :, t], ((0, 0), (t, n - 1 - t), (0, 0), (0, 0))) for t in range(n)
-    )
-    (d_x,) = extend_vjp(d_padded.astype(x.dtype))
+    d_attn = jnp.einsum("bhpwqts,put,qvs->bhpwquv", d_weights, row_table, col_table, optimize=True)
+    weights = _compose(attn, k, ratio).astype(dtype)
+    (d_x,) = extend_vjp(_cells.scatter(weights, g, padded.shape))
     return d_attn.reshape(attn.shape).astype(attn.dtype), d_x
 
 
@@ -160,7 +136,7 @@ _polyphase.defvjp(_polyphase_fwd, _polyphase_bwd)
 
 
 def _compose(attn: Array, k: int, ratio: tuple[int, int]) -> Array:
-    """Attention (b, H, W, K*K) to weights on low-resolution pixels (b, h, p, w, q, t, s)."""
+    """Attention (b, H, W, K*K) to weights (b, H, W, 1, (K + 2)**2) on the pixels of the cell."""
     b, hh, ww, _ = attn.shape
     dtype = at_least_float32(attn.dtype)
     attn = attn.astype(dtype).reshape(b, hh // ratio[0], ratio[0], ww // ratio[1], ratio[1], k, k)
@@ -169,4 +145,5 @@ def _compose(attn: Array, k: int, ratio: tuple[int, int]) -> Array:
     cols = cols[None, None, None, None, :, None, :, :]  # b h p w q t v s
     # Broadcast sums over the two short axes of taps: as matrix products they would be transposed.
     attn = sum(attn[..., u, None, :] * rows[..., u, :, :] for u in range(k))
-    return sum(attn[..., v, None] * cols[..., v, :] for v in range(k))
+    weights = sum(attn[..., v, None] * cols[..., v, :] for v in range(k))
+    return weights.reshape(b, hh, ww, 1, -1)

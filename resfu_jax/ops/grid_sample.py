@@ -2,11 +2,10 @@
 
 from typing import Literal, get_args
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
+from resfu_jax.ops._bilinear import clamp, position_dtype, sample
 from resfu_jax.ops._interp import Size
 
 PaddingMode = Literal["zeros", "border", "reflection"]
@@ -51,46 +50,16 @@ def grid_sample(
         raise ValueError(
             f"padding_mode must be one of {get_args(PaddingMode)}, got {padding_mode!r}"
         )
-    dtype = np.promote_types(np.promote_types(x.dtype, np.float32), grid.dtype)
     b, h, w, c = x.shape
-    grid = grid.astype(dtype)
-    column, right = _corner(grid[..., 0], w, padding_mode, align_corners)
-    row, down = _corner(grid[..., 1], h, padding_mode, align_corners)
-    # A map padded by two zeros answers every position: indices stop at -2 and n, where all four
-    # corners are zero.
-    padded = jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0))).reshape(b, (h + 4) * (w + 4), c)
-    width = jnp.asarray(w + 4, jnp.int32)
-    first = (row + 2) * width + column + 2
-    index = jnp.stack([first, first + 1, first + width, first + width + 1], axis=-1)
-    corners = jax.vmap(lambda p, i: jnp.take(p, i, axis=0, mode="clip"))(padded, index)
-    weights = jnp.stack(
-        [(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right], axis=-1
-    )
-    return _weighted_sum(weights, corners.astype(dtype)).astype(x.dtype)
+    size = grid.shape[1:3]
+    grid = grid.astype(position_dtype(x, grid)).reshape(b, size[0] * size[1], 2)
+    columns = _pixel(grid[..., 0], w, padding_mode, align_corners)
+    rows = _pixel(grid[..., 1], h, padding_mode, align_corners)
+    return sample(x, rows, columns).reshape(b, *size, c).astype(x.dtype)
 
 
-@jax.custom_jvp
-def _weighted_sum(
-    weights: Float[Array, "b H W 4"], values: Float[Array, "b H W 4 c"]
-) -> Float[Array, "b H W c"]:
-    """Sum over the corners. Written out, it fuses with the gather."""
-    return sum(weights[..., k, None] * values[..., k, :] for k in range(4))
-
-
-@_weighted_sum.defjvp
-def _(primals, tangents):
-    # The gradient to the weights sums over channels. As the transpose of a matrix product it is
-    # several times faster on CPU than as the fused reductions that the sum above would give.
-    weights, values = primals
-    d_weights, d_values = tangents
-    by_weights = jnp.einsum(
-        "bhwk,bhwkc->bhwc", d_weights, values, precision=jax.lax.Precision.HIGHEST
-    )
-    return _weighted_sum(weights, values), by_weights + _weighted_sum(weights, d_values)
-
-
-def _corner(g, n: Size, padding_mode: PaddingMode, align_corners: bool):
-    """Index, within -2 .. n, of the pixel at or before coordinate `g`, and the distance to it."""
+def _pixel(g: Array, n: Size, padding_mode: PaddingMode, align_corners: bool) -> Array:
+    """Position in pixels of coordinate `g`."""
     size = jnp.asarray(n, g.dtype)
     last = size - 1
     u = (g + 1) / 2 * last if align_corners else ((g + 1) * size - 1) / 2
@@ -101,8 +70,4 @@ def _corner(g, n: Size, padding_mode: PaddingMode, align_corners: bool):
         turns = jnp.floor(distance / period)
         rest = distance - turns * period
         u = jnp.where(turns % 2 == 0, rest, period - rest) + low
-    if padding_mode != "zeros":
-        u = jnp.where((u > 0) & (u < last), u, jax.lax.stop_gradient(jnp.clip(u, 0, last)))
-    lower = jnp.floor(u)
-    index = jnp.clip(lower, -2, size).astype(jnp.int32)
-    return index, u - lower
+    return u if padding_mode == "zeros" else clamp(u, n)

@@ -1,0 +1,156 @@
+"""Local windows: every output pixel sees the K x K low-resolution pixels around its own cell.
+
+Output pixel p of an axis lies in cell floor(p n_in / n_out), as in nearest-neighbour resizing. The
+two halves of local-window attention, both with zeros beyond the image:
+
+    similarity[p, uv] = <q[p], k[cell(p) + (u, v) - r]>
+    out[p] = sum_uv weights[p, uv] v[cell(p) + (u, v) - r],         r = (K - 1) / 2
+
+Out-of-range keys have similarity 0 and out-of-range values add nothing: a softmax over the window
+keeps their share, and borders come out weaker. So do the published operators.
+
+Sources: CARAFE (Wang et al., ICCV 2019) for the reassembly; SAPA (Lu et al., NeurIPS 2022) for the
+similarity.
+"""
+
+import math
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from resfu_jax.ops import _cells
+from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops._interp import Size
+from resfu_jax.ops._polyphase import whole_ratio
+from resfu_jax.ops.unfold import unfold
+
+Implementation = Literal["reference", "polyphase"]
+
+
+def local_similarity(
+    q: Float[Array, "b H W d"],
+    k: Float[Array, "b h w d"],
+    *,
+    kernel_size: int,
+    implementation: Implementation | None = None,
+) -> Float[Array, "b H W taps"]:
+    """Inner product of every query with the K x K keys around its cell.
+
+    Args:
+      q: queries at high resolution.
+      k: keys at low resolution.
+      kernel_size: K, odd.
+      implementation: `"reference"` gathers every query's window, at any pair of sizes;
+        `"polyphase"` makes one matrix product per cell and needs H and W to be whole multiples of
+        h and w. `None` chooses.
+
+    Returns:
+      K*K similarities, row-major, in the dtype of q; sums are in float32 or better.
+
+    Raises:
+      ValueError: shapes that do not fit, an even K, or an `implementation` that does not apply.
+    """
+    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            "q (B, H, W, d) and k (B, h, w, d) must have 4 axes and the same batch size and "
+            f"channels, got {q.shape} and {k.shape}"
+        )
+    _check_odd(kernel_size)
+    dtype = at_least_float32(q.dtype)
+    if _polyphase(implementation, k.shape[1:3], q.shape[1:3]):
+        padded = _pad(k.astype(dtype), kernel_size)
+        out = _cells.correlate(q.astype(dtype), padded, kernel_size, 1)[..., 0, :]
+    else:
+        windows = _gather(k, q.shape[1:3], kernel_size).astype(dtype)
+        out = jnp.einsum("bhwd,bhwtd->bhwt", q.astype(dtype), windows)
+    return out.astype(q.dtype)
+
+
+def local_reassembly(
+    weights: Float[Array, "b H W taps"],
+    v: Float[Array, "b h w c"],
+    *,
+    groups: int = 1,
+    implementation: Implementation | None = None,
+) -> Float[Array, "b H W c"]:
+    """Weighted sum of the K x K values around every output pixel's cell.
+
+    Args:
+      weights: K*K weights of every output pixel, row-major; with groups, those of group g are
+        [g K*K, (g + 1) K*K) and apply to the g-th contiguous block of channels.
+      v: values at low resolution.
+      groups: groups of channels with weights of their own.
+      implementation: as in `local_similarity`.
+
+    Returns:
+      Values at (H, W), in the dtype of v; sums are in float32 or better.
+
+    Raises:
+      ValueError: shapes that do not fit, an even K, or an `implementation` that does not apply.
+    """
+    if weights.ndim != 4 or v.ndim != 4 or weights.shape[0] != v.shape[0]:
+        raise ValueError(
+            "weights (B, H, W, groups*K*K) and v (B, h, w, C) must have 4 axes and the same batch "
+            f"size, got {weights.shape} and {v.shape}"
+        )
+    if groups < 1 or v.shape[3] % groups or weights.shape[3] % groups:
+        raise ValueError(
+            f"groups must divide the channels of v ({v.shape[3]}) and of the weights "
+            f"({weights.shape[3]}), got {groups}"
+        )
+    taps = weights.shape[3] // groups
+    kernel_size = math.isqrt(taps)
+    if kernel_size**2 != taps:
+        raise ValueError(f"weights must have groups * K*K channels, got {weights.shape[3]}")
+    _check_odd(kernel_size)
+    dtype = at_least_float32(v.dtype)
+    weights = weights.astype(dtype).reshape(*weights.shape[:3], groups, taps)
+    if _polyphase(implementation, v.shape[1:3], weights.shape[1:3]):
+        out = _cells.reassemble(weights, _pad(v.astype(dtype), kernel_size))
+    else:
+        windows = _gather(v, weights.shape[1:3], kernel_size).astype(dtype)
+        windows = windows.reshape(*windows.shape[:4], groups, -1)
+        out = jnp.einsum("bhwgt,bhwtgc->bhwgc", weights, windows)
+        out = out.reshape(*out.shape[:3], -1)
+    return out.astype(v.dtype)
+
+
+def cell_index(n_in: Size, n_out: Size) -> Int[Array, " n"]:
+    """The cell floor(p n_in / n_out) of every output pixel p of an axis."""
+    p = jnp.arange(n_out, dtype=jnp.int32)
+    return p * jnp.asarray(n_in, jnp.int32) // jnp.asarray(n_out, jnp.int32)
+
+
+def _gather(x: Array, size: tuple[Size, Size], kernel_size: int) -> Float[Array, "b H W taps c"]:
+    windows = unfold(x, kernel_size, padding=kernel_size // 2)
+    for axis in (1, 2):
+        index = cell_index(x.shape[axis], size[axis - 1])
+        windows = jnp.take(windows, index, axis=axis, mode="clip")
+    return windows
+
+
+def _pad(x: Array, kernel_size: int) -> Array:
+    r = kernel_size // 2
+    return jnp.pad(x, ((0, 0), (r, r), (r, r), (0, 0)))
+
+
+def _polyphase(implementation: str | None, size, out_size) -> bool:
+    """Whether to take the polyphase form."""
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(
+            f"implementation must be one of {get_args(Implementation)} or None, "
+            f"got {implementation!r}"
+        )
+    whole = whole_ratio(size, out_size) is not None
+    if implementation == "polyphase" and not whole:
+        raise ValueError(
+            f"implementation='polyphase' needs whole ratios, got {size} to {out_size}; "
+            "use 'reference' or None"
+        )
+    return whole and implementation != "reference"
+
+
+def _check_odd(kernel_size: int) -> None:
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
