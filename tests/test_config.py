@@ -1,10 +1,19 @@
 import dataclasses
 import importlib
+import inspect
 import json
 import pathlib
+import re
 
+import jax
+import jax.numpy as jnp
 import pytest
+from absl import flags
+from flax import nnx
+from ml_collections import config_flags
 
+from resfu_jax import data
+from resfu_jax.model import create_model
 from resfu_jax.training import (
     Config,
     ConfigError,
@@ -38,8 +47,70 @@ def test_configs_are_valid_and_say_how_to_run_them(name):
     config = module.get_config()
     validate(config)
     assert module.get_config() is not config
-    assert f"python train.py --config configs/{name}.py --workdir" in module.__doc__
+    takes_upsampler = bool(inspect.signature(module.get_config).parameters)
+    argument = ":[a-z_]+" if takes_upsampler else ""
+    command = rf"python train.py --config configs/{name}.py{argument} --workdir"
+    assert re.search(command, module.__doc__)
     assert "Result" in module.__doc__
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_build_a_model(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    classes = data.dataset_info(config.data.name).num_classes
+
+    def logits(images):
+        return create_model(
+            backbone=given(config.model.backbone),
+            head=given(config.model.head),
+            num_classes=classes,
+            rngs=nnx.Rngs(0),
+        )(images)
+
+    images = jax.ShapeDtypeStruct((1, *config.data.crop_size, 3), jnp.uint8)
+    assert jax.eval_shape(logits, images).shape == (1, *config.data.crop_size, classes)
+
+
+@pytest.mark.parametrize("name", ["direct", "stagewise", "upernet"])
+def test_configs_that_take_any_upsampler(name, tmp_path):
+    """As the command line reads them: the text after the colon is the upsampler."""
+    path = pathlib.Path(__file__).parents[1] / f"configs/shapes_{name}.py"
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    values(["train.py", f"--config={path}:bilinear", "--config.model.head.width=16"])
+    head = values.config.model.head
+    assert (head.upsampler, head.width) == ("bilinear", 16)
+    validate(values.config)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    values(["train.py", f"--config={path}:bilinaer"])
+    with pytest.raises(ConfigError, match="did you mean 'bilinear'"):
+        validate(values.config)
+
+
+def test_options_of_heads_on_the_command_line():
+    path = pathlib.Path(__file__).parents[1] / "configs/shapes_resfu.py"
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    arguments = [
+        f"--config={path}",
+        "--config.model.head.wiring=stagewise",
+        "--config.model.head.project=linear",
+        "--config.model.head.pool_sizes=(1, 2)",
+    ]
+    check_overrides(arguments)
+    values(["train.py", *arguments])
+    head = values.config.model.head
+    assert (head.wiring, head.project, head.pool_sizes) == ("stagewise", "linear", (1, 2))
+
+
+def test_options_that_the_head_does_not_take():
+    changes = {"model.head.name": "upernet", "model.head.pool_sizes": ()}
+    validate(runnable(**changes))
+    with pytest.raises(ConfigError, match="config.model.head: .*head 'upernet': 'wiring'"):
+        validate(runnable(**changes, **{"model.head.wiring": "direct"}))
+    with pytest.raises(ConfigError, match="config.model.head: .*'segfromer'; did you mean"):
+        validate(runnable(**{"model.head.name": "segfromer"}))
 
 
 @pytest.mark.parametrize("pair", ["shapes_{}", "camvid_segformer_b0_{}"])

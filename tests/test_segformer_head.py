@@ -6,77 +6,97 @@ import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
+from heads import (
+    WIDTHS,
+    Guided,
+    conv_bn_relu,
+    evaluating,
+    gradients_and_update,
+    pyramid,
+    randomize_norms,
+    run,
+)
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from resfu_jax.heads import SegFormerHead, create_head, segformer
-from resfu_jax.heads.segformer import BatchNorm
+from resfu_jax.heads import SegFormerHead, _layers, create_head
+from resfu_jax.heads._layers import BatchNorm
 from resfu_jax.ops.resize import resize
-from resfu_jax.upsamplers import create_upsampler
-
-WIDTHS = (4, 6, 8, 10)
+from resfu_jax.upsamplers import _registry, create_upsampler, list_upsamplers
 
 
-def head(**options):
+def head(upsampler="bilinear", **options):
     return SegFormerHead(
-        WIDTHS, 3, **(dict(width=32, upsampler="bilinear") | options), rngs=nnx.Rngs(0)
+        WIDTHS, 3, **(dict(width=32, upsampler=upsampler) | options), rngs=nnx.Rngs(0)
     )
 
 
-def evaluating(model):
-    return nnx.view(model, deterministic=True, use_running_average=True, raise_if_not_found=False)
-
-
-def pyramid(h=16, w=24, batch=2):
-    """Maps as MiT makes them of an image whose quarter is h x w: halved rounding up."""
-    maps, keys = [], jax.random.split(jax.random.key(0), 4)
-    for key, features in zip(keys, WIDTHS, strict=True):
-        maps.append(jax.random.normal(key, (batch, h, w, features)))
-        h, w = -(-h // 2), -(-w // 2)
-    return maps
-
-
-@jax.jit
-def run(model, features):
-    return model(features)
+@pytest.fixture
+def guided(monkeypatch):
+    """The name of a quick upsampler with a guide."""
+    monkeypatch.setitem(_registry._ENTRIES, "guided", _registry.Entry(Guided, {}))
+    return "guided"
 
 
 def test_equals_the_wiring_written_out():
-    module, maps = evaluating(head()), pyramid(9, 7)
-
-    def conv_bn_relu(x, layer):
-        x = x @ layer.conv.kernel[...]
-        norm = layer.norm
-        x = (x - norm.mean[...]) / np.sqrt(norm.var[...] + 1e-5)
-        return jnp.maximum(x * norm.scale[...] + norm.bias[...], 0)
-
+    module, maps = randomize_norms(evaluating(head())), pyramid(9, 7)
     with jax.numpy_rank_promotion("allow"):
-        rng = np.random.default_rng(0)
-        for layer in [*module.project, module.fuse]:
-            for variable in (layer.norm.mean, layer.norm.var, layer.norm.scale, layer.norm.bias):
-                variable.set_value(jnp.asarray(rng.uniform(0.5, 1.5, variable.shape), jnp.float32))
         ups = [
             resize(conv_bn_relu(x, p), (9, 7)) for x, p in zip(maps, module.project, strict=True)
         ]
         fused = conv_bn_relu(jnp.concatenate(ups, -1), module.fuse)
         expected = fused @ module.classify.kernel[...] + module.classify.bias[...]
-    np.testing.assert_allclose(module(maps), expected, atol=1e-5)
+    np.testing.assert_allclose(run(module, maps), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("upsampler", ["nearest", "bicubic", "resfu"])
+@pytest.mark.parametrize("upsampler", ["bilinear", "guided"])
+def test_stagewise_equals_the_wiring_written_out(upsampler, guided):
+    module = randomize_norms(evaluating(head(upsampler, wiring="stagewise", project="linear")))
+    maps = pyramid(9, 7)
+
+    def up(i, x, guide):
+        if upsampler == guided:
+            return module.upsample[i](x, guide)
+        return resize(x, guide.shape[1:3])
+
+    with jax.numpy_rank_promotion("allow"):
+        p1, p2, p3, p4 = (
+            x @ p.kernel[...] + p.bias[...] for x, p in zip(maps, module.project, strict=True)
+        )
+        p4_up = up(2, up(1, up(0, p4, p3), p2), p1)
+        p3_up = up(4, up(3, p3, p2), p1)
+        p2_up = up(5, p2, p1)
+        fused = conv_bn_relu(jnp.concatenate([p4_up, p3_up, p2_up, p1], -1), module.fuse)
+        expected = fused @ module.classify.kernel[...] + module.classify.bias[...]
+    np.testing.assert_allclose(run(module, maps), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("wiring", ["direct", "stagewise"])
+@pytest.mark.parametrize("upsampler", list_upsamplers())
+def test_takes_every_upsampler(upsampler, wiring):
+    build_and_run = lambda maps: head(upsampler, wiring=wiring)(maps)  # noqa: E731
+    assert jax.eval_shape(build_and_run, pyramid(8, 16, batch=1)).shape == (1, 8, 16, 3)
+
+
+@pytest.mark.parametrize(
+    "upsampler, wiring",
+    [("nearest", "direct"), ("bicubic", "stagewise"), ("guided", "stagewise"), ("resfu", "direct")],
+)
 @pytest.mark.parametrize("size", [(16, 8), (9, 11)])
-def test_any_upsampler_any_size(upsampler, size):
-    module, maps = head(upsampler=upsampler), pyramid(*size, batch=1)
+def test_any_size(upsampler, size, wiring, guided):
+    module, maps = head(upsampler, wiring=wiring), pyramid(*size, batch=1)
     logits = run(evaluating(module), maps)
     assert logits.shape == (1, *size, 3)
-    assert not np.array_equal(logits, run(evaluating(head()), maps))
+    assert not np.array_equal(logits, run(evaluating(head(wiring=wiring)), maps))
 
 
 @pytest.mark.parametrize("upsampler", ["deconv", "pixel_shuffle"])
-def test_upsamplers_that_know_only_their_scale(upsampler):
-    assert run(evaluating(head(upsampler=upsampler)), pyramid(8, 16)).shape == (2, 8, 16, 3)
-    with pytest.raises(ValueError):
-        head(upsampler=upsampler)(pyramid(9, 11))
+@pytest.mark.parametrize("wiring", ["direct", "stagewise"])
+def test_upsamplers_that_know_only_their_scale(upsampler, wiring):
+    module = evaluating(head(upsampler=upsampler, wiring=wiring))
+    assert run(module, pyramid(8, 16)).shape == (2, 8, 16, 3)
+    with pytest.raises(ValueError, match=f"{upsampler} of scale .* only, got output_size"):
+        module(pyramid(9, 11))
 
 
 def test_upsamplers_are_built_for_their_ratios(monkeypatch):
@@ -86,31 +106,30 @@ def test_upsamplers_are_built_for_their_ratios(monkeypatch):
         built.append((name, *(options[k] for k in ("features", "guide_features", "scale"))))
         return create_upsampler(name, **options)
 
-    monkeypatch.setattr(segformer, "create_upsampler", record)
+    monkeypatch.setattr(_layers, "create_upsampler", record)
     module = head(upsampler="resfu", upsampler_options={"radius": 6})
     assert built == [("resfu", 32, 32, 2), ("resfu", 32, 32, 4), ("resfu", 32, 32, 8)]
     assert [up.radius for up in module.upsample] == [6, 6, 6]
+    built.clear()
+    head(upsampler="resfu", wiring="stagewise")
+    assert built == [("resfu", 32, 32, 2)] * 6
 
 
 @pytest.mark.parametrize("graph", [True, False])
-@pytest.mark.parametrize("upsampler", ["bilinear", "resfu"])
-def test_training_step_reaches_every_parameter(upsampler, graph):
+@pytest.mark.parametrize(
+    "upsampler, wiring", [("bilinear", "direct"), ("resfu", "direct"), ("guided", "stagewise")]
+)
+def test_training_step_reaches_every_parameter(upsampler, wiring, graph, guided):
     with nnx.set_graph_mode(graph), nnx.set_graph_updates(graph):
-        module, maps = head(upsampler=upsampler), pyramid(8, 8)
-        graphdef, params, rest = nnx.split(module, nnx.Param, ...)
-
-        def loss(params):
-            model = nnx.merge(graphdef, params, rest, copy=True)
-            logits = model(maps)
-            seed = jnp.sin(jnp.arange(logits.size)).reshape(logits.shape)
-            return jnp.vdot(logits, seed), nnx.state(model, nnx.Not(nnx.Param))
-
-        gradients, updated = jax.jit(jax.grad(loss, has_aux=True))(params)
+        module = head(upsampler, wiring=wiring)
+        gradients, updated = gradients_and_update(module, pyramid(8, 8))
     for path, g in nnx.to_flat_state(gradients):
         # What a softmax over neighbours adds to all of them alike has no effect.
-        if upsampler == "bilinear":
+        if upsampler != "resfu":
             assert np.max(np.abs(g[...])) > 1e-5, path
         assert np.all(np.isfinite(g[...])), path
+    if upsampler == guided:
+        assert len(jax.tree.leaves(gradients["upsample"])) == 6
     before = dict(nnx.to_flat_state(nnx.state(module, nnx.BatchStat)))
     for path, stat in nnx.to_flat_state(updated):
         if path in before:
@@ -175,13 +194,28 @@ def test_wrong_options(options, message):
         head(**options)
 
 
+def test_a_guide_that_heads_do_not_have(monkeypatch):
+    class ByImage(nnx.Module):
+        guide = "image"
+
+    monkeypatch.setattr(_layers, "upsampler_entry", lambda name: _registry.Entry(ByImage, {}))
+    with pytest.raises(ValueError, match="'by_image' needs a guide of kind 'image'"):
+        head(upsampler="by_image")
+
+
 def test_wrong_input(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match="project must be one of"):
         head(project="conv")
+    with pytest.raises(
+        ValueError, match="wiring must be one of .'direct', 'stagewise'., got 'dire'"
+    ):
+        head(wiring="dire")
     with pytest.raises(ValueError, match="in_features must be four"):
         SegFormerHead((4, 6, 8), 3, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"four maps with \(4, 6, 8, 10\) channels"):
+    with pytest.raises(ValueError, match=r"4 maps with \(4, 6, 8, 10\) channels"):
         head()(pyramid()[:3])
     with pytest.raises(ValueError, match="unknown head 'segfromer'; did you mean 'segformer'"):
         create_head("segfromer", in_features=WIDTHS, num_classes=3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="unknown option of head 'segformer': 'pool_sizes'"):
+        create_head(in_features=WIDTHS, num_classes=3, pool_sizes=(1,), rngs=nnx.Rngs(0))

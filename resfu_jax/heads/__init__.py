@@ -3,15 +3,22 @@
 A head is called with the maps that a backbone returns and takes its upsampler by name.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flax import nnx
 
 from resfu_jax._names import lookup
 from resfu_jax.heads.segformer import SegFormerHead
+from resfu_jax.heads.upernet import UPerNetHead
 
-HEADS = {"segformer": SegFormerHead}
+# Name -> class, and the options that the name stands for.
+HEADS: dict[str, tuple[type[nnx.Module], dict[str, Any]]] = {
+    "segformer": (SegFormerHead, {}),
+    "upernet": (UPerNetHead, {}),
+    "fpn": (UPerNetHead, {"pool_sizes": ()}),
+}
 
 
 def create_head(
@@ -23,12 +30,22 @@ def create_head(
       name: one of `HEADS`.
       in_features: channels of the backbone's maps.
       num_classes: number of logits a pixel.
-      **options: further arguments of the class, `rngs` among them.
+      **options: further arguments of the class, `rngs` among them, over those of the name.
 
     Raises:
       ValueError: unknown name (near matches are named), or options that do not fit.
     """
-    return lookup("head", HEADS, name)(in_features, num_classes, **options)
+    check_head_options(name, options)
+    cls, preset = HEADS[name]
+    return cls(in_features, num_classes, **(preset | options))
 
 
-__all__ = ["HEADS", "SegFormerHead", "create_head"]
+def check_head_options(name: str, options: Iterable[str]) -> None:
+    """Raises a `ValueError` for a head that does not exist or does not take these options."""
+    cls, _ = lookup("head", HEADS, name)
+    known = inspect.signature(cls.__init__).parameters
+    for option in options:
+        lookup(f"option of head {name!r}:", known, option)
+
+
+__all__ = ["HEADS", "SegFormerHead", "UPerNetHead", "check_head_options", "create_head"]

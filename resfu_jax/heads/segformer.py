@@ -1,8 +1,9 @@
 """SegFormer's head with a choice of upsampler.
 
 Xie et al., "SegFormer: Simple and Efficient Design for Semantic Segmentation with Transformers",
-NeurIPS 2021, section 3.2, with the direct guided upsampling of ReSFU's experiments. For an image of
-H x W and the four maps c1 .. c4 of the backbone, width D and K classes:
+NeurIPS 2021, section 3.2. For an image of H x W and the four maps c1 .. c4 of the backbone, width D
+and K classes, with the direct upsampling of ReSFU's experiments (`wiring="direct"`), every map goes
+to the grid of c1 in one step:
 
     c1  (B, H/4,  W/4,  C1) -> project -> (B, H/4,  W/4,  D) = guide --------------------+
     c2  (B, H/8,  W/8,  C2) -> project -> (B, H/8,  W/8,  D) -> upsampler x2 with guide -+
@@ -11,25 +12,46 @@ H x W and the four maps c1 .. c4 of the backbone, width D and K classes:
                                                                                          |
         (B, H/4, W/4, K) <- classify <- dropout <- fuse <- (B, H/4, W/4, 4 D) concatenate
 
-Every map goes to the grid of c1 in one step; sides that are no multiples of 32 are rounded up.
+With the stage-by-stage upsampling of SAPA's and FADE's experiments (`wiring="stagewise"`), the
+steps between neighbouring grids are taken one by one. Each has its own upsampler, numbered as in
+`SegFormerHead.upsample`, and the projected map of the grid that it reaches, p1 .. p3, as its guide:
+
+    p1 (H/4) -----------------------------------------------------------+
+    p2 (H/8) ------------------------------------------- x2 [5] with p1 -+
+    p3 (H/16) ------------------------ x2 [3] with p2 -- x2 [4] with p1 -+
+    p4 (H/32) ------ x2 [0] with p3 -- x2 [1] with p2 -- x2 [2] with p1 -+
+                                                                        |
+                                             concatenate, and on as above
+
+Sides that are no multiples of 32 are rounded up. Upsamplers without a guide take its size only.
 `project` and `fuse` are 1x1 convolution, BatchNorm, ReLU; `classify` is a 1x1 convolution.
 """
 
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.upsamplers import create_upsampler, upsampler_entry
+from resfu_jax.heads._layers import (
+    ConvBNReLU,
+    apply_upsampler,
+    check_arguments,
+    check_maps,
+    classifier_init,
+    create_head_upsampler,
+)
 
+Wiring = Literal["direct", "stagewise"]
 Projection = Literal["conv_bn_relu", "linear"]
 
-_conv_init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+# The upsamplers in order: which map each enlarges, to the grid of which, by which ratio.
+_STEPS = {
+    "direct": ((1, 0, 2), (2, 0, 4), (3, 0, 8)),
+    "stagewise": ((3, 2, 2), (3, 1, 2), (3, 0, 2), (2, 1, 2), (2, 0, 2), (1, 0, 2)),
+}
 
 
 class SegFormerHead(nnx.Module):
@@ -38,12 +60,14 @@ class SegFormerHead(nnx.Module):
     Args:
       in_features: channels of the backbone's four maps.
       num_classes: number of logits a pixel.
-      width: channels D that every map is projected to, and of the guide.
-      upsampler: a name of `list_upsamplers()`, built for the ratios 2, 4 and 8.
+      width: channels D that every map is projected to, and of the guides.
+      upsampler: a name of `list_upsamplers()`, built for the ratios above.
       upsampler_options: options of that upsampler.
+      wiring: `"direct"`, three upsamplers, or `"stagewise"`, six, as above.
       project: `"conv_bn_relu"` as above, or `"linear"`, SegFormer's own: linear with bias, the maps
-        concatenated from c4 to c1. With `upsampler="bilinear"` it is `SegformerDecodeHead` of
-        Hugging Face transformers.
+        concatenated from c4 to c1. With `upsampler="bilinear"` and the direct wiring it is
+        `SegformerDecodeHead` of Hugging Face transformers; with the stagewise wiring it is the head
+        of SAPA's and FADE's experiments.
       dropout: probability with which a whole channel is dropped before `classify`.
       dtype: compute type; that of the features by default. BatchNorm is float32 at least.
       param_dtype: type of the parameters.
@@ -61,51 +85,37 @@ class SegFormerHead(nnx.Module):
         width: int = 256,
         upsampler: str = "resfu",
         upsampler_options: dict[str, Any] | None = None,
+        wiring: Wiring = "direct",
         project: Projection = "conv_bn_relu",
         dropout: float = 0.1,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        guide = upsampler_entry(upsampler).cls.guide
-        if guide not in ("none", "features"):
-            raise ValueError(f"upsampler {upsampler!r} needs a guide of kind {guide!r}, not c1")
         if len(in_features) != 4 or not all(n > 0 for n in in_features):
             raise ValueError(f"in_features must be four positive integers, got {in_features}")
-        if num_classes < 1 or width < 1:
-            raise ValueError(
-                f"num_classes and width must be positive, got {num_classes} and {width}"
-            )
+        check_arguments(num_classes, width, dropout)
+        if wiring not in _STEPS:
+            raise ValueError(f"wiring must be one of {get_args(Wiring)}, got {wiring!r}")
         if project not in get_args(Projection):
             raise ValueError(f"project must be one of {get_args(Projection)}, got {project!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout}")
 
         types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.in_features = tuple(in_features)
         self.num_classes = num_classes
-        self.guided = guide == "features"
+        self.wiring = wiring
         self.linear = project == "linear"
         self.project = nnx.List([self._projection(n, width, types) for n in in_features])
         self.upsample = nnx.List(
             [
-                create_upsampler(
-                    upsampler,
-                    features=width,
-                    guide_features=width,
-                    scale=scale,
-                    **types,
-                    **(upsampler_options or {}),
-                )
-                for scale in (2, 4, 8)
+                create_head_upsampler(upsampler, width, ratio, upsampler_options, **types)
+                for *_, ratio in _STEPS[wiring]
             ]
         )
         self.fuse = ConvBNReLU(4 * width, width, **types)
         # Whole channels, as the official code.
         self.dropout = nnx.Dropout(dropout, broadcast_dims=(1, 2), rngs=rngs)
-        self.classify = nnx.Linear(
-            width, num_classes, kernel_init=nnx.initializers.normal(0.01), **types
-        )
+        self.classify = nnx.Linear(width, num_classes, kernel_init=classifier_init, **types)
 
     def _projection(self, features: int, width: int, types: dict[str, Any]) -> nnx.Module:
         if self.linear:
@@ -119,89 +129,16 @@ class SegFormerHead(nnx.Module):
           features: maps c1 .. c4 of the backbone.
 
         Raises:
-          ValueError: maps that do not have `in_features` channels.
+          ValueError: maps that do not have `in_features` channels, or sizes between which the
+            upsampler cannot go.
         """
-        channels = tuple(x.shape[-1] for x in features)
-        if channels != self.in_features:
-            raise ValueError(
-                f"features must be four maps with {self.in_features} channels, "
-                f"got shapes {[x.shape for x in features]}"
-            )
-        guide, *coarse = [project(x) for project, x in zip(self.project, features, strict=True)]
-        maps = [guide]
-        for upsample, x in zip(self.upsample, coarse, strict=True):
-            if self.guided:
-                maps.append(upsample(x, guide))
-            else:
-                maps.append(upsample(x, output_size=guide.shape[1:3]))
+        check_maps(features, self.in_features)
+        guides = [project(x) for project, x in zip(self.project, features, strict=True)]
+        maps = list(guides)
+        steps = _STEPS[self.wiring]
+        for upsample, (source, target, _) in zip(self.upsample, steps, strict=True):
+            maps[source] = apply_upsampler(upsample, maps[source], guides[target])
         if self.linear:
             maps.reverse()
         x = self.fuse(jnp.concatenate(maps, axis=-1))
         return self.classify(self.dropout(x))
-
-
-class ConvBNReLU(nnx.Module):
-    """1x1 convolution without bias, BatchNorm, ReLU."""
-
-    def __init__(
-        self,
-        in_features: int,
-        features: int,
-        *,
-        dtype: Dtype | None,
-        param_dtype: Dtype,
-        rngs: nnx.Rngs,
-    ):
-        self.conv = nnx.Linear(
-            in_features,
-            features,
-            use_bias=False,
-            kernel_init=_conv_init,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
-        self.norm = BatchNorm(features, param_dtype=param_dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-        """The layer's output, of the compute type."""
-        return jax.nn.relu(self.norm(self.conv(x)))
-
-
-class BatchNorm(nnx.Module):
-    """BatchNorm as PyTorch has it, in float32 at least whatever the compute type.
-
-    On a mesh with the batch sharded, the statistics are those of the whole batch.
-    """
-
-    def __init__(self, features: int, *, param_dtype: Dtype, rngs: nnx.Rngs):
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
-        self.mean = nnx.BatchStat(jnp.zeros((features,), jnp.float32))
-        self.var = nnx.BatchStat(jnp.ones((features,), jnp.float32))
-        self.use_running_average = False
-
-    def set_view(self, use_running_average: bool | None = None) -> None:
-        """What `nnx.view` sets: normalise by the running statistics, as in evaluation."""
-        if use_running_average is not None:
-            self.use_running_average = use_running_average
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """(x - mean) / sqrt(variance + 1e-5) * scale + bias, and an update of the running ones."""
-        wide = at_least_float32(x.dtype)
-        y = x.astype(wide)
-        if self.use_running_average:
-            mean, var = self.mean[...].astype(wide), self.var[...].astype(wide)
-        else:
-            mean = jnp.mean(y, axis=(0, 1, 2))
-            var = jnp.mean(jnp.square(y - jnp.expand_dims(mean, (0, 1, 2))), axis=(0, 1, 2))
-            n = y.size // y.shape[-1]
-            unbiased = var * (n / max(n - 1, 1))
-            for running, batch in ((self.mean, mean), (self.var, unbiased)):
-                batch = jax.lax.stop_gradient(batch).astype(jnp.float32)
-                running.set_value(0.9 * running[...] + 0.1 * batch)
-        gain = jax.lax.rsqrt(var + 1e-5) * self.scale[...].astype(wide)
-        mean, gain, bias = (
-            jnp.expand_dims(v, (0, 1, 2)) for v in (mean, gain, self.bias[...].astype(wide))
-        )
-        return ((y - mean) * gain + bias).astype(x.dtype)

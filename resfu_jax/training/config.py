@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from resfu_jax import data
+from resfu_jax.heads import check_head_options
 from resfu_jax.upsamplers._registry import upsampler_entry
 
 
@@ -44,10 +45,10 @@ class BackboneConfig:
 
 @dataclasses.dataclass
 class HeadConfig:
-    """Arguments of `resfu_jax.heads.create_head`."""
+    """Arguments of `resfu_jax.heads.create_head`; None keeps the head's own value."""
 
     name: str = "segformer"
-    """Head architecture."""
+    """Architecture: "segformer", "upernet" or "fpn"."""
     upsampler: str = "resfu"
     """Any of `resfu_jax.list_upsamplers()`."""
     upsampler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -56,6 +57,12 @@ class HeadConfig:
     """Channels that every stage is projected to."""
     dropout: float = 0.1
     """Dropout rate before the classifier."""
+    wiring: str | None = None
+    """segformer: "direct" (each map to the finest grid at once) or "stagewise" (x2 by x2)."""
+    project: str | None = None
+    """segformer: "conv_bn_relu" or "linear", what a map goes through first."""
+    pool_sizes: tuple[int, ...] | None = None
+    """upernet: sides of the grids of the pyramid pooling."""
 
 
 @dataclasses.dataclass
@@ -312,6 +319,10 @@ def validate(config: Config, *, devices: int = 1) -> None:
         upsampler_entry(config.model.head.upsampler)
     except ValueError as error:
         wrong.append(f"config.model.head.upsampler: {error}")
+    try:
+        check_head_options(config.model.head.name, given(config.model.head).keys() - {"name"})
+    except ValueError as error:
+        wrong.append(f"config.model.head: {error}")
     try:
         classes = data.dataset_info(config.data.name).num_classes
         require(

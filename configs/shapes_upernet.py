@@ -1,0 +1,19 @@
+"""`shapes_resfu` with a UPerNet head, three upsamplers of ratio 2 in its top-down path.
+
+    python train.py --config configs/shapes_upernet.py:carafe --workdir runs/shapes_upernet_carafe
+
+Any upsampler, named after the colon; without a name: ReSFU. `--config.model.head.pool_sizes="()"`
+leaves the pyramid pooling out: a plain FPN.
+
+Result: not measured yet.
+"""
+
+from configs import shapes_direct
+from resfu_jax.training import Config
+
+
+def get_config(upsampler: str = "resfu") -> Config:
+    config = shapes_direct.get_config(upsampler)
+    config.model.head.name = "upernet"
+    config.model.head.pool_sizes = (1, 2)  # of the 4 x 4 pixels that a crop of 128 has left
+    return config
