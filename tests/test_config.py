@@ -4,6 +4,7 @@ import inspect
 import json
 import pathlib
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -71,37 +72,40 @@ def test_configs_build_a_model(name):
     assert jax.eval_shape(logits, images).shape == (1, *config.data.crop_size, classes)
 
 
+def parse(config_file, *arguments):
+    """The config as train.py reads it from the command line."""
+    path = pathlib.Path(__file__).parents[1] / "configs" / config_file
+    argv = ["train.py", f"--config={path}", *arguments]
+    check_overrides(argv)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)  # ml_collections
+        values(argv)
+    return values.config
+
+
 @pytest.mark.parametrize("name", ["direct", "stagewise", "upernet"])
-def test_configs_that_take_any_upsampler(name, tmp_path):
-    """As the command line reads them: the text after the colon is the upsampler."""
-    path = pathlib.Path(__file__).parents[1] / f"configs/shapes_{name}.py"
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    values(["train.py", f"--config={path}:bilinear", "--config.model.head.width=16"])
-    head = values.config.model.head
-    assert (head.upsampler, head.width) == ("bilinear", 16)
-    validate(values.config)
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    values(["train.py", f"--config={path}:bilinaer"])
+def test_configs_that_take_any_upsampler(name):
+    config = parse(f"shapes_{name}.py:bilinear", "--config.model.head.width=16")
+    assert (config.model.head.upsampler, config.model.head.width) == ("bilinear", 16)
+    validate(config)
     with pytest.raises(ConfigError, match="did you mean 'bilinear'"):
-        validate(values.config)
+        validate(parse(f"shapes_{name}.py:bilinaer"))
 
 
 def test_options_of_heads_on_the_command_line():
-    path = pathlib.Path(__file__).parents[1] / "configs/shapes_resfu.py"
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    arguments = [
-        f"--config={path}",
+    config = parse(
+        "shapes_resfu.py",
         "--config.model.head.wiring=stagewise",
         "--config.model.head.project=linear",
         "--config.model.head.pool_sizes=(1, 2)",
-    ]
-    check_overrides(arguments)
-    values(["train.py", *arguments])
-    head = values.config.model.head
+    )
+    head = config.model.head
     assert (head.wiring, head.project, head.pool_sizes) == ("stagewise", "linear", (1, 2))
+    assert (
+        parse("shapes_upernet.py", "--config.model.head.pool_sizes=()").model.head.pool_sizes == ()
+    )
 
 
 def test_options_that_the_head_does_not_take():
