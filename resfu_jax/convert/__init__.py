@@ -6,8 +6,13 @@ from typing import Any
 from flax import nnx
 
 from resfu_jax._names import lookup
+from resfu_jax.convert.carafe import carafe_pack
 from resfu_jax.convert.classic import conv_pixel_shuffle, conv_transpose
+from resfu_jax.convert.dysample import dysample
+from resfu_jax.convert.fade import fade, fade_lite, semi_shift_up
+from resfu_jax.convert.lda_aqu import lda_aqu
 from resfu_jax.convert.resfu import pcdc_block, resfu
+from resfu_jax.convert.sapa import sapa, sapa_base, sapa_deform, sapa_exp
 from resfu_jax.convert.segformer import load_pretrained
 
 __all__ = ["from_torch", "load_pretrained"]
@@ -15,6 +20,16 @@ __all__ = ["from_torch", "load_pretrained"]
 _CONVERTERS: dict[str, Callable[..., nnx.Module]] = {
     "zmhhmz/ReSFU:ReSFU": resfu,
     "zmhhmz/ReSFU:PCDC_Block": pcdc_block,
+    "poppinace/sapa:SAPA": sapa,
+    "poppinace/sapa:SAPAExp": sapa_exp,
+    "tiny-smart/sapa:SAPA": sapa_base,
+    "tiny-smart/sapa:SAPADeform": sapa_deform,
+    "poppinace/fade:FADE": fade,
+    "poppinace/fade:FADELite": fade_lite,
+    "poppinace/fade:SemiShiftUp": semi_shift_up,
+    "tiny-smart/dysample:DySample": dysample,
+    "duzw9311/LDA-AQU:LDA_AQU": lda_aqu,
+    "open-mmlab/mmcv:CARAFEPack": carafe_pack,
     "pytorch/pytorch:ConvTranspose2d": conv_transpose,
     "pytorch/pytorch:Sequential(Conv2d, PixelShuffle)": conv_pixel_shuffle,
 }

@@ -42,8 +42,9 @@ class StateDict:
         """Store entry `key` into `variable`, changing PyTorch's axis order to ours.
 
         `layout` names the official one: `"OIHW"` (convolution), `"IOHW"` (transposed convolution),
-        `"OI11"` (1x1 convolution, ours `(in, out)`), `"1C11"` (ours `(C,)`), `"OI"` (linear, ours
-        `(in, out)`), or nothing when both agree.
+        `"C1HW"` (depthwise convolution, ours `(H, W, C)`), `"OI11"` (1x1 convolution, ours
+        `(in, out)`), `"1C11"` (ours `(C,)`), `"OI"` (linear, ours `(in, out)`), `"1N1TD"` (ours
+        `(N, T, D)`), or nothing when both agree.
         """
         ours = variable.get_value()
         s = ours.shape
@@ -51,6 +52,8 @@ class StateDict:
             "": lambda: s,
             "OIHW": lambda: (s[3], s[2], s[0], s[1]),
             "IOHW": lambda: (s[2], s[3], s[0], s[1]),
+            "C1HW": lambda: (s[2], 1, s[0], s[1]),
+            "1N1TD": lambda: (1, s[0], 1, s[1], s[2]),
             "OI11": lambda: (s[1], s[0], 1, 1),
             "1C11": lambda: (1, s[0], 1, 1),
             "OI": lambda: (s[1], s[0]),
@@ -62,11 +65,29 @@ class StateDict:
             value = value.transpose(2, 3, 0, 1)
         elif layout in ("OI11", "OI"):
             value = value.reshape(official[:2]).T
-        elif layout == "1C11":
+        elif layout == "C1HW":
+            value = value.transpose(2, 3, 0, 1).reshape(s)
+        elif layout in ("1C11", "1N1TD"):
             value = value.reshape(s)
         # Double precision is kept only where JAX itself runs in it.
         dtype = jax.dtypes.canonicalize_dtype(value.dtype)
         variable.set_value(jnp.asarray(value, dtype if dtype == jnp.float64 else ours.dtype))
+
+    def set_layer(self, layer: nnx.Module | None, key: str, *, layout: str = "") -> None:
+        """Store `key.weight`, in `layout`, and `key.bias` into a layer; nothing without a layer.
+
+        The weight is the layer's `kernel` or, of a norm, its `scale`.
+        """
+        if layer is None:
+            return
+        weight = layer.kernel if hasattr(layer, "kernel") else layer.scale
+        self.set(weight, f"{key}.weight", layout=layout)
+        if layer.bias is not None:
+            self.set(layer.bias, f"{key}.bias")
+
+    def problem(self, text: str) -> None:
+        """Something else that is wrong."""
+        self._problems.append(text)
 
     def done(self) -> None:
         """Raise a `ValueError` naming all missing, misshapen and unexpected entries, if any."""

@@ -55,7 +55,6 @@ def conv_pixel_shuffle(
         raise ValueError(f"padding must be kernel_size // 2 = {kernel_size // 2}, got {padding}")
     up = PixelShuffle(in_channels, scale=upscale_factor, kernel_size=kernel_size, rngs=nnx.Rngs(0))
     s = StateDict(state, "Sequential(Conv2d, PixelShuffle)")
-    s.set(up.kernel, "0.weight", layout="OIHW")
-    s.set(up.bias, "0.bias")
+    s.set_layer(up, "0", layout="OIHW")
     s.done()
     return up

@@ -22,15 +22,10 @@ def resfu(
         dim_y if dim_x is None else dim_x, dim_y, scale=scale_factor, rngs=nnx.Rngs(0), **options
     )
     s = StateDict(state, "ReSFU")
-    for name, norm in (("norm_x", up.norm_x), ("norm_y", up.norm_y)):
-        if norm is not None:
-            s.set(norm.scale, f"{name}.weight")
-            s.set(norm.bias, f"{name}.bias")
-    for name, layer in (("q", up.q), ("k", up.k)):
-        if layer is not None:
-            s.set(layer.kernel, f"{name}.weight", layout="OI11")
-            if layer.bias is not None:
-                s.set(layer.bias, f"{name}.bias")
+    s.set_layer(up.norm_x, "norm_x")
+    s.set_layer(up.norm_y, "norm_y")
+    s.set_layer(up.q, "q", layout="OI11")
+    s.set_layer(up.k, "k", layout="OI11")
     # The box filter of ones; a buffer, of size 2 * (radius // gf_scale) + 1.
     side = 2 * (up.radius // up.gf_scale) + 1
     s.take("GF.kernel", (up.k.out_features, 1, 1, side))
@@ -69,11 +64,8 @@ def pcdc_block(
 def _branch(s: StateDict, prefix: str, branch: PCDC) -> None:
     s.set(branch.kernel, f"{prefix}weight", layout="OIHW")
     s.set(branch.bias, f"{prefix}bias", layout="1C11")
-    s.set(branch.norm.scale, f"{prefix}norm.weight")
-    s.set(branch.norm.bias, f"{prefix}norm.bias")
+    s.set_layer(branch.norm, f"{prefix}norm")
     s.set(branch.mix_kernel, f"{prefix}channel_compressor.1.weight", layout="OI11")
     s.set(branch.mix_bias, f"{prefix}channel_compressor.1.bias")
-    s.set(branch.hidden_norm.scale, f"{prefix}channel_compressor.3.weight")
-    s.set(branch.hidden_norm.bias, f"{prefix}channel_compressor.3.bias")
-    s.set(branch.project.kernel, f"{prefix}channel_compressor.4.weight", layout="OI11")
-    s.set(branch.project.bias, f"{prefix}channel_compressor.4.bias")
+    s.set_layer(branch.hidden_norm, f"{prefix}channel_compressor.3")
+    s.set_layer(branch.project, f"{prefix}channel_compressor.4", layout="OI11")

@@ -106,7 +106,7 @@ def _cells(out_shape, padded_shape, n: int):
     return (h, w), (out_shape[1] // h, out_shape[2] // w)
 
 
-def _by_cell(y: Output, groups: int, ratio: tuple[int, int]) -> Float[Array, "b h w g phases c"]:
+def _by_cell(y: Output, groups: int, ratio: tuple[int, int]) -> Float[Array, "b h w g phases d"]:
     b, hh, ww, c = y.shape
     h, w = hh // ratio[0], ww // ratio[1]
     y = y.reshape(b, h, ratio[0], w, ratio[1], groups, c // groups)

@@ -1,12 +1,32 @@
 """Upsamplers: one file, one paper. Chosen by name through `create_upsampler`."""
 
-from resfu_jax.upsamplers import classic as classic
 from resfu_jax.upsamplers._registry import (
     create_upsampler,
     list_upsamplers,
     register,
     upsampler_entry,
 )
+from resfu_jax.upsamplers.carafe import CARAFE
+from resfu_jax.upsamplers.classic import Deconvolution, Interpolation, PixelShuffle
+from resfu_jax.upsamplers.dysample import DySample
+from resfu_jax.upsamplers.fade import FADE
+from resfu_jax.upsamplers.lda_aqu import LDAAQU
 from resfu_jax.upsamplers.resfu import ReSFU
+from resfu_jax.upsamplers.sapa import SAPA, SAPADeform
 
-__all__ = ["ReSFU", "create_upsampler", "list_upsamplers", "register", "upsampler_entry"]
+__all__ = [
+    "CARAFE",
+    "FADE",
+    "LDAAQU",
+    "SAPA",
+    "Deconvolution",
+    "DySample",
+    "Interpolation",
+    "PixelShuffle",
+    "ReSFU",
+    "SAPADeform",
+    "create_upsampler",
+    "list_upsamplers",
+    "register",
+    "upsampler_entry",
+]

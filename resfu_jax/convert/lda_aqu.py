@@ -1,0 +1,27 @@
+"""duzw9311/LDA-AQU:LDA_AQU."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from resfu_jax.convert._state import StateDict
+from resfu_jax.upsamplers.lda_aqu import LDAAQU
+
+
+def lda_aqu(
+    state: Mapping[str, Any], *, in_channels: int, scale_factor: float = 2.0, **options: Any
+) -> LDAAQU:
+    """The official LDA_AQU; other options are named as ours."""
+    up = LDAAQU(in_channels, scale=scale_factor, rngs=nnx.Rngs(0), **options)
+    s = StateDict(state, "LDA_AQU")
+    s.set_layer(up.norm, "layer_norm.norm")
+    s.set_layer(up.q, "proj_q", layout="OI11")
+    s.set_layer(up.k, "proj_k", layout="OI11")
+    s.set(up.offset.kernel, "conv_offset.0.weight", layout="C1HW")
+    s.set_layer(up.offset.norm, "conv_offset.1.norm")
+    s.set_layer(up.offset.conv, "conv_offset.3", layout="OIHW")
+    if up.table is not None:
+        s.set(up.table, "relative_position_bias_table", layout="1N1TD")
+    s.done()
+    return up

@@ -1,0 +1,159 @@
+"""What the upsamplers share: layers applied in the compute dtype, and checks of their inputs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from resfu_jax.ops._dtypes import at_least_float32, promote
+from resfu_jax.ops._interp import Size
+from resfu_jax.ops.group_norm import group_norm
+
+EPS = 1e-5  # of every norm of the published modules
+XAVIER_UNIFORM = nnx.initializers.xavier_uniform()
+
+
+def conv(
+    in_features: int,
+    features: int,
+    kernel_size: int,
+    *,
+    dilation: int = 1,
+    use_bias: bool = True,
+    kernel_init=XAVIER_UNIFORM,
+    param_dtype: DTypeLike,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """A convolution with zero padding that keeps the size; apply it with `apply_conv`."""
+    return nnx.Conv(
+        in_features,
+        features,
+        (kernel_size, kernel_size),
+        padding=dilation * (kernel_size - 1) // 2,
+        kernel_dilation=dilation,
+        use_bias=use_bias,
+        kernel_init=kernel_init,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+def apply_conv(x: Float[Array, "b h w c"], layer: nnx.Conv) -> Float[Array, "b h w d"]:
+    """`layer(x)` in the dtype of x."""
+    border = (layer.padding, layer.padding)
+    y = jax.lax.conv_general_dilated(
+        x,
+        layer.kernel[...].astype(x.dtype),
+        window_strides=(1, 1),
+        padding=(border, border),
+        rhs_dilation=(layer.kernel_dilation, layer.kernel_dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return y if layer.bias is None else y + layer.bias[...].astype(x.dtype)[None, None, None]
+
+
+def apply_linear(x: Float[Array, "b h w c"], layer: nnx.Linear) -> Float[Array, "b h w d"]:
+    """`layer(x)` in the dtype of x."""
+    x = x @ layer.kernel[...].astype(x.dtype)
+    return x if layer.bias is None else x + layer.bias[...].astype(x.dtype)[None, None, None]
+
+
+def apply_norm(
+    x: Float[Array, "b h w c"], norm: nnx.GroupNorm | nnx.LayerNorm | None
+) -> Float[Array, "b h w c"]:
+    """`norm(x)` in the dtype of x, statistics in float32 or better; x itself without a norm."""
+    if norm is None:
+        return x
+    if isinstance(norm, nnx.GroupNorm):
+        return group_norm(x, norm.scale[...], norm.bias[...], groups=norm.num_groups, eps=EPS)
+    wide = at_least_float32(x.dtype)
+    y = x.astype(wide)
+    y = y - y.mean(axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + EPS)
+    scale, bias = (v[...].astype(wide)[None, None, None] for v in (norm.scale, norm.bias))
+    return (y * scale + bias).astype(x.dtype)
+
+
+def softmax(scores: Float[Array, "... taps"]) -> Float[Array, "... taps"]:
+    """Over the last axis, in float32 or better."""
+    return jax.nn.softmax(scores.astype(at_least_float32(scores.dtype)), axis=-1)
+
+
+def compute_dtype(dtype: DTypeLike | None, *inputs: Array) -> DTypeLike:
+    """The chosen compute dtype, or the inputs' promoted one."""
+    if dtype is not None:
+        return dtype
+    chosen = inputs[0].dtype
+    for a in inputs[1:]:
+        chosen = promote(chosen, a.dtype)
+    return chosen
+
+
+def need_guide(name: str, guide_features: int | None) -> int:
+    """The number of the guide's channels; a `ValueError` if there is none."""
+    if guide_features is None:
+        raise ValueError(f"guide_features is needed: {name} is guided; give the guide's channels")
+    return guide_features
+
+
+def need(condition: bool, text: str) -> None:
+    """A `ValueError` with `text` unless the condition holds."""
+    if not condition:
+        raise ValueError(text)
+
+
+def check_whole(**values: Any) -> None:
+    """A `ValueError` naming the first argument that is not a positive whole number."""
+    for name, value in values.items():
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        need(whole, f"{name} must be a positive whole number, got {value!r}")
+
+
+def check_odd(**values: Any) -> None:
+    """A `ValueError` naming the first argument that is not an odd positive whole number."""
+    check_whole(**values)
+    for name, value in values.items():
+        need(value % 2 == 1, f"{name} must be odd and positive, got {value}")
+
+
+def check_features(features: Array, channels: int) -> None:
+    """The features are `(batch, height, width, channels)`."""
+    need(
+        features.ndim == 4 and features.shape[3] == channels,
+        f"features must be (batch, height, width, {channels}), got shape {features.shape}",
+    )
+
+
+def check_guide(features: Array, guide: Array, channels: int) -> None:
+    """The guide fits the features and is at least as large."""
+    need(
+        guide.ndim == 4 and guide.shape[3] == channels,
+        f"guide must be (batch, height, width, {channels}), got shape {guide.shape}",
+    )
+    need(
+        features.shape[0] == guide.shape[0],
+        f"guide must have the features' batch size {features.shape[0]}, got {guide.shape[0]}",
+    )
+    for n, m in zip(features.shape[1:3], guide.shape[1:3], strict=True):
+        if isinstance(n, int) and isinstance(m, int):
+            need(
+                1 <= n <= m,
+                "guide must be at least as large as the features along both axes, "
+                f"got guide {guide.shape[1:3]} and features {features.shape[1:3]}",
+            )
+
+
+def check_output_size(
+    name: str, features: Array, output_size: tuple[Size, Size] | None, scale: int
+) -> None:
+    """For upsamplers that only know their whole scale: no other size is asked for."""
+    fixed = tuple(scale * n for n in features.shape[1:3])
+    need(
+        output_size is None or tuple(output_size) == fixed,
+        f"{name} of scale {scale} turns {features.shape[1:3]} into {fixed} only, got "
+        f"output_size={None if output_size is None else tuple(output_size)}; resize its result, "
+        "or choose another upsampler",
+    )

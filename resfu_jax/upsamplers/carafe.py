@@ -1,0 +1,124 @@
+"""CARAFE: content-aware reassembly of features.
+
+With x the features, s the scale, K = `up_kernel` and G = `up_group`:
+
+    mask = softmax over K*K (PixelShuffle_s(Conv(Linear(x))))       one kernel a pixel and group
+    out[p] = sum_uv mask[p, uv] x[floor(p / s) + (u, v) - r]        `ops.local_reassembly`
+
+The kernels come from the features alone. Beyond the image x counts as zero, and the kernel is not
+renormalised: borders come out weaker, as in the official operator.
+
+Source: Wang et al., "CARAFE: Content-Aware ReAssembly of FEatures", ICCV 2019, equations 1 and 2,
+and section 3.2; the semantics are those of mmcv's `CARAFEPack`.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from resfu_jax.ops._interp import Size
+from resfu_jax.ops.local_window import Implementation, local_reassembly
+from resfu_jax.ops.pixel_shuffle import pixel_shuffle
+from resfu_jax.upsamplers._layers import (
+    XAVIER_UNIFORM,
+    apply_conv,
+    apply_linear,
+    check_features,
+    check_odd,
+    check_output_size,
+    check_whole,
+    compute_dtype,
+    conv,
+    need,
+    softmax,
+)
+from resfu_jax.upsamplers._registry import register
+
+
+@register("carafe")
+class CARAFE(nnx.Module):
+    """Upsamples features by a whole scale with kernels predicted from the features.
+
+    Args:
+      features: channels C, kept.
+      guide_features: ignored.
+      scale: whole upsampling ratio.
+      up_kernel: K, side of the reassembly kernel, odd.
+      up_group: G, groups of channels with kernels of their own; it divides C.
+      encoder_kernel: side of the convolution that predicts the kernels, odd.
+      encoder_dilation: its dilation.
+      compressed_channels: channels between the two layers.
+      implementation: as in `ops.local_reassembly`.
+      dtype: of the computation; the features' dtype if not given. The softmax is float32 or better.
+      param_dtype: of the parameters.
+      rngs: source of the initial weights: Xavier uniform for the compressor, normal of standard
+        deviation 0.001 for the encoder, biases zero.
+
+    Raises:
+      ValueError: an argument out of range.
+    """
+
+    guide = "none"
+
+    def __init__(
+        self,
+        features: int,
+        guide_features: int | None = None,
+        *,
+        scale: int = 2,
+        up_kernel: int = 5,
+        up_group: int = 1,
+        encoder_kernel: int = 3,
+        encoder_dilation: int = 1,
+        compressed_channels: int = 64,
+        implementation: Implementation | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        check_whole(
+            scale=scale,
+            up_group=up_group,
+            encoder_dilation=encoder_dilation,
+            compressed_channels=compressed_channels,
+        )
+        check_odd(up_kernel=up_kernel, encoder_kernel=encoder_kernel)
+        need(features % up_group == 0, f"up_group must divide features={features}, got {up_group}")
+        self.features, self.scale = features, scale
+        self.up_kernel, self.up_group = up_kernel, up_group
+        self.implementation, self.dtype = implementation, dtype
+        types = dict(param_dtype=param_dtype, rngs=rngs)
+        self.compress = nnx.Linear(
+            features, compressed_channels, kernel_init=XAVIER_UNIFORM, **types
+        )
+        self.encode = conv(
+            compressed_channels,
+            up_kernel**2 * up_group * scale**2,
+            encoder_kernel,
+            dilation=encoder_dilation,
+            kernel_init=nnx.initializers.normal(0.001),
+            **types,
+        )
+
+    def __call__(
+        self, features: Float[Array, "b h w c"], output_size: tuple[Size, Size] | None = None
+    ) -> Float[Array, "b H W c"]:
+        """Features `(B, h, w, C)` at `scale` times their size.
+
+        Raises:
+          ValueError: a wrong number of channels, or an `output_size` other than that.
+        """
+        check_features(features, self.features)
+        check_output_size("carafe", features, output_size, self.scale)
+        x = features.astype(compute_dtype(self.dtype, features))
+        return local_reassembly(
+            self.kernels(x), x, groups=self.up_group, implementation=self.implementation
+        )
+
+    def kernels(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W g_taps"]:
+        """The K*K weights of every output pixel, group by group; those of a group sum to 1."""
+        scores = apply_conv(apply_linear(x, self.compress), self.encode)
+        scores = pixel_shuffle(scores, self.scale)
+        scores = scores.reshape(*scores.shape[:3], self.up_group, self.up_kernel**2)
+        return softmax(scores).reshape(*scores.shape[:3], -1)

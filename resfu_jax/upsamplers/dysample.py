@@ -1,0 +1,138 @@
+"""DySample: upsampling by learned sampling points.
+
+With x the features, s the scale and G groups of channels, every output pixel p of group g samples x
+once, bilinearly, near its own position:
+
+    out_g[p] = x_g((p + 1/2) / s - 1/2 + O_g[p])                    `ops.deformable_sample`, border
+
+    O = 0.25 L(x)                                static scope
+    O = 0.5 sigmoid(L'(x)) L(x)                  dynamic scope, the "+" variants
+
+L is linear with a pixel shuffle after it ("lp", from C to 2 G s^2 channels) or before it ("pl",
+from C / s^2 to 2 G). It starts near zero, so that training starts from bilinear upsampling.
+
+Source: Liu et al., "Learning to Upsample by Learning to Sample", ICCV 2023, section 3.
+"""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops._interp import Size
+from resfu_jax.ops.deformable_sample import deformable_sample
+from resfu_jax.ops.pixel_shuffle import pixel_shuffle
+from resfu_jax.upsamplers._layers import (
+    apply_linear,
+    check_features,
+    check_output_size,
+    check_whole,
+    compute_dtype,
+    need,
+)
+from resfu_jax.upsamplers._registry import register
+
+Style = Literal["lp", "pl"]
+
+
+@register("dysample", style="lp", groups=4)
+@register("dysample_plus", style="lp", groups=4, dyscope=True)
+@register("dysample_s", style="pl", groups=8)
+@register("dysample_s_plus", style="pl", groups=8, dyscope=True)
+class DySample(nnx.Module):
+    """Upsamples features by a whole scale, one sampling point per output pixel and group.
+
+    Args:
+      features: channels C, kept.
+      guide_features: ignored.
+      scale: s, whole upsampling ratio.
+      style: `"lp"`, linear then pixel shuffle, or `"pl"`, pixel shuffle then linear: fewer
+        parameters, and C must be a multiple of s^2.
+      groups: G, contiguous groups of channels with points of their own; it divides C.
+      dyscope: predict the offsets' range too.
+      dtype: of the computation; the features' dtype if not given. Positions are float32 or better.
+      param_dtype: of the parameters.
+      rngs: source of the initial weights: normal of standard deviation 0.001 for the offsets, zero
+        for their range and the bias.
+
+    Raises:
+      ValueError: channels that `groups` or the pixel shuffle do not divide, an unknown style.
+    """
+
+    guide = "none"
+
+    def __init__(
+        self,
+        features: int,
+        guide_features: int | None = None,
+        *,
+        scale: int = 2,
+        style: Style = "lp",
+        groups: int = 4,
+        dyscope: bool = False,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        check_whole(scale=scale, groups=groups)
+        need(style in get_args(Style), f"style must be one of {get_args(Style)}, got {style!r}")
+        need(features % groups == 0, f"groups must divide features={features}, got {groups}")
+        need(
+            style == "lp" or features % scale**2 == 0,
+            f"style 'pl' needs features divisible by scale**2 = {scale**2}, got {features}; "
+            "use style 'lp'",
+        )
+        self.features, self.scale, self.groups = features, scale, groups
+        self.style, self.dtype = style, dtype
+        out = 2 * groups
+        widths = (features, out * scale**2) if style == "lp" else (features // scale**2, out)
+        types = dict(param_dtype=param_dtype, rngs=rngs)
+        self.offset = nnx.Linear(*widths, kernel_init=nnx.initializers.normal(0.001), **types)
+        self.scope = (
+            nnx.Linear(*widths, use_bias=False, kernel_init=nnx.initializers.zeros, **types)
+            if dyscope
+            else None
+        )
+
+    def __call__(
+        self, features: Float[Array, "b h w c"], output_size: tuple[Size, Size] | None = None
+    ) -> Float[Array, "b H W c"]:
+        """Features `(B, h, w, C)` at `scale` times their size.
+
+        Raises:
+          ValueError: a wrong number of channels, or an `output_size` other than that.
+        """
+        check_features(features, self.features)
+        check_output_size("dysample", features, output_size, self.scale)
+        x = features.astype(compute_dtype(self.dtype, features))
+        samples = deformable_sample(x, self.points(x), padding_mode="border")
+        return samples.reshape(*samples.shape[:3], self.features)
+
+    def points(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W g 1 2"]:
+        """Where every output pixel samples: (row, column) in pixels of x."""
+        offset = self._project(x, self.offset)
+        offset = offset.astype(at_least_float32(offset.dtype))
+        if self.scope is None:
+            offset = 0.25 * offset
+        else:
+            scope = self._project(x, self.scope).astype(offset.dtype)
+            offset = 0.5 * jax.nn.sigmoid(scope) * offset
+        b, hh, ww, _ = offset.shape
+        # The channels are (column, row) times group.
+        offset = offset.reshape(b, hh, ww, 2, self.groups)[..., ::-1, :].swapaxes(-1, -2)
+
+        def own(n):
+            p = jnp.arange(n, dtype=jnp.int32)
+            return (2 * p + (1 - self.scale)).astype(offset.dtype) / (2 * self.scale)
+
+        own = jnp.stack(jnp.meshgrid(own(hh), own(ww), indexing="ij"), axis=-1)
+        return (offset + own[None, :, :, None])[..., None, :]
+
+    def _project(self, x: Array, layer: nnx.Linear) -> Float[Array, "b H W d"]:
+        if self.style == "lp":
+            return pixel_shuffle(apply_linear(x, layer), self.scale)
+        return apply_linear(pixel_shuffle(x, self.scale), layer)

@@ -1,0 +1,184 @@
+"""FADE: fusing the assets of decoder and encoder.
+
+With x the features (decoder, low resolution) and y the guide (encoder, high resolution):
+
+    scores = Conv3x3(Linear(y)) + nearest(Conv3x3(Linear'(x)))      semi-shift: the same Conv3x3
+    out[p] = sum_uv softmax(scores)[p, uv] x[cell(p) + (u, v) - r]  `ops.local_reassembly`
+    gate = sigmoid(nearest(Linear''(x)))                            one channel
+    FADE = gate y + (1 - gate) out
+
+This is the "low-to-high" form: the decoder's part is convolved before it is upsampled. FADE-Lite
+has K*K channels after the linear maps and a depthwise Conv3x3; SemiShiftUp has no gate, so that
+the guide may have any width. Published for x2; here the guide may be of any size that is not
+smaller: `nearest` and the windows take the low-resolution cell floor(p n_in / n_out) at any ratio.
+
+Source: Lu et al., "FADE: Fusing the Assets of Decoder and Encoder for Task-Agnostic Upsampling",
+ECCV 2022 (semi-shift convolution, section 3.2; gated fusion, section 3.3), and its journal
+extension for FADE-Lite.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from resfu_jax.ops.depthwise_conv import depthwise_conv
+from resfu_jax.ops.local_window import Implementation, local_reassembly
+from resfu_jax.ops.resize import resize
+from resfu_jax.upsamplers._layers import (
+    XAVIER_UNIFORM,
+    apply_conv,
+    apply_linear,
+    check_features,
+    check_guide,
+    check_odd,
+    check_whole,
+    compute_dtype,
+    conv,
+    need,
+    need_guide,
+    softmax,
+)
+from resfu_jax.upsamplers._registry import register
+
+
+@register("fade")
+@register("fade_lite", lite=True)
+@register("semishift", gate=False)
+class FADE(nnx.Module):
+    """Upsamples features to the size of a guide, and fuses the guide in through a gate.
+
+    Args:
+      features: channels C, kept.
+      guide_features: channels Cg of the guide; with the gate, Cg = C (or 1).
+      scale: nominal ratio; the guide decides the size.
+      up_kernel_size: K, side of the reassembly window, odd.
+      embedding_dim: channels between the layers; not for `lite`, where they are K*K.
+      gate: fuse the guide in; without, the upsampler is SemiShiftUp.
+      lite: FADE-Lite, a depthwise 3x3 convolution on K*K channels.
+      scrambled_phases: computes what the official `pytorch_implementation/FADE_H2L.py` computes,
+        which mixes up the four phases of its x2 convolution; only for weights trained with it.
+      implementation: as in `ops.local_reassembly`.
+      dtype: of the computation; the inputs' promoted dtype if not given. The softmax is float32 or
+        better.
+      param_dtype: of the parameters.
+      rngs: source of the initial weights: Xavier uniform, biases zero.
+
+    Raises:
+      ValueError: an argument out of range, a missing guide, or widths that the gate cannot fuse.
+    """
+
+    guide = "features"
+
+    def __init__(
+        self,
+        features: int,
+        guide_features: int | None,
+        *,
+        scale: int = 2,
+        up_kernel_size: int = 5,
+        embedding_dim: int = 64,
+        gate: bool = True,
+        lite: bool = False,
+        scrambled_phases: bool = False,
+        implementation: Implementation | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        guide_features = need_guide("fade", guide_features)
+        check_whole(scale=scale, embedding_dim=embedding_dim)
+        check_odd(up_kernel_size=up_kernel_size)
+        need(
+            not gate or guide_features in (features, 1),
+            f"the gate mixes guide and features: guide_features must be features={features} (or "
+            f"1), got {guide_features}; project the guide, or use 'semishift' (gate=False)",
+        )
+        need(not (lite and scrambled_phases), "scrambled_phases does not apply to lite")
+        self.features, self.guide_features = features, guide_features
+        self.scrambled_phases = scrambled_phases
+        self.implementation, self.dtype = implementation, dtype
+        taps = up_kernel_size**2
+        width = taps if lite else embedding_dim
+        types = dict(param_dtype=param_dtype, rngs=rngs)
+        linear = dict(kernel_init=XAVIER_UNIFORM, **types)
+        self.compress_guide = nnx.Linear(guide_features, width, **linear)
+        self.compress = nnx.Linear(features, width, use_bias=False, **linear)
+        self.encode = Depthwise(taps, **types) if lite else conv(width, taps, 3, **types)
+        self.gate = nnx.Linear(features, 1, **linear) if gate else None
+
+    def __call__(
+        self, features: Float[Array, "b h w {self.features}"], guide: Float[Array, "b H W cg"]
+    ) -> Float[Array, "b H W {self.features}"]:
+        """Features `(B, h, w, C)` at the guide's size `(B, H, W, Cg)`, any H >= h and W >= w."""
+        check_features(features, self.features)
+        check_guide(features, guide, self.guide_features)
+        dtype = compute_dtype(self.dtype, features, guide)
+        x, y = features.astype(dtype), guide.astype(dtype)
+        up = local_reassembly(self.kernels(x, y), x, implementation=self.implementation)
+        if self.gate is None:
+            return up
+        gate = jax.nn.sigmoid(resize(apply_linear(x, self.gate), y.shape[1:3], method="nearest"))
+        return gate * y + (1 - gate) * up
+
+    def kernels(
+        self, x: Float[Array, "b h w c"], y: Float[Array, "b H W cg"]
+    ) -> Float[Array, "b H W taps"]:
+        """The K*K weights of every output pixel, which sum to 1."""
+        encode = self.encode if isinstance(self.encode, Depthwise) else self._conv3x3
+        encoder = apply_linear(y, self.compress_guide)
+        decoder = encode(apply_linear(x, self.compress))
+        encoder = self._scrambled(encoder) if self.scrambled_phases else encode(encoder)
+        return softmax(encoder + resize(decoder, y.shape[1:3], method="nearest"))
+
+    def _conv3x3(self, x: Array) -> Array:
+        return apply_conv(x, self.encode)
+
+    def _scrambled(self, y: Float[Array, "b H W c"]) -> Float[Array, "b H W taps"]:
+        """Conv3x3 as a stride-2 convolution a phase, the phases mixed up as in FADE_H2L.py.
+
+        The maps of the four phases are concatenated phase by phase and read back as if they were
+        interleaved channel by channel: phase f gets the channels 4 c + f of the concatenation.
+        """
+        b, hh, ww, _ = y.shape
+        need(
+            hh % 2 == 0 and ww % 2 == 0,
+            f"scrambled_phases is defined at x2 only, got a guide of {hh}x{ww}",
+        )
+        padded = jnp.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        phases = jnp.concatenate(
+            [padded[:, i : i + hh + 1, j : j + ww + 1] for i in (0, 1) for j in (0, 1)], axis=-1
+        )
+        kernel, bias = (a[...].astype(y.dtype) for a in (self.encode.kernel, self.encode.bias))
+        out = [
+            jax.lax.conv_general_dilated(
+                phases[..., f::4],
+                kernel,
+                window_strides=(2, 2),
+                padding="VALID",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            + bias[None, None, None]
+            for f in range(4)
+        ]
+        out = jnp.stack(out, axis=3).reshape(b, hh // 2, ww // 2, 2, 2, -1)
+        return out.transpose(0, 1, 3, 2, 4, 5).reshape(b, hh, ww, -1)
+
+
+class Depthwise(nnx.Module):
+    """Depthwise 3x3 convolution with bias, zero padding; FADE-Lite's encoder."""
+
+    def __init__(self, features: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        # Xavier uniform with the fans that PyTorch counts: 9 in, 9 * features out.
+        bound = (6 / (9 + 9 * features)) ** 0.5
+        shape = (3, 3, features)
+        self.kernel = nnx.Param(
+            jax.random.uniform(rngs.params(), shape, param_dtype, -bound, bound)
+        )
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """The convolution, in the dtype of x."""
+        y = depthwise_conv(x, self.kernel[...].astype(x.dtype))
+        return y + self.bias[...].astype(x.dtype)[None, None, None]

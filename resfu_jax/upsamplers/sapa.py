@@ -1,0 +1,334 @@
+"""SAPA: similarity-aware point affiliation, and its extension with deformable points.
+
+With x the features (low resolution) and y the guide (high resolution):
+
+    q = Linear(N(y)),  k = Linear(N(x))                             queries and keys
+    attn = softmax over K*K (<q[p], k[cell(p) + (u, v) - r]>)       `ops.local_similarity`
+    out[p] = sum_uv attn[p, uv] x[cell(p) + (u, v) - r]             `ops.local_reassembly`
+
+A point of the guide joins the low-resolution points that it resembles. Scores are plain inner
+products. A key beyond the image has similarity 0 and keeps its share of the softmax, so that
+borders come out weaker, as in the official operators. The queries may see x too:
+
+    "encoder_only"   q = Linear(N(y))                                                SAPA-B
+    "cat"            q = Linear([N(y), nearest(x)])
+    "gate"           q = g Linear(N(y)) + (1 - g) Linear'(nearest(x)),               SAPA-G
+                     g = sigmoid(nearest(Linear''(N(x))))
+
+SAPA-I compares N(y) with N(x) directly. `SAPADeform` (SAPA-D) replaces the window by P points per
+output pixel and group, at offsets from the cell's centre that a linear map of x predicts.
+
+The official operators know whole scales; here the guide may be of any size that is not smaller, the
+cell of pixel p being floor(p n_in / n_out).
+
+Sources: Lu et al., "SAPA: Similarity-Aware Point Affiliation for Feature Upsampling", NeurIPS 2022,
+sections 3.2 to 3.4; Liu et al., "On Point Affiliation in Feature Upsampling", 2023, for
+`norm="group"` and SAPA-D.
+"""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops._polyphase import whole_ratio
+from resfu_jax.ops.deformable_sample import deformable_sample
+from resfu_jax.ops.local_window import (
+    Implementation,
+    cell_index,
+    local_reassembly,
+    local_similarity,
+)
+from resfu_jax.ops.pixel_shuffle import pixel_shuffle
+from resfu_jax.ops.resize import resize
+from resfu_jax.upsamplers._layers import (
+    EPS,
+    apply_linear,
+    apply_norm,
+    check_features,
+    check_guide,
+    check_odd,
+    check_whole,
+    compute_dtype,
+    need,
+    need_guide,
+    softmax,
+)
+from resfu_jax.upsamplers._registry import register
+
+Query = Literal["encoder_only", "cat", "gate"]
+Norm = Literal["layer", "group"]
+
+_WEIGHT_INIT = nnx.initializers.normal(0.02)
+
+
+@register("sapa")
+@register("sapa_g", q_mode="gate")
+@register("sapa_i", embedding_dim=None)
+class SAPA(nnx.Module):
+    """Upsamples features to the size of a guide by local similarity.
+
+    Args:
+      features: channels C of the features; with `norm="group"`, a multiple of 32.
+      guide_features: channels Cg of the guide; with `norm="group"`, a multiple of 32.
+      scale: nominal ratio; the guide decides the size.
+      q_mode: what the queries are made of, as in the module's docstring.
+      v_embed: reassemble a linear map of N(x) instead of x.
+      out_dim: channels of the output, C if not given; another number needs that linear map.
+      up_kernel_size: K, side of the window, odd.
+      embedding_dim: channels of queries and keys, 32 in the published experiments (the official
+        files default to 64 and 32); None is SAPA-I, without embedding, for which Cg = C.
+      qkv_bias: biases of the linear maps.
+      norm: N: `"layer"` as in the NeurIPS module, `"group"` (32 groups) as in the extended one, or
+        None.
+      implementation: as in `ops.local_similarity`.
+      dtype: of the computation; the inputs' promoted dtype if not given. Statistics and the softmax
+        are float32 or better.
+      param_dtype: of the parameters.
+      rngs: source of the initial weights: normal of standard deviation 0.02, biases zero.
+
+    Raises:
+      ValueError: an argument out of range, a missing guide, or widths that do not fit together.
+    """
+
+    guide = "features"
+
+    def __init__(
+        self,
+        features: int,
+        guide_features: int | None,
+        *,
+        scale: int = 2,
+        q_mode: Query = "encoder_only",
+        v_embed: bool = False,
+        out_dim: int | None = None,
+        up_kernel_size: int = 5,
+        embedding_dim: int | None = 32,
+        qkv_bias: bool = True,
+        norm: Norm | None = "layer",
+        implementation: Implementation | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        guide_features = need_guide("sapa", guide_features)
+        out_dim = features if out_dim is None else out_dim
+        check_whole(scale=scale, out_dim=out_dim, features=features, guide_features=guide_features)
+        check_odd(up_kernel_size=up_kernel_size)
+        need(q_mode in get_args(Query), f"q_mode must be one of {get_args(Query)}, got {q_mode!r}")
+        if embedding_dim is None:
+            need(
+                q_mode == "encoder_only" and guide_features == features,
+                "embedding_dim=None compares guide and features directly: it needs "
+                f"q_mode='encoder_only' and guide_features=features={features}, got "
+                f"q_mode={q_mode!r} and guide_features={guide_features}",
+            )
+        else:
+            check_whole(embedding_dim=embedding_dim)
+        self.features, self.guide_features = features, guide_features
+        self.q_mode, self.up_kernel_size = q_mode, up_kernel_size
+        self.implementation, self.dtype = implementation, dtype
+
+        def linear(n, m):
+            return _linear(n, m, qkv_bias, param_dtype, rngs)
+
+        self.norm_y = _norm("guide_features", guide_features, norm, param_dtype)
+        self.norm_x = _norm("features", features, norm, param_dtype)
+        embedded, gated = embedding_dim is not None, q_mode == "gate"
+        query_width = guide_features + (features if q_mode == "cat" else 0)
+        self.q = linear(query_width, embedding_dim) if embedded else None
+        self.k = linear(features, embedding_dim) if embedded else None
+        self.qx = linear(features, embedding_dim) if gated else None
+        self.gate = linear(features, 1) if gated else None
+        self.v = linear(features, out_dim) if v_embed or out_dim != features else None
+
+    def __call__(
+        self, features: Float[Array, "b h w {self.features}"], guide: Float[Array, "b H W cg"]
+    ) -> Float[Array, "b H W d"]:
+        """Features `(B, h, w, C)` at the guide's size `(B, H, W, Cg)`, any H >= h and W >= w."""
+        check_features(features, self.features)
+        check_guide(features, guide, self.guide_features)
+        dtype = compute_dtype(self.dtype, features, guide)
+        x, y = features.astype(dtype), guide.astype(dtype)
+        v = x if self.v is None else apply_linear(apply_norm(x, self.norm_x), self.v)
+        return local_reassembly(self.attention(x, y), v, implementation=self.implementation)
+
+    def attention(
+        self, x: Float[Array, "b h w c"], y: Float[Array, "b H W cg"]
+    ) -> Float[Array, "b H W taps"]:
+        """Weights of the K*K low-resolution pixels of every output pixel, which sum to 1."""
+        normed = apply_norm(x, self.norm_x)
+        scores = local_similarity(
+            self.query(x, normed, apply_norm(y, self.norm_y)),
+            normed if self.k is None else apply_linear(normed, self.k),
+            kernel_size=self.up_kernel_size,
+            implementation=self.implementation,
+        )
+        return softmax(scores)
+
+    def query(
+        self, x: Float[Array, "b h w c"], normed_x: Float[Array, "b h w c"], normed_y: Array
+    ) -> Float[Array, "b H W d"]:
+        """Queries from the raw and the normalised features and the normalised guide."""
+        if self.q is None:
+            return normed_y
+
+        def up(a):
+            return resize(a, normed_y.shape[1:3], method="nearest")
+
+        if self.q_mode == "encoder_only":
+            return apply_linear(normed_y, self.q)
+        if self.q_mode == "cat":
+            return apply_linear(jnp.concatenate([normed_y, up(x)], axis=-1), self.q)
+        gate = up(jax.nn.sigmoid(apply_linear(normed_x, self.gate)))
+        # A linear map and nearest-neighbour upsampling commute.
+        return gate * apply_linear(normed_y, self.q) + (1 - gate) * up(apply_linear(x, self.qx))
+
+
+@register("sapa_deform")
+class SAPADeform(nnx.Module):
+    """SAPA-D: similarity with P sampled points per output pixel and group, instead of a window.
+
+        u = cell(p) + Linear(N(x)),   attn = softmax over P (<q[p], k(u)>),   out = sum attn x(u)
+
+    Args:
+      features: channels C of the features, a multiple of `groups`.
+      guide_features: channels Cg of the guide.
+      scale: nominal ratio; with `high_offset`, the guide must be exactly that much larger.
+      num_point: P.
+      groups: contiguous groups of channels with points and attention of their own.
+      embedding_dim: channels of queries and keys in a group.
+      qkv_bias: biases of the linear maps.
+      high_offset: offsets of every output pixel (a pixel shuffle), or of every cell.
+      norm: N: `"group"` (32 groups, widths multiples of 32) or `"layer"`; off (None) as published.
+      dtype: of the computation; the inputs' promoted dtype if not given. Statistics, positions and
+        the softmax are float32 or better.
+      param_dtype: of the parameters.
+      rngs: source of the initial weights: normal of standard deviation 0.02, biases zero.
+
+    Raises:
+      ValueError: an argument out of range, a missing guide, or widths that do not fit together.
+    """
+
+    guide = "features"
+
+    def __init__(
+        self,
+        features: int,
+        guide_features: int | None,
+        *,
+        scale: int = 2,
+        num_point: int = 9,
+        groups: int = 4,
+        embedding_dim: int = 32,
+        qkv_bias: bool = True,
+        high_offset: bool = True,
+        norm: Norm | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        guide_features = need_guide("sapa_deform", guide_features)
+        check_whole(scale=scale, num_point=num_point, groups=groups, embedding_dim=embedding_dim)
+        need(features % groups == 0, f"groups must divide features={features}, got {groups}")
+        self.features, self.guide_features = features, guide_features
+        self.scale, self.num_point, self.groups = scale, num_point, groups
+        self.high_offset, self.dtype = high_offset, dtype
+
+        def linear(n, m):
+            return _linear(n, m, qkv_bias, param_dtype, rngs)
+
+        self.norm_y = _norm("guide_features", guide_features, norm, param_dtype)
+        self.norm_x = _norm("features", features, norm, param_dtype)
+        self.q = linear(guide_features, groups * embedding_dim)
+        self.k = linear(features, groups * embedding_dim)
+        phases = scale**2 if high_offset else 1
+        self.offset = linear(features, 2 * groups * num_point * phases)
+
+    def __call__(
+        self, features: Float[Array, "b h w {self.features}"], guide: Float[Array, "b H W cg"]
+    ) -> Float[Array, "b H W {self.features}"]:
+        """Features `(B, h, w, C)` at the guide's size `(B, H, W, Cg)`.
+
+        Raises:
+          ValueError: wrong shapes; with `high_offset`, a guide not exactly `scale` times as large.
+        """
+        check_features(features, self.features)
+        check_guide(features, guide, self.guide_features)
+        dtype = compute_dtype(self.dtype, features, guide)
+        x, y = features.astype(dtype), guide.astype(dtype)
+        normed = apply_norm(x, self.norm_x)
+        q = apply_linear(apply_norm(y, self.norm_y), self.q)
+        k = apply_linear(normed, self.k)
+        points = self.points(normed, y.shape[1:3])
+        attn = softmax(point_similarity(q, k, points))
+        return point_reassembly(attn, x, points)
+
+    def points(self, normed_x: Float[Array, "b h w c"], size: tuple) -> Float[Array, "b H W g p 2"]:
+        """Where every output pixel looks: (row, column) in pixels of the features."""
+        ratio = whole_ratio(normed_x.shape[1:3], size)
+        offset = apply_linear(normed_x, self.offset)
+        if not self.high_offset:
+            offset = resize(offset, size, method="nearest")
+        else:
+            need(
+                ratio == (self.scale, self.scale),
+                f"sapa_deform of scale {self.scale} needs a guide exactly that much larger, got "
+                f"{normed_x.shape[1:3]} to {size}; use high_offset=False",
+            )
+            offset = pixel_shuffle(offset, self.scale)
+        offset = offset.astype(at_least_float32(offset.dtype))
+        offset = offset.reshape(*offset.shape[:3], self.groups, self.num_point, 2)
+        rows, cols = (
+            cell_index(n, m).astype(offset.dtype)
+            for n, m in zip(normed_x.shape[1:3], size, strict=True)
+        )
+        cells = jnp.stack(jnp.meshgrid(rows, cols, indexing="ij"), axis=-1)
+        # The channels are (column, row).
+        return cells[None, :, :, None, None] + offset[..., ::-1]
+
+
+def point_similarity(
+    q: Float[Array, "b H W d"], k: Float[Array, "b h w d"], points: Float[Array, "b H W g p 2"]
+) -> Float[Array, "b H W g p"]:
+    """Inner products of the queries with the keys at their points, group by group."""
+    samples = deformable_sample(k, points)
+    q = q.reshape(*q.shape[:3], points.shape[3], -1)
+    return jnp.einsum("bhwgd,bhwgpd->bhwgp", q, samples)
+
+
+def point_reassembly(
+    attn: Float[Array, "b H W g p"],
+    v: Float[Array, "b h w c"],
+    points: Float[Array, "b H W g p 2"],
+) -> Float[Array, "b H W c"]:
+    """Weighted sums of the values at the points, group by group."""
+    samples = deformable_sample(v, points)
+    out = jnp.einsum("bhwgp,bhwgpc->bhwgc", attn, samples.astype(attn.dtype))
+    return out.reshape(*out.shape[:3], -1).astype(v.dtype)
+
+
+def _linear(n: int, m: int, use_bias: bool, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(
+        n, m, use_bias=use_bias, kernel_init=_WEIGHT_INIT, param_dtype=param_dtype, rngs=rngs
+    )
+
+
+def _norm(
+    name: str, width: int, kind: Norm | None, param_dtype: DTypeLike
+) -> nnx.GroupNorm | nnx.LayerNorm | None:
+    need(
+        kind is None or kind in get_args(Norm),
+        f"norm must be one of {get_args(Norm)} or None, got {kind!r}",
+    )
+    if kind is None:
+        return None
+    types = dict(epsilon=EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+    if kind == "layer":
+        return nnx.LayerNorm(width, **types)
+    need(width % 32 == 0, f"norm='group' needs {name} to be a multiple of 32, got {width}")
+    return nnx.GroupNorm(width, 32, **types)
