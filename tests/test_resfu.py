@@ -319,7 +319,7 @@ def test_mask_covers_neighbours_outside():
         (dict(embedding_dim=10), "groups must divide"),
         (dict(gn_dim=3), "gn_dim must divide"),
         (dict(y_conv=False), "guide_features must equal embedding_dim"),
-        (dict(scale=0), "scale and dilation must be at least 1"),
+        (dict(scale=0), "scale must be a positive whole number"),
         (dict(implementation="cuda"), "implementation must be"),
         (dict(guide_features=48), "guide_features must be below 32 or a multiple of 32"),
         (dict(guide_features=None), "guide_features is needed"),

@@ -1,11 +1,13 @@
 """Pure functions of NHWC arrays: no parameters, no Flax."""
 
+from resfu_jax.ops.deformable_sample import deformable_sample
 from resfu_jax.ops.depthwise_conv import depthwise_conv
 from resfu_jax.ops.filters import box_filter, gaussian_blur, guided_filter
 from resfu_jax.ops.fns_attention import fns_attention
 from resfu_jax.ops.grid_sample import grid_sample
 from resfu_jax.ops.group_norm import group_norm
 from resfu_jax.ops.grouped_conv import grouped_conv, grouped_linear
+from resfu_jax.ops.local_window import local_reassembly, local_similarity
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle, pixel_unshuffle
 from resfu_jax.ops.pool import adaptive_avg_pool
 from resfu_jax.ops.resize import resize
@@ -14,6 +16,7 @@ from resfu_jax.ops.unfold import unfold
 __all__ = [
     "adaptive_avg_pool",
     "box_filter",
+    "deformable_sample",
     "depthwise_conv",
     "fns_attention",
     "gaussian_blur",
@@ -22,6 +25,8 @@ __all__ = [
     "grouped_conv",
     "grouped_linear",
     "guided_filter",
+    "local_reassembly",
+    "local_similarity",
     "pixel_shuffle",
     "pixel_unshuffle",
     "resize",

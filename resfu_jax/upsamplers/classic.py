@@ -18,6 +18,12 @@ from jaxtyping import Array, Float
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
 from resfu_jax.ops.resize import resize
+from resfu_jax.upsamplers._layers import (
+    check_features,
+    check_odd,
+    check_output_size,
+    check_whole,
+)
 from resfu_jax.upsamplers._registry import register
 
 
@@ -72,7 +78,7 @@ class Interpolation(nnx.Module):
         Raises:
           ValueError: a wrong number of channels.
         """
-        _check_features(features, self.features)
+        check_features(features, self.features)
         return resize(
             features if self.dtype is None else features.astype(self.dtype),
             output_size,
@@ -121,7 +127,7 @@ class Deconvolution(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        _check_scale(scale)
+        check_whole(scale=scale)
         out_features = features if out_features is None else out_features
         kernel_size = scale if kernel_size is None else kernel_size
         if (
@@ -151,8 +157,8 @@ class Deconvolution(nnx.Module):
           ValueError: a wrong number of channels, or an `output_size` that is not `scale` times the
             size of `features`.
         """
-        _check_features(features, self.features)
-        _check_output_size("deconv", features, output_size, self.scale)
+        check_features(features, self.features)
+        check_output_size("deconv", features, output_size, self.scale)
         x, kernel, bias = promote_dtype(
             (features, self.kernel[...], self.bias[...]), dtype=self.dtype
         )
@@ -203,9 +209,8 @@ class PixelShuffle(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        _check_scale(scale)
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+        check_whole(scale=scale)
+        check_odd(kernel_size=kernel_size)
         self.features, self.scale = features, scale
         self.dtype = dtype
         bound = 1 / math.sqrt(features * kernel_size**2)
@@ -222,8 +227,8 @@ class PixelShuffle(nnx.Module):
           ValueError: a wrong number of channels, or an `output_size` that is not `scale` times the
             size of `features`.
         """
-        _check_features(features, self.features)
-        _check_output_size("pixel_shuffle", features, output_size, self.scale)
+        check_features(features, self.features)
+        check_output_size("pixel_shuffle", features, output_size, self.scale)
         x, kernel, bias = promote_dtype(
             (features, self.kernel[...], self.bias[...]), dtype=self.dtype
         )
@@ -240,24 +245,3 @@ def _convolve(x, kernel, padding: tuple[int, int]) -> Array:
 
 def _uniform(rngs: nnx.Rngs, shape, dtype: DTypeLike, bound: float) -> Array:
     return jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
-
-
-def _check_scale(scale) -> None:
-    if not isinstance(scale, int) or scale < 1:
-        raise ValueError(f"scale must be a positive whole number, got {scale}")
-
-
-def _check_features(features, channels: int) -> None:
-    if features.ndim != 4 or features.shape[3] != channels:
-        raise ValueError(
-            f"features must be (batch, height, width, {channels}), got {features.shape}"
-        )
-
-
-def _check_output_size(name: str, features, output_size, scale: int) -> None:
-    fixed = tuple(scale * n for n in features.shape[1:3])
-    if output_size is not None and tuple(output_size) != fixed:
-        raise ValueError(
-            f"{name} of scale {scale} turns {features.shape[1:3]} into {fixed} only, got "
-            f"output_size={tuple(output_size)}; resize its result, or choose another upsampler"
-        )

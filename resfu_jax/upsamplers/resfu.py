@@ -26,7 +26,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from resfu_jax.ops._dtypes import at_least_float32, promote
+from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._gradient import scale_gradient
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._polyphase import extend, upsample_extended, upsampled_moments, whole_ratio
@@ -40,17 +40,31 @@ from resfu_jax.ops.fns_attention import fns_attention
 from resfu_jax.ops.group_norm import group_mean, group_moments, group_norm
 from resfu_jax.ops.grouped_conv import block_diagonal, grouped_conv, grouped_linear
 from resfu_jax.ops.resize import resize
+from resfu_jax.upsamplers._layers import (
+    EPS,
+    apply_linear,
+    apply_norm,
+    check_features,
+    check_guide,
+    check_odd,
+    check_whole,
+    compute_dtype,
+    need_guide,
+)
 from resfu_jax.upsamplers._registry import register
 
 Implementation = Literal["reference", "polyphase"]
 
-_EPS = 1e-5  # of every GroupNorm
 _HIDDEN = 128  # channels of the score branches, fixed in the official module
 _WEIGHT_INIT = nnx.initializers.normal(0.02)
 _OUTSIDE = -1e7
 
 
+# Segmenter x4 and SegFormer x2, x4, x8 were trained with the score branches' gradients multiplied.
+# (The released SegFormer configuration runs `dilation=2` at all three ratios: an option here.)
 @register("resfu")
+@register("resfu_segmenter", lr_mult=500.0)
+@register("resfu_segformer", lr_mult=500.0)
 class ReSFU(nnx.Module):
     """Upsamples features to the size of a guide.
 
@@ -112,13 +126,10 @@ class ReSFU(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if guide_features is None:
-            raise ValueError("guide_features is needed: ReSFU is guided; give the guide's channels")
+        guide_features = need_guide("resfu", guide_features)
         dilation = scale if dilation is None else dilation
-        if scale < 1 or dilation < 1:
-            raise ValueError(f"scale and dilation must be at least 1, got {scale} and {dilation}")
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+        check_whole(scale=scale, dilation=dilation)
+        check_odd(kernel_size=kernel_size)
         for name, n in (("groups", groups), ("gn_dim", gn_dim)):
             if n < 1 or embedding_dim % n or _HIDDEN % n:
                 raise ValueError(
@@ -148,7 +159,7 @@ class ReSFU(nnx.Module):
                 )
             groups = 32 if width >= 32 else width
             return nnx.GroupNorm(
-                width, groups, epsilon=_EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0)
+                width, groups, epsilon=EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0)
             )
 
         def projection(width):
@@ -183,7 +194,7 @@ class ReSFU(nnx.Module):
     ) -> Float[Array, "b H W {self.features}"]:
         """Features `(B, h, w, C)` at the guide's size `(B, H, W, Cg)`, any H >= h and W >= w."""
         attn = self.attention(features, guide)
-        dtype = self._dtype(features, guide)
+        dtype = compute_dtype(self.dtype, features, guide)
         form = self.implementation if self.implementation == "reference" else None
         return fns_attention(attn, features.astype(dtype), implementation=form)
 
@@ -192,7 +203,7 @@ class ReSFU(nnx.Module):
     ) -> Float[Array, "b H W taps"]:
         """Weights of the K*K neighbours of every output pixel, row-major, summing to 1."""
         self._check(features, guide)
-        dtype = self._dtype(features, guide)
+        dtype = compute_dtype(self.dtype, features, guide)
         x, y = features.astype(dtype), guide.astype(dtype)
         if self.implementation == "reference":
             scores = self._scores_reference(x, y)
@@ -210,13 +221,13 @@ class ReSFU(nnx.Module):
 
     def query(self, y: Array) -> Array:
         """Queries q, `(B, H, W, E)`."""
-        y = y if self.norm_y is None else _normalise(y, self.norm_y)
-        return y if self.q is None else _linear(y, self.q)
+        y = apply_norm(y, self.norm_y)
+        return y if self.q is None else apply_linear(y, self.q)
 
     def key(self, x: Array) -> Array:
         """Keys k, `(B, h, w, E)`."""
-        x = x if self.norm_x is None else _normalise(x, self.norm_x)
-        return _linear(x, self.k)
+        x = apply_norm(x, self.norm_x)
+        return apply_linear(x, self.k)
 
     def smooth_queries(self, q: Array, k_up: Array) -> tuple[Array, Array]:
         """The partners of the two score branches: q blurred, and q filtered towards the key."""
@@ -241,29 +252,9 @@ class ReSFU(nnx.Module):
             semantic = self.semantic_scores.folded(resize(k, q.shape[1:3]), q_gf)
         return semantic + self.detail_scores.folded(q_gs, q)
 
-    def _dtype(self, features: Array, guide: Array) -> DTypeLike:
-        return promote(features.dtype, guide.dtype) if self.dtype is None else self.dtype
-
     def _check(self, features: Array, guide: Array) -> None:
-        for name, a, width in (
-            ("features", features, self.features),
-            ("guide", guide, self.guide_features),
-        ):
-            if a.ndim != 4 or a.shape[3] != width:
-                raise ValueError(
-                    f"{name} must be (batch, height, width, {width}), got shape {a.shape}"
-                )
-        if features.shape[0] != guide.shape[0]:
-            raise ValueError(
-                f"guide must have the features' batch size {features.shape[0]}, "
-                f"got {guide.shape[0]}"
-            )
-        for n, m in zip(features.shape[1:3], guide.shape[1:3], strict=True):
-            if isinstance(n, int) and isinstance(m, int) and not 1 <= n <= m:
-                raise ValueError(
-                    "guide must be at least as large as the features along both axes, "
-                    f"got guide {guide.shape[1:3]} and features {features.shape[1:3]}"
-                )
+        check_features(features, self.features)
+        check_guide(features, guide, self.guide_features)
         check_gf_scale(self.gf_scale, guide.shape)
 
 
@@ -312,14 +303,14 @@ class PCDC(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(jnp.zeros((hidden,), param_dtype))
         self.norm = nnx.GroupNorm(
-            width, gn_dim, epsilon=_EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0)
+            width, gn_dim, epsilon=EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0)
         )
         self.mix_kernel = nnx.Param(
             _WEIGHT_INIT(rngs.params(), (hidden // groups, hidden), param_dtype)
         )
         self.mix_bias = nnx.Param(jnp.zeros((hidden,), param_dtype))
         self.hidden_norm = nnx.GroupNorm(
-            hidden, gn_dim, epsilon=_EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0)
+            hidden, gn_dim, epsilon=EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0)
         )
         self.project = nnx.Linear(
             hidden, k * k, kernel_init=_WEIGHT_INIT, param_dtype=param_dtype, rngs=rngs
@@ -330,7 +321,7 @@ class PCDC(nnx.Module):
     ) -> Float[Array, "b h w taps"]:
         """Scores of the K*K neighbours, as the formulas stand."""
         p = self._parameters(k.dtype)
-        k, q = (group_norm(a, p.scale, p.norm_bias, groups=self.gn_dim, eps=_EPS) for a in (k, q))
+        k, q = (group_norm(a, p.scale, p.norm_bias, groups=self.gn_dim, eps=EPS) for a in (k, q))
         t = grouped_conv(
             extend(k, self._border()),
             p.kernel,
@@ -342,7 +333,7 @@ class PCDC(nnx.Module):
         t = jax.nn.relu(t + p.bias[None, None, None])
         u = grouped_linear(t, p.mix_kernel, groups=self.groups) + p.mix_bias[None, None, None]
         u = jax.nn.relu(u)
-        u = group_norm(u, p.hidden_scale, p.hidden_bias, groups=self.gn_dim, eps=_EPS)
+        u = group_norm(u, p.hidden_scale, p.hidden_bias, groups=self.gn_dim, eps=EPS)
         return u @ p.project + p.project_bias[None, None, None]
 
     def folded(
@@ -350,7 +341,7 @@ class PCDC(nnx.Module):
     ) -> Float[Array, "b h w taps"]:
         """The same with the norms folded into the linear maps around them."""
         p = self._parameters(k.dtype)
-        k = self._centred(k, group_moments(k, groups=self.gn_dim, eps=_EPS), p)
+        k = self._centred(k, group_moments(k, groups=self.gn_dim, eps=EPS), p)
         response = grouped_conv(
             extend(k, self._border()), p.kernel, groups=self.groups, dilation=self.dilation
         )
@@ -371,14 +362,14 @@ class PCDC(nnx.Module):
         mean, square = upsampled_moments(small, ratio, centre)
         mean = group_mean(mean, self.gn_dim)
         variance = group_mean(square, self.gn_dim) - jnp.square(mean - centre)
-        k = self._centred(k, (mean, jax.lax.rsqrt(variance + _EPS)), p)
+        k = self._centred(k, (mean, jax.lax.rsqrt(variance + EPS)), p)
         # One ring of responses beyond the image, for the interpolation at its border.
         response = grouped_conv(extend(k, self.kernel_size // 2 + 1), p.kernel, groups=self.groups)
         return self._compress(upsample_extended(response, ratio), q, p)
 
     def _compress(self, response: Array, q: Array, p: "_BranchParameters") -> Array:
         """Scores from the response to the normalised key, and the query."""
-        mean, factor = group_moments(q, groups=self.gn_dim, eps=_EPS)
+        mean, factor = group_moments(q, groups=self.gn_dim, eps=EPS)
         weight = block_diagonal(p.kernel.sum(axis=(0, 1)), self.groups).astype(factor.dtype)
         weight = (factor * p.scale.astype(factor.dtype)[None])[:, :, None] * weight[None]
         bias = p.bias.astype(factor.dtype)[None] + jnp.einsum("bc,bco->bo", mean, weight)
@@ -390,7 +381,7 @@ class PCDC(nnx.Module):
             u,
             p.hidden_scale,
             p.hidden_bias,
-            group_moments(u, groups=self.gn_dim, eps=_EPS),
+            group_moments(u, groups=self.gn_dim, eps=EPS),
             p.project,
             p.project_bias,
         )
@@ -439,26 +430,17 @@ def neighbours_inside(
     return inside.reshape(*size, kernel_size * kernel_size)
 
 
-def _normalise(x: Array, norm: nnx.GroupNorm) -> Array:
-    return group_norm(x, norm.scale[...], norm.bias[...], groups=norm.num_groups, eps=_EPS)
-
-
-def _linear(x: Array, layer: nnx.Linear) -> Array:
-    x = x @ layer.kernel[...].astype(x.dtype)
-    return x if layer.bias is None else x + layer.bias[...].astype(x.dtype)[None, None, None]
-
-
 def _linear_of_norm(x: Array, norm: nnx.GroupNorm | None, layer: nnx.Linear | None) -> Array:
     """`layer(norm(x))` without writing the normalised map; either may be absent."""
     if layer is None:
-        return x if norm is None else _normalise(x, norm)
+        return apply_norm(x, norm)
     if norm is None:
-        return _linear(x, layer)
+        return apply_linear(x, layer)
     return _affine_of_norm(
         x,
         norm.scale[...],
         norm.bias[...],
-        group_moments(x, groups=norm.num_groups, eps=_EPS),
+        group_moments(x, groups=norm.num_groups, eps=EPS),
         layer.kernel[...],
         None if layer.bias is None else layer.bias[...],
     )
