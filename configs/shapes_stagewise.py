@@ -2,7 +2,7 @@
 
     python train.py --config configs/shapes_stagewise.py:sapa --workdir runs/shapes_stagewise_sapa
 
-Any upsampler, named after the colon; without a name: ReSFU.
+Any upsampler, named after the colon; without a name: FADE.
 
 Result: not measured yet.
 """
@@ -11,7 +11,7 @@ from configs import shapes_direct
 from resfu_jax.training import Config
 
 
-def get_config(upsampler: str = "resfu") -> Config:
+def get_config(upsampler: str = "fade") -> Config:
     config = shapes_direct.get_config(upsampler)
     config.model.head.wiring = "stagewise"
     config.model.head.project = "linear"

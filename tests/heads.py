@@ -1,5 +1,7 @@
 """What the tests of heads share."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,17 @@ class Guided(nnx.Module):
 
     def __call__(self, x, guide):
         return resize(x, guide.shape[1:3]) + jnp.tanh(guide @ self.mix[...].astype(guide.dtype))
+
+
+def assert_runs_or_says_why_not(build):
+    """Builds and runs a head, abstractly: at sizes that double, and at others if it can."""
+    module = nnx.eval_shape(build)
+    run = lambda module, maps: module(maps)  # noqa: E731
+    assert jax.eval_shape(run, module, pyramid(8, 16, batch=1)).shape == (1, 8, 16, 3)
+    try:
+        assert jax.eval_shape(run, module, pyramid(9, 11, batch=1)).shape == (1, 9, 11, 3)
+    except ValueError as error:  # of an upsampler that knows whole ratios only
+        assert re.search(r"of scale 2 (turns|needs)", str(error)), error
 
 
 def evaluating(model):

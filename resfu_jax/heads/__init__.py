@@ -43,7 +43,8 @@ def create_head(
 def check_head_options(name: str, options: Iterable[str]) -> None:
     """Raises a `ValueError` for a head that does not exist or does not take these options."""
     cls, _ = lookup("head", HEADS, name)
-    known = inspect.signature(cls.__init__).parameters
+    parameters = inspect.signature(cls.__init__).parameters
+    known = {key: p for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     for option in options:
         lookup(f"option of head {name!r}:", known, option)
 
