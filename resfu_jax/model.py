@@ -60,15 +60,17 @@ class SegmentationModel(nnx.Module):
 
     def logits(self, images: Num[Array, "b h w 3"]) -> Float[Array, "b h4 w4 k"]:
         """Logits at the head's resolution, in its compute type."""
+        return self.head(self.features(images))
+
+    def features(self, images: Num[Array, "b h w 3"]) -> tuple[Float[Array, "b _h _w _c"], ...]:
+        """The backbone's feature maps of the normalised images."""
         if images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"images must be (batch, height, width, 3), got {images.shape}")
         if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
         x = images.astype(at_least_float32(images.dtype))
-        x = (x - jnp.asarray(self.mean, x.dtype).reshape(1, 1, 1, 3)) / jnp.asarray(
-            self.std, x.dtype
-        ).reshape(1, 1, 1, 3)
-        return self.head(self.backbone(x))
+        mean, std = (jnp.asarray(v, x.dtype).reshape(1, 1, 1, 3) for v in (self.mean, self.std))
+        return self.backbone((x - mean) / std)
 
 
 def create_model(

@@ -1,11 +1,12 @@
-"""Pictures of segmentations in a dataset's fixed class colours."""
+"""Pictures: segmentations in the classes' colours, features by their principal components."""
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Float, Integer, UInt8
 from PIL import Image
 
 
@@ -40,6 +41,37 @@ def side_by_side(
     ]
     space = np.full((image.shape[0], gap, 3), 255, np.uint8)
     return np.concatenate([panels[0], space, panels[1], space, panels[2]], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PCA:
+    """The three main directions of a set of feature vectors, as colours.
+
+    Fit on one map and applied to others, equal features get equal colours.
+    """
+
+    mean: Float[np.ndarray, " c"]
+    directions: Float[np.ndarray, "c 3"]
+    low: Float[np.ndarray, "3"]
+    high: Float[np.ndarray, "3"]
+
+    @classmethod
+    def fit(cls, features: Float[np.ndarray, "... c"]) -> "PCA":
+        """Directions, and the range of all but the outermost percent along each."""
+        x = np.asarray(features, np.float64).reshape(-1, features.shape[-1])
+        mean = x.mean(axis=0)
+        _, _, rows = np.linalg.svd(x - mean, full_matrices=False)
+        directions = rows[:3].T
+        # A direction's sign is arbitrary; fix it, so that pictures repeat.
+        directions = directions * np.sign(directions[np.abs(directions).argmax(axis=0), range(3)])
+        low, high = np.percentile((x - mean) @ directions, (1, 99), axis=0)
+        return cls(mean, directions, low, high)
+
+    def __call__(self, features: Float[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w 3"]:
+        """The map in colours; what lies beyond the range is clipped."""
+        y = (np.asarray(features, np.float64) - self.mean) @ self.directions
+        y = (y - self.low) / np.maximum(self.high - self.low, 1e-12)
+        return (255 * np.clip(y, 0, 1)).round().astype(np.uint8)
 
 
 def save_png(path: str | os.PathLike[str], picture: UInt8[np.ndarray, "h w 3"]) -> None:

@@ -1,0 +1,226 @@
+"""What every registered upsampler must do. A new one gets all of it by registering."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax import export
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from resfu_jax import create_upsampler, list_upsamplers
+from resfu_jax.upsamplers import upsampler_entry
+
+NAMES = list_upsamplers()
+GUIDED = [n for n in NAMES if upsampler_entry(n).cls.guide == "features"]
+every = pytest.mark.parametrize("name", NAMES)
+
+# Parameters whose gradient is zero on principle: the bias of the norm that both arguments of a
+# ReSFU score branch share cancels in their difference.
+DEAD = {n: ("norm", "bias") for n in NAMES if n.startswith("resfu")}
+# Outputs that are not weighted means of the features: learned maps, and the guide mixed in.
+NOT_MEANS = {"deconv", "pixel_shuffle", "fade", "fade_lite"}
+# Where what lies beyond the image counts as zero, only the interior keeps constants.
+REACH = 2
+
+
+@functools.cache
+def build(name, scale=2, width=16, **options):
+    return create_upsampler(name, features=width, guide_features=width, scale=scale, **options)
+
+
+def inputs(name, *, scale=2, batch=2, size=(3, 5), width=16):
+    """Random features, and a guide if the upsampler takes one."""
+    h, w = size
+    x = jax.random.normal(jax.random.key(1), (batch, h, w, width))
+    guide = jax.random.normal(jax.random.key(2), (batch, h * scale, w * scale, width))
+    return (x, guide) if name in GUIDED else (x,)
+
+
+def disturbed(name, **options):
+    """The upsampler away from its initialisation, where some layers are zero."""
+    graphdef, params = nnx.split(build(name, **options))
+    leaves, treedef = jax.tree.flatten(params)
+    rng = np.random.default_rng(3)
+    leaves = [p + jnp.asarray(0.2 * rng.normal(size=p.shape), p.dtype) for p in leaves]
+    return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(graphdef, params, arrays):
+    return nnx.merge(graphdef, params)(*arrays)
+
+
+def run(up, arrays):
+    """The compiled call."""
+    return _apply(*nnx.split(up), arrays)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(graphdef, params, arrays):
+    def loss(params, arrays):
+        y = jax.checkpoint(lambda p, a: nnx.merge(graphdef, p)(*a))(params, arrays)
+        return (y * jnp.cos(jnp.arange(y.size, dtype=y.dtype).reshape(y.shape))).sum()
+
+    return jax.grad(loss, argnums=(0, 1))(params, arrays)
+
+
+@every
+def test_every_parameter_and_input_receives_a_gradient(name):
+    """Odd, non-square, one image; in tree mode and under `jax.checkpoint`."""
+    arrays = inputs(name, batch=1)
+    with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
+        up = disturbed(name)
+        params, d_inputs = _gradients(*nnx.split(up), arrays)
+    for path, g in nnx.to_flat_state(params):
+        assert np.isfinite(g[...]).all(), path
+        dead = name in DEAD and path[-2:] == DEAD[name]
+        assert dead or np.abs(g[...]).max() > 1e-8, path
+    for g, a in zip(d_inputs, arrays, strict=True):
+        assert g.shape == a.shape
+        assert np.isfinite(g).all()
+        assert np.abs(g).max() > 1e-6
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4, 8])
+@every
+def test_scales(name, scale):
+    for width in (16, 64, 72):  # the first that the member takes at this scale
+        try:
+            up = build(name, scale, width)
+            break
+        except ValueError:
+            continue
+    y = run(up, inputs(name, scale=scale, batch=1, size=(2, 3), width=width))
+    assert y.shape == (1, 2 * scale, 3 * scale, width)
+    assert np.isfinite(y).all()
+    assert np.abs(y).max() > 1e-3
+
+
+@every
+def test_single_pixel(name):
+    y = run(disturbed(name), inputs(name, batch=1, size=(1, 1)))
+    assert y.shape == (1, 2, 2, 16)
+    assert np.isfinite(y).all()
+
+
+@every
+def test_output_size_is_kept_or_refused(name):
+    """Any other size is either made or answered by an error that names what is possible."""
+    up, size = build(name), (7, 11)
+    x = inputs(name, batch=1)[0]
+    guide = jax.random.normal(jax.random.key(2), (1, *size, 16))
+    call = (x, guide) if name in GUIDED else (x, size)
+    try:
+        y = up(*call)
+    except ValueError as error:
+        assert "scale 2" in str(error)  # noqa: PT017
+    else:
+        assert y.shape == (1, *size, 16)
+        assert np.isfinite(y).all()
+
+
+@every
+def test_jit_equals_eager_and_vmap_equals_batch(name):
+    up, arrays = disturbed(name), inputs(name)
+    y = run(up, arrays)
+    np.testing.assert_allclose(up(*arrays), y, atol=2e-5)
+    single = jax.jit(jax.vmap(lambda *a: up(*(v[None] for v in a))[0]))
+    np.testing.assert_allclose(single(*arrays), y, atol=2e-5)
+
+
+@every
+def test_bfloat16_is_finite_and_near_float32(name):
+    arrays = inputs(name)
+    wanted = run(build(name), arrays)
+    low = build(name, dtype=jnp.bfloat16)
+    y = run(low, arrays)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), wanted, atol=0.1 * np.abs(wanted).max())
+    graphdef, params = nnx.split(low)
+    gradients = _gradients(graphdef, params, arrays)
+    assert all(np.isfinite(g.astype(jnp.float32)).all() for g in jax.tree.leaves(gradients))
+
+
+@every
+def test_sharded_batch_equals_unsharded(name):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    up, arrays = disturbed(name), inputs(name, batch=8)
+    y = run(up, [jax.device_put(a, sharding) for a in arrays])
+    assert len(y.sharding.device_set) == 8
+    np.testing.assert_allclose(y, run(up, arrays), atol=2e-5)
+
+
+@every
+def test_export_with_symbolic_batch_and_sizes(name):
+    up = disturbed(name)
+    b, h, w = export.symbolic_shape("b, h, w", constraints=["h >= 2", "w >= 2"])
+    shapes = [(b, h, w, 16), (b, 2 * h, 2 * w, 16)][: len(inputs(name))]
+    exported = export.export(jax.jit(up.__call__))(
+        *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
+    )
+    reloaded = export.deserialize(exported.serialize())
+    arrays = inputs(name, size=(3, 4))
+    np.testing.assert_allclose(reloaded.call(*arrays), run(up, arrays), atol=2e-5)
+
+
+@every
+def test_save_and_restore(name, tmp_path):
+    up, other = disturbed(name), create_upsampler(name, features=16, guide_features=16, scale=2)
+    state = nnx.as_pure(nnx.state(up))
+    if not jax.tree.leaves(state):
+        assert name in ("nearest", "bilinear", "bicubic")  # nothing to save
+        return
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "up", state)
+        checkpointer.wait_until_finished()
+        nnx.update(other, checkpointer.restore(tmp_path / "up", state))
+    arrays = inputs(name)
+    np.testing.assert_array_equal(run(other, arrays), run(up, arrays))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in NOT_MEANS])
+def test_outputs_are_weighted_means(name):
+    """Constants stay, and no output lies outside the range of the features (bicubic may)."""
+    x, *guide = inputs(name, batch=1, size=(6, 7))
+    up = build(name)
+    inner = (slice(None), slice(2 * REACH, -2 * REACH), slice(2 * REACH, -2 * REACH))
+    y = run(up, (jnp.full_like(x, -1.25), *guide))
+    np.testing.assert_allclose(y[inner], -1.25, rtol=1e-5)
+    y = run(up, (x, *guide))
+    if name != "bicubic":
+        # Beyond the image counts as zero for the windowed members: it belongs to the range.
+        low, high = jnp.minimum(x.min((1, 2)), 0), jnp.maximum(x.max((1, 2)), 0)
+        assert (y.max((1, 2)) <= high + 1e-5).all()
+        assert (y.min((1, 2)) >= low - 1e-5).all()
+
+
+@every
+def test_wrong_inputs_are_named(name, as_users_call):
+    up, (x, *guide) = build(name), inputs(name)
+    with pytest.raises(ValueError, match="features must be"):
+        up(x[..., :7], *guide)
+    with pytest.raises(ValueError, match="features must be"):
+        up(x[0], *guide)
+    if guide:
+        with pytest.raises(ValueError, match="guide must be"):
+            up(x, guide[0][..., :7])
+        with pytest.raises(ValueError, match="guide must have the features' batch size"):
+            up(x, guide[0][:1])
+        with pytest.raises(ValueError, match="guide must be at least as large"):
+            up(x, guide[0][:, :2])
+        with pytest.raises(ValueError, match="guide_features is needed"):
+            create_upsampler(name, features=16, scale=2)
+    with pytest.raises(ValueError, match="scale must be"):
+        create_upsampler(name, features=16, guide_features=16, scale=0)
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_the_guide_matters(name):
+    x, guide = inputs(name, batch=1)
+    up = disturbed(name)
+    assert np.abs(run(up, (x, guide)) - run(up, (x, -guide))).max() > 1e-3
