@@ -10,8 +10,6 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax import export
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from resfu_jax.ops.filters import box_filter, gaussian_blur, guided_filter
 from resfu_jax.ops.fns_attention import fns_attention
@@ -202,71 +200,6 @@ def test_shifting_by_whole_cells_shifts_the_interior():
     moved = up(jnp.roll(x, (3, 2), axis=(1, 2)), jnp.roll(guide, (6, 4), axis=(1, 2)))
     np.testing.assert_allclose(moved, jnp.roll(y, (6, 4), axis=(1, 2)), atol=2e-5)
     assert np.abs(y).max() > 0.1
-
-
-def test_jit_equals_eager_and_vmap_equals_batch():
-    up = resfu()
-    x, guide = normal(0, 3, 5, 4, 4), normal(1, 3, 10, 8, 3)
-    batched = compiled()(x, guide)
-    np.testing.assert_allclose(batched, up(x, guide), atol=1e-6)
-    mapped = jax.vmap(lambda a, g: up(a[None], g[None])[0])(x, guide)
-    np.testing.assert_allclose(mapped, batched, atol=1e-6)
-
-
-def test_bfloat16_is_finite_and_near_float32():
-    x, guide = normal(0, 2, 5, 7, 4), normal(1, 2, 20, 28, 3)
-    wanted = compiled(4)(x, guide)
-
-    def loss(up, x, guide):
-        return up(x, guide).astype(jnp.float32).sum()
-
-    low = ReSFU(
-        4, 3, scale=4, groups=2, gn_dim=2, embedding_dim=8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
-    )
-    y = jax.jit(low.__call__)(x, guide)
-    assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(y.astype(jnp.float32), wanted, atol=0.08)
-    gradients = jax.grad(loss, argnums=(0, 1, 2))(low, x, guide)
-    assert all(np.isfinite(g.astype(jnp.float32)).all() for g in jax.tree.leaves(gradients))
-
-
-def test_sharded_equals_unsharded():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    x, guide = normal(0, 8, 3, 4, 4), normal(1, 8, 6, 8, 3)
-    wanted = compiled()(x, guide)
-    y = compiled()(jax.device_put(x, sharding), jax.device_put(guide, sharding))
-    assert len(y.sharding.device_set) == 8
-    np.testing.assert_allclose(y, wanted, atol=1e-6)
-
-
-def test_export_with_symbolic_batch_and_sizes():
-    up = resfu(4)
-    b, h, w = export.symbolic_shape("b, h, w", constraints=["h >= 2", "w >= 2"])
-    exported = export.export(jax.jit(up.__call__))(
-        jax.ShapeDtypeStruct((b, h, w, 4), jnp.float32),
-        jax.ShapeDtypeStruct((b, 4 * h, 4 * w, 3), jnp.float32),
-    )
-    reloaded = export.deserialize(exported.serialize())
-    for shape in ((1, 3, 2), (2, 4, 5)):
-        n, i, j = shape
-        x, guide = normal(0, n, i, j, 4), normal(1, n, 4 * i, 4 * j, 3)
-        np.testing.assert_allclose(reloaded.call(x, guide), compiled(4)(x, guide), atol=1e-5)
-
-
-def test_tree_mode_checkpoint_and_gradients_reach_every_parameter():
-    x, guide = normal(0, 1, 4, 5, 4), normal(1, 1, 8, 10, 3)
-    dead = {"bias"}  # of the branches' first norm: it cancels
-
-    def loss(up, x, guide):
-        return jnp.square(jax.checkpoint(lambda m, *a: m(*a))(up, x, guide)).sum()
-
-    with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
-        gradients = jax.jit(jax.grad(loss))(resfu(), x, guide)
-    for path, g in nnx.to_flat_state(nnx.state(gradients, nnx.Param)):
-        if "norm" in path and path[-1] in dead:
-            continue
-        assert np.abs(g[...]).max() > 0, path
 
 
 def test_lr_mult_scales_the_branches_only():
