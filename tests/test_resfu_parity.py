@@ -91,7 +91,7 @@ def test_guided_filter(name, x64):
 EDGE = {"resfu_pcdc_k3_d2": 12}
 
 
-def branch_gradients(g, form, nudged=None):
+def branch_gradients(g, implementation, nudged=None):
     """Output and gradients to the parameters, k and q, in the mode that g was loaded in."""
     branch = from_torch("PCDC_Block", g.group("param"), **g.args)
     if nudged is not None:
@@ -101,25 +101,28 @@ def branch_gradients(g, form, nudged=None):
 
     @jax.jit
     def value_and_gradients(params, k, q, cotangent):
-        y, vjp = jax.vjp(lambda p, *a: getattr(nnx.merge(graphdef, p), form)(*a), params, k, q)
+        def f(p, *a):
+            return nnx.merge(graphdef, p)(*a, implementation=implementation)
+
+        y, vjp = jax.vjp(f, params, k, q)
         return y, vjp(cotangent)
 
     return value_and_gradients(params, k, q, cotangent)
 
 
-@pytest.mark.parametrize("form", ["__call__", "folded"])
+@pytest.mark.parametrize("implementation", ["reference", "blocks"])
 @pytest.mark.parametrize("name", BRANCHES)
-def test_score_branch(name, form, x64):
+def test_score_branch(name, implementation, x64):
     g = goldens.load(name, x64=x64)
-    y, (d_params, d_k, d_q) = branch_gradients(g, form)
+    y, (d_params, d_k, d_q) = branch_gradients(g, implementation)
     goldens.assert_close(y, expected(g, "out/y"), g.tol_out, "y")
     wanted_k, wanted_q = expected(g, "grad/in/k"), expected(g, "grad/in/q")
     wanted = nnx.state(from_torch("PCDC_Block", g.group("grad/param"), **g.args), nnx.Param)
     if not x64 and name in EDGE:
-        _, (d_params, d_k, d_q) = branch_gradients(g, form, EDGE[name])
+        _, (d_params, d_k, d_q) = branch_gradients(g, implementation, EDGE[name])
         with jax.enable_x64(True):
             _, (wanted, wanted_k, wanted_q) = branch_gradients(
-                goldens.load(name, x64=True), form, EDGE[name]
+                goldens.load(name, x64=True), implementation, EDGE[name]
             )
             wanted = jax.tree.map(lambda a: np.where(np.abs(a) < 1e-12, 0, a), wanted)
     goldens.assert_close(d_k, wanted_k, g.tol_grad, "d_k")

@@ -29,7 +29,6 @@ from jaxtyping import Array, Bool, Float
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._gradient import scale_gradient
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops._polyphase import extend, upsample_extended, upsampled_moments, whole_ratio
 from resfu_jax.ops.filters import (
     check_gf_scale,
     gaussian_blur,
@@ -37,8 +36,9 @@ from resfu_jax.ops.filters import (
     subsample,
 )
 from resfu_jax.ops.fns_attention import fns_attention
-from resfu_jax.ops.group_norm import group_mean, group_moments, group_norm
-from resfu_jax.ops.grouped_conv import block_diagonal, grouped_conv, grouped_linear
+from resfu_jax.ops.group_norm import group_moments
+from resfu_jax.ops.pcdc import Implementation as PCDCImplementation
+from resfu_jax.ops.pcdc import PCDCParameters, pcdc
 from resfu_jax.ops.resize import resize
 from resfu_jax.upsamplers._layers import (
     EPS,
@@ -217,7 +217,8 @@ class ReSFU(nnx.Module):
         q, k = self.query(y), self.key(x)
         k_up = resize(k, q.shape[1:3], implementation="reference")
         q_gs, q_gf = self.smooth_queries(q, k_up)
-        return self.semantic_scores(k_up, q_gf) + self.detail_scores(q_gs, q)
+        semantic = self.semantic_scores(k_up, q_gf, implementation="reference")
+        return semantic + self.detail_scores(q_gs, q, implementation="reference")
 
     def query(self, y: Array) -> Array:
         """Queries q, `(B, H, W, E)`."""
@@ -245,12 +246,7 @@ class ReSFU(nnx.Module):
         k = _linear_of_norm(x, self.norm_x, self.k)
         # XLA computes only the pixels of k_up that the guided filter keeps.
         q_gs, q_gf = self.smooth_queries(q, resize(k, q.shape[1:3]))
-        ratio = whole_ratio(k.shape[1:3], q.shape[1:3])
-        if ratio == (self.dilation, self.dilation):
-            semantic = self.semantic_scores.of_upsampled_key(k, q_gf, ratio)
-        else:
-            semantic = self.semantic_scores.folded(resize(k, q.shape[1:3]), q_gf)
-        return semantic + self.detail_scores.folded(q_gs, q)
+        return self.semantic_scores(k, q_gf) + self.detail_scores(q_gs, q)
 
     def _check(self, features: Array, guide: Array) -> None:
         check_features(features, self.features)
@@ -317,103 +313,42 @@ class PCDC(nnx.Module):
         )
 
     def __call__(
-        self, k: Float[Array, "b h w c"], q: Float[Array, "b h w c"]
-    ) -> Float[Array, "b h w taps"]:
-        """Scores of the K*K neighbours, as the formulas stand."""
-        p = self._parameters(k.dtype)
-        k, q = (group_norm(a, p.scale, p.norm_bias, groups=self.gn_dim, eps=EPS) for a in (k, q))
-        t = grouped_conv(
-            extend(k, self._border()),
-            p.kernel,
-            groups=self.groups,
-            dilation=self.dilation,
-            implementation="reference",
-        )
-        t = t - grouped_linear(q, p.kernel.sum(axis=(0, 1)), groups=self.groups)
-        t = jax.nn.relu(t + p.bias[None, None, None])
-        u = grouped_linear(t, p.mix_kernel, groups=self.groups) + p.mix_bias[None, None, None]
-        u = jax.nn.relu(u)
-        u = group_norm(u, p.hidden_scale, p.hidden_bias, groups=self.gn_dim, eps=EPS)
-        return u @ p.project + p.project_bias[None, None, None]
-
-    def folded(
-        self, k: Float[Array, "b h w c"], q: Float[Array, "b h w c"]
-    ) -> Float[Array, "b h w taps"]:
-        """The same with the norms folded into the linear maps around them."""
-        p = self._parameters(k.dtype)
-        k = self._centred(k, group_moments(k, groups=self.gn_dim, eps=EPS), p)
-        response = grouped_conv(
-            extend(k, self._border()), p.kernel, groups=self.groups, dilation=self.dilation
-        )
-        return self._compress(response, q, p)
-
-    def of_upsampled_key(
-        self, k: Float[Array, "b h w c"], q: Float[Array, "b H W c"], ratio: tuple[int, int]
+        self,
+        k: Float[Array, "b h w c"],
+        q: Float[Array, "b H W c"],
+        *,
+        implementation: PCDCImplementation | None = None,
     ) -> Float[Array, "b H W taps"]:
-        """`folded(upsampled k, q)` from the small key, where the dilation equals the ratio.
-
-        A dilation-s convolution of a map upsampled by s is the upsampling of the plain convolution
-        of the small map: the taps of an output pixel share its fractions.
-        """
-        p = self._parameters(k.dtype)
-        wide = at_least_float32(k.dtype)
-        small = k.astype(wide)
-        centre = group_mean(small.mean(axis=(1, 2)), self.gn_dim)
-        mean, square = upsampled_moments(small, ratio, centre)
-        mean = group_mean(mean, self.gn_dim)
-        variance = group_mean(square, self.gn_dim) - jnp.square(mean - centre)
-        k = self._centred(k, (mean, jax.lax.rsqrt(variance + EPS)), p)
-        # One ring of responses beyond the image, for the interpolation at its border.
-        response = grouped_conv(extend(k, self.kernel_size // 2 + 1), p.kernel, groups=self.groups)
-        return self._compress(upsample_extended(response, ratio), q, p)
-
-    def _compress(self, response: Array, q: Array, p: "_BranchParameters") -> Array:
-        """Scores from the response to the normalised key, and the query."""
-        mean, factor = group_moments(q, groups=self.gn_dim, eps=EPS)
-        weight = block_diagonal(p.kernel.sum(axis=(0, 1)), self.groups).astype(factor.dtype)
-        weight = (factor * p.scale.astype(factor.dtype)[None])[:, :, None] * weight[None]
-        bias = p.bias.astype(factor.dtype)[None] + jnp.einsum("bc,bco->bo", mean, weight)
-        central = jnp.einsum("bhwc,bco->bhwo", q, weight.astype(q.dtype))
-        t = jax.nn.relu(response - central + bias.astype(q.dtype)[:, None, None])
-        u = grouped_linear(t, p.mix_kernel, groups=self.groups) + p.mix_bias[None, None, None]
-        u = jax.nn.relu(u)
-        return _affine_of_norm(
-            u,
-            p.hidden_scale,
-            p.hidden_bias,
-            group_moments(u, groups=self.gn_dim, eps=EPS),
-            p.project,
-            p.project_bias,
+        """Scores of the K*K neighbours; a k smaller than q stands for its upsampling."""
+        return pcdc(
+            k,
+            q,
+            self._parameters(q.dtype),
+            dilation=self.dilation,
+            groups=self.groups,
+            norm_groups=self.gn_dim,
+            implementation=implementation,
         )
 
-    def _centred(self, k: Array, moments: tuple[Array, Array], p: "_BranchParameters") -> Array:
-        """The normalised key without the norm's bias, which cancels in the difference."""
-        mean, factor = moments
-        factor = factor * p.scale.astype(factor.dtype)[None]
-        centred = (k.astype(factor.dtype) - mean[:, None, None]) * factor[:, None, None]
-        return centred.astype(k.dtype)
+    def _parameters(self, dtype: DTypeLike) -> PCDCParameters:
+        """In the compute dtype, their gradients times `lr_mult`."""
 
-    def _border(self) -> int:
-        return self.dilation * (self.kernel_size - 1) // 2
-
-    def _parameters(self, dtype: DTypeLike) -> "_BranchParameters":
-        return _BranchParameters(self, dtype)
-
-
-class _BranchParameters:
-    """The parameters of a score branch in the compute dtype, their gradients times `lr_mult`."""
-
-    def __init__(self, branch: PCDC, dtype: DTypeLike):
         def read(variable: nnx.Param) -> Array:
             value = variable[...].astype(dtype)
-            return value if branch.lr_mult == 1 else scale_gradient(value, branch.lr_mult)
+            return value if self.lr_mult == 1 else scale_gradient(value, self.lr_mult)
 
-        self.kernel, self.bias = read(branch.kernel), read(branch.bias)
-        self.scale, self.norm_bias = read(branch.norm.scale), read(branch.norm.bias)
-        self.mix_kernel, self.mix_bias = read(branch.mix_kernel), read(branch.mix_bias)
-        self.hidden_scale = read(branch.hidden_norm.scale)
-        self.hidden_bias = read(branch.hidden_norm.bias)
-        self.project, self.project_bias = read(branch.project.kernel), read(branch.project.bias)
+        return PCDCParameters(
+            kernel=read(self.kernel),
+            bias=read(self.bias),
+            scale=read(self.norm.scale),
+            norm_bias=read(self.norm.bias),
+            mix=read(self.mix_kernel),
+            mix_bias=read(self.mix_bias),
+            hidden_scale=read(self.hidden_norm.scale),
+            hidden_bias=read(self.hidden_norm.bias),
+            project=read(self.project.kernel),
+            project_bias=read(self.project.bias),
+        )
 
 
 def neighbours_inside(
