@@ -1,5 +1,6 @@
 """Pure functions of NHWC arrays: no parameters, no Flax."""
 
+from resfu_jax.ops.deformable_attention import deformable_attention
 from resfu_jax.ops.deformable_sample import deformable_sample
 from resfu_jax.ops.depthwise_conv import depthwise_conv
 from resfu_jax.ops.filters import box_filter, gaussian_blur, guided_filter
@@ -17,6 +18,7 @@ from resfu_jax.ops.unfold import unfold
 __all__ = [
     "adaptive_avg_pool",
     "box_filter",
+    "deformable_attention",
     "deformable_sample",
     "depthwise_conv",
     "fns_attention",

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._bilinear import clamp, position_dtype, sample
+from resfu_jax.ops._row_blocks import Rows, block_rows, map_row_blocks
 
 PaddingMode = Literal["zeros", "border"]
+Implementation = Literal["reference", "blocks"]
 
 
 def deformable_sample(
@@ -15,6 +17,7 @@ def deformable_sample(
     points: Float[Array, "b H W g p 2"],
     *,
     padding_mode: PaddingMode = "zeros",
+    implementation: Implementation | None = None,
 ) -> Float[Array, "b H W g p d"]:
     """Bilinear samples of x at P points per output pixel and group of channels.
 
@@ -29,6 +32,8 @@ def deformable_sample(
       points: (row, column) in pixels of x, whole numbers at pixel centres, any value.
       padding_mode: `"zeros"`: corners outside count as zero; `"border"`: points are clamped to the
         pixel centres at the border, with no gradient to a clamped coordinate.
+      implementation: `"reference"` samples the whole map at once, which takes four times the
+        memory of the result; `"blocks"` goes through blocks of rows. `None` takes `"blocks"`.
 
     Returns:
       `(B, H, W, G, P, C / G)`, in the dtype of x.
@@ -47,10 +52,31 @@ def deformable_sample(
         raise ValueError(
             f"padding_mode must be one of {get_args(PaddingMode)}, got {padding_mode!r}"
         )
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(
+            f"implementation must be one of {get_args(Implementation)} or None, "
+            f"got {implementation!r}"
+        )
+    if x.shape[3] % points.shape[3]:
+        raise ValueError(
+            f"the groups of points, {points.shape[3]}, must divide the {x.shape[3]} channels of x"
+        )
+    if implementation == "reference":
+        return _sample(x, points, padding_mode)
+
+    def f(x, blocks):
+        return (_sample(x, blocks[0], padding_mode),), ()
+
+    b, hh, ww, _, p, _ = points.shape
+    rows = block_rows(hh, b * ww * p)
+    block = Rows(1, rows, rows)
+    (out,), _ = map_row_blocks(f, hh // rows, (block,), (block,), x, (points,))
+    return out
+
+
+def _sample(x: Array, points: Array, padding_mode: PaddingMode) -> Array:
     b, h, w, c = x.shape
     _, hh, ww, g, p, _ = points.shape
-    if c % g:
-        raise ValueError(f"the groups of points, {g}, must divide the {c} channels of x")
     # Groups become images of their own.
     maps = x.reshape(b, h, w, g, c // g).transpose(0, 3, 1, 2, 4).reshape(b * g, h, w, c // g)
     points = points.astype(position_dtype(x, points)).transpose(0, 3, 1, 2, 4, 5)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops.deformable_sample import deformable_sample
+from resfu_jax.ops.deformable_sample import Implementation, deformable_sample
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
 from resfu_jax.upsamplers._layers import (
     apply_linear,
@@ -54,6 +54,7 @@ class DySample(nnx.Module):
         parameters, and C must be a multiple of s^2.
       groups: G, contiguous groups of channels with points of their own; it divides C.
       dyscope: predict the offsets' range too.
+      implementation: as in `ops.deformable_sample`.
       dtype: of the computation; the features' dtype if not given. Positions are float32 or better.
       param_dtype: of the parameters.
       rngs: source of the initial weights: normal of standard deviation 0.001 for the offsets, zero
@@ -74,6 +75,7 @@ class DySample(nnx.Module):
         style: Style = "lp",
         groups: int = 4,
         dyscope: bool = False,
+        implementation: Implementation | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -87,7 +89,8 @@ class DySample(nnx.Module):
             "use style 'lp'",
         )
         self.features, self.scale, self.groups = features, scale, groups
-        self.style, self.dtype = style, dtype
+        self.style = style
+        self.implementation, self.dtype = implementation, dtype
         out = 2 * groups
         widths = (features, out * scale**2) if style == "lp" else (features // scale**2, out)
         types = dict(param_dtype=param_dtype, rngs=rngs)
@@ -109,7 +112,9 @@ class DySample(nnx.Module):
         check_features(features, self.features)
         check_output_size("dysample", features, output_size, self.scale)
         x = features.astype(compute_dtype(self.dtype, features))
-        samples = deformable_sample(x, self.points(x), padding_mode="border")
+        samples = deformable_sample(
+            x, self.points(x), padding_mode="border", implementation=self.implementation
+        )
         return samples.reshape(*samples.shape[:3], self.features)
 
     def points(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W g 1 2"]:

@@ -6,7 +6,7 @@ With x the features, of size n_in on an axis, and n_out the output's size:
     O = range_factor tanh(Conv(GELU(LN(Depthwise3x3(q)))))          a point per tap, group by group
     u = (p + (tap - r) + O) (n_in - 1) / (n_out - 1)                position in x
     attn = softmax over k_u^2 (<q[p], k(u) + B_tap> / sqrt(d))      head by head
-    out[p] = sum attn v(u)                                          `ops.deformable_sample`, zeros
+    out[p] = sum attn v(u)                                          `ops.deformable_attention`
 
 The query of an output pixel looks at the points around it, one *output* pixel apart before the
 offsets move them by up to `range_factor` output pixels; B is a table of relative positions. Points
@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops.deformable_sample import deformable_sample
+from resfu_jax.ops.deformable_attention import Implementation, deformable_attention
 from resfu_jax.ops.depthwise_conv import depthwise_conv
 from resfu_jax.ops.resize import resize
 from resfu_jax.upsamplers._layers import (
@@ -39,7 +39,6 @@ from resfu_jax.upsamplers._layers import (
     compute_dtype,
     conv,
     need,
-    softmax,
 )
 from resfu_jax.upsamplers._registry import register
 
@@ -64,6 +63,7 @@ class LDAAQU(nnx.Module):
       n_groups: groups of channels with offsets of their own.
       range_factor: largest offset, output pixels.
       rpb: add a learned table of relative positions to the keys.
+      implementation: as in `ops.deformable_attention`.
       dtype: of the computation; the features' dtype if not given. Statistics, positions and the
         softmax are float32 or better.
       param_dtype: of the parameters.
@@ -89,6 +89,7 @@ class LDAAQU(nnx.Module):
         n_groups: int = 2,
         range_factor: float = 11,
         rpb: bool = True,
+        implementation: Implementation | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -105,7 +106,8 @@ class LDAAQU(nnx.Module):
             )
         self.features, self.scale = features, scale
         self.nh, self.k_u, self.n_groups = nh, k_u, n_groups
-        self.range_factor, self.dtype = range_factor, dtype
+        self.range_factor = range_factor
+        self.implementation, self.dtype = implementation, dtype
         width = features // reduction_factor
         types = dict(param_dtype=param_dtype, rngs=rngs)
         linear = dict(use_bias=False, kernel_init=XAVIER_UNIFORM, **types)
@@ -131,14 +133,15 @@ class LDAAQU(nnx.Module):
             output_size = tuple(_times(n, self.scale) for n in x.shape[1:3])
         q = resize(apply_linear(normed, self.q), output_size, align_corners=True)
         points = self.points(q, x.shape[1:3])
-        k = _samples(apply_linear(normed, self.k), points, self.nh)  # b H W tap head d
-        v = _samples(x, points, self.nh)
-        if self.table is not None:
-            k = k + self.table[...].astype(k.dtype).swapaxes(0, 1)[None, None, None]
-        q = q.reshape(*q.shape[:3], self.nh, -1)
-        attn = softmax(jnp.einsum("bhwnd,bhwtnd->bhwnt", q * q.shape[-1] ** -0.5, k))
-        out = jnp.einsum("bhwnt,bhwtnc->bhwnc", attn, v.astype(attn.dtype))
-        return out.reshape(*out.shape[:3], self.features).astype(x.dtype)
+        return deformable_attention(
+            q * (q.shape[-1] // self.nh) ** -0.5,
+            apply_linear(normed, self.k),
+            x,
+            points,
+            heads=self.nh,
+            bias=None if self.table is None else self.table[...].astype(x.dtype),
+            implementation=self.implementation,
+        )
 
     def points(
         self, q: Float[Array, "b H W d"], size: tuple[Size, Size]
@@ -196,12 +199,6 @@ class Offset(nnx.Module):
         """Offsets before the hyperbolic tangent, (row, column) per tap."""
         q = depthwise_conv(q, self.kernel[...].astype(q.dtype))
         return apply_conv(jax.nn.gelu(apply_norm(q, self.norm), approximate=False), self.conv)
-
-
-def _samples(x: Array, points: Array, heads: int) -> Float[Array, "b H W taps heads d"]:
-    samples = deformable_sample(x, points)  # b H W g taps d
-    samples = jnp.moveaxis(samples, 3, 4)
-    return samples.reshape(*samples.shape[:4], heads, -1)
 
 
 def _times(n: Size, scale: int | float) -> Size:

@@ -36,7 +36,8 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._polyphase import whole_ratio
-from resfu_jax.ops.deformable_sample import deformable_sample
+from resfu_jax.ops.deformable_attention import Implementation as PointImplementation
+from resfu_jax.ops.deformable_attention import deformable_attention
 from resfu_jax.ops.local_window import (
     Implementation,
     cell_index,
@@ -205,6 +206,7 @@ class SAPADeform(nnx.Module):
       qkv_bias: biases of the linear maps.
       high_offset: offsets of every output pixel (a pixel shuffle), or of every cell.
       norm: N: `"group"` (32 groups, widths multiples of 32) or `"layer"`; off (None) as published.
+      implementation: as in `ops.deformable_attention`.
       dtype: of the computation; the inputs' promoted dtype if not given. Statistics, positions and
         the softmax are float32 or better.
       param_dtype: of the parameters.
@@ -228,6 +230,7 @@ class SAPADeform(nnx.Module):
         qkv_bias: bool = True,
         high_offset: bool = True,
         norm: Norm | None = None,
+        implementation: PointImplementation | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -237,7 +240,8 @@ class SAPADeform(nnx.Module):
         need(features % groups == 0, f"groups must divide features={features}, got {groups}")
         self.features, self.guide_features = features, guide_features
         self.scale, self.num_point, self.groups = scale, num_point, groups
-        self.high_offset, self.dtype = high_offset, dtype
+        self.high_offset = high_offset
+        self.implementation, self.dtype = implementation, dtype
 
         def linear(n, m):
             return _linear(n, m, qkv_bias, param_dtype, rngs)
@@ -265,8 +269,9 @@ class SAPADeform(nnx.Module):
         q = apply_linear(apply_norm(y, self.norm_y), self.q)
         k = apply_linear(normed, self.k)
         points = self.points(normed, y.shape[1:3])
-        attn = softmax(point_similarity(q, k, points))
-        return point_reassembly(attn, x, points)
+        return deformable_attention(
+            q, k, x, points, heads=self.groups, implementation=self.implementation
+        )
 
     def points(self, normed_x: Float[Array, "b h w c"], size: tuple) -> Float[Array, "b H W g p 2"]:
         """Where every output pixel looks: (row, column) in pixels of the features."""
@@ -290,26 +295,6 @@ class SAPADeform(nnx.Module):
         cells = jnp.stack(jnp.meshgrid(rows, cols, indexing="ij"), axis=-1)
         # The channels are (column, row).
         return cells[None, :, :, None, None] + offset[..., ::-1]
-
-
-def point_similarity(
-    q: Float[Array, "b H W d"], k: Float[Array, "b h w d"], points: Float[Array, "b H W g p 2"]
-) -> Float[Array, "b H W g p"]:
-    """Inner products of the queries with the keys at their points, group by group."""
-    samples = deformable_sample(k, points)
-    q = q.reshape(*q.shape[:3], points.shape[3], -1)
-    return jnp.einsum("bhwgd,bhwgpd->bhwgp", q, samples)
-
-
-def point_reassembly(
-    attn: Float[Array, "b H W g p"],
-    v: Float[Array, "b h w c"],
-    points: Float[Array, "b H W g p 2"],
-) -> Float[Array, "b H W c"]:
-    """Weighted sums of the values at the points, group by group."""
-    samples = deformable_sample(v, points)
-    out = jnp.einsum("bhwgp,bhwgpc->bhwgc", attn, samples.astype(attn.dtype))
-    return out.reshape(*out.shape[:3], -1).astype(v.dtype)
 
 
 def _linear(n: int, m: int, use_bias: bool, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
