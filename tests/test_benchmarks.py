@@ -1,0 +1,145 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import __main__ as cli
+from benchmarks import measure, plot, workloads
+from benchmarks.workloads import GROUPS, WORKLOADS, Skip, Workload, fit
+from resfu_jax import list_upsamplers
+
+TINY = Workload(channels=8, size=(3, 4), scale=2, guide=4)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(WORKLOADS, "tiny", TINY)
+
+
+def test_the_named_workloads():
+    for name, workload in WORKLOADS.items():
+        assert workload.channels > 0 and workload.guide > 0 and min(workload.size) > 0, name
+        assert workload.scale > 1, name
+    for members in GROUPS.values():
+        assert {WORKLOADS[m].output_size for m in members} == {(128, 128)}
+    assert not set(GROUPS) & set(WORKLOADS)
+    assert WORKLOADS["dino_hd"].output_size == (1024, 1024)
+
+
+def test_every_upsampler_is_measured_somewhere():
+    for name in list_upsamplers():
+        workload, note = fit(name, WORKLOADS["shapes"])
+        assert workload == WORKLOADS["shapes"] and not note
+
+
+def test_a_guide_is_widened_where_it_must_be():
+    workload, note = fit("fade", TINY)
+    assert workload.guide == TINY.channels and "wide" in note
+    assert fit("semishift", TINY) == (TINY, "")
+
+
+def test_what_does_not_fit_has_its_reason():
+    odd = Workload(channels=6, size=(3, 4), scale=2, guide=4)
+    with pytest.raises(Skip, match="groups"):
+        fit("dysample", odd)
+    (row,) = measure.compare("dysample", "odd", odd)
+    assert "groups" in row["skipped"] and "ms" not in row
+
+
+@pytest.mark.parametrize("direction", measure.DIRECTIONS)
+def test_comparison(direction):
+    rows = measure.compare("carafe", "tiny", TINY, direction=direction, runs=2)
+    ours, literal = rows
+    assert (ours["form"], literal["form"]) == ("ours", "literal")
+    for row in rows:
+        assert row["upsampler"] == "carafe" and row["workload"] == "tiny"
+        assert row["runs"] == 2 and 0 < row["ms_min"] <= row["ms"]
+        assert row["compile_s"] > 0 and row["gflop"] > 0 and row["temporary_mb"] >= 0
+    assert literal["error"] < 1e-5
+    assert literal["time_ratio"] == literal["ms"] / ours["ms"]
+    assert "error" not in ours and "time_ratio" not in ours
+
+
+def test_a_wrong_form_is_not_timed(monkeypatch):
+    create = workloads.create
+
+    def wrong(name, workload, **options):
+        up = create(name, workload, **options)
+        return (lambda *a: 2 * up(*a)) if "implementation" in options else up
+
+    split = measure.nnx.split
+    monkeypatch.setattr(measure, "create", wrong)
+    monkeypatch.setattr(
+        measure.nnx, "split", lambda up: split(up) if isinstance(up, measure.nnx.Module) else up
+    )
+    monkeypatch.setattr(measure, "_jax_call", _call_of)
+    ours, literal = measure.compare("carafe", "tiny", TINY, runs=1)
+    assert "ms" in ours and "ms" not in literal
+    assert literal["wrong"] and "differs" in literal["skipped"]
+
+
+def _call_of(up, params, inputs, cotangent):
+    return measure.Call(run=lambda: up(*inputs), arrays=lambda y: [np.asarray(y)])
+
+
+def test_what_needs_too_much_memory_is_not_run(monkeypatch):
+    monkeypatch.setattr(measure, "_free_memory", lambda: 10.0)
+    rows = measure.compare("bilinear", "tiny", TINY)
+    assert "of memory" in rows[0]["skipped"] and "one form" in rows[1]["skipped"]
+
+
+def test_running_out_of_memory_is_a_reason():
+    with pytest.raises(Skip, match="full"), measure.memory_limit():
+        raise RuntimeError("full\nof what")
+
+
+def test_calls_take_turns():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = measure.time_in_turn(calls, runs=3, seconds=60.0)
+    assert order == list("ababab") and [len(t) for t in times.values()] == [3, 3]
+    assert len(measure.time_in_turn(calls, runs=3, seconds=0.0)["a"]) == 1
+
+
+def test_difference():
+    a = np.array(jax.random.normal(jax.random.key(0), (2, 3, 4, 5)))
+    assert measure.difference(a, a) == 0
+    np.testing.assert_allclose(measure.difference(1.25 * a, a), 0.25, rtol=1e-5)
+    assert measure.difference(a, 0 * a) == 1
+    with pytest.raises(ValueError, match="shapes"):
+        measure.difference(a, a[:1])
+
+
+def test_command(tiny, tmp_path, capsys):
+    file = tmp_path / "results.json"
+    command = "--workloads tiny --upsamplers carafe dysample --directions forward --runs 1"
+    assert cli.main([*command.split(), "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "carafe tiny float32 forward: 8 channels, 3x4 to 6x8\n" in out
+    assert "skipped: it has only one form" in out
+    results = json.loads(file.read_text())
+    assert results["machine"]["cores"] >= 1 and results["machine"]["versions"]["jax"]
+    forms = [(row["upsampler"], row["form"]) for row in results["rows"]]
+    assert forms == [(up, form) for up in ("carafe", "dysample") for form in ("ours", "literal")]
+
+
+@pytest.mark.parametrize("command", ["--torch-compile", "--runs 0", "--workloads nowhere"])
+def test_wrong_commands(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.arguments(command.split())
+    capsys.readouterr()
+
+
+def test_plot(tmp_path):
+    sizes = plot.sweep()
+    assert {w.scale for w in sizes.values()} == {2, 4, 8, 16}
+    assert {w.channels for w in sizes.values()} == {64, 128, 256, 512, 1024}
+    rows = [
+        dict(upsampler="resfu", direction=d, size=w.size, scale=w.scale, channels=w.channels)
+        | dict(ms=float(w.channels), temporary_mb=1.0)
+        for w in sizes.values()
+        for d in measure.DIRECTIONS
+    ]
+    plot.draw(rows, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000

@@ -1,0 +1,108 @@
+"""Ops in blocks of rows equal their reference, however the rows are cut."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resfu_jax.ops import _row_blocks, deformable_attention, deformable_sample
+from resfu_jax.ops._row_blocks import Rows, block_rows, map_row_blocks
+from resfu_jax.ops.pcdc import PCDCParameters, pcdc
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.fixture(params=[12, 60, 10_000], ids=["one-row", "some-rows", "one-block"])
+def pixels(request, monkeypatch):
+    monkeypatch.setattr(_row_blocks, "BLOCK_PIXELS", request.param)
+    return request.param
+
+
+def check(f, *arrays):
+    """Values and gradients of both implementations."""
+
+    def both(implementation):
+        @jax.jit
+        def run(*arrays):
+            y, vjp = jax.vjp(functools.partial(f, implementation=implementation), *arrays)
+            return y, vjp(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+        return run(*arrays)
+
+    chex.assert_trees_all_close(both("blocks"), both("reference"), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("size", [(6, 10), (12, 10), (9, 7)])
+def test_pcdc(size, pixels):
+    """The full map, the key of a whole ratio, and a key that is resized."""
+    width, hidden, groups = 4, 8, 2
+    shapes = [
+        *[(3, 3, width // groups, hidden), (hidden,), (width,), (width,)],
+        *[(hidden // groups, hidden), (hidden,), (hidden,), (hidden,), (hidden, 9), (9,)],
+    ]
+    parameters = PCDCParameters(*(normal(i, *s) for i, s in enumerate(shapes)))
+
+    def f(k, q, parameters, implementation):
+        return pcdc(
+            k,
+            q,
+            parameters,
+            dilation=2,
+            groups=groups,
+            norm_groups=4,
+            implementation=implementation,
+        )
+
+    check(f, normal(20, 2, 6, 5, width), normal(21, 2, *size, width), parameters)
+
+
+def test_deformable_attention(pixels):
+    def f(q, k, v, points, bias, implementation):
+        return deformable_attention(
+            q, k, v, points, heads=2, bias=bias, implementation=implementation
+        )
+
+    points = 4 * jax.random.uniform(jax.random.key(4), (2, 6, 5, 2, 3, 2)) - 0.5
+    arrays = [normal(0, 2, 6, 5, 8), normal(1, 2, 3, 4, 8), normal(2, 2, 3, 4, 4)]
+    check(f, *arrays, points, normal(3, 2, 3, 4))
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "border"])
+def test_deformable_sample(padding_mode, pixels):
+    points = 6 * jax.random.uniform(jax.random.key(4), (2, 8, 5, 2, 1, 2)) - 1
+    f = functools.partial(deformable_sample, padding_mode=padding_mode)
+    check(f, normal(0, 2, 4, 3, 6), points)
+
+
+def test_block_rows(monkeypatch):
+    monkeypatch.setattr(_row_blocks, "BLOCK_PIXELS", 100)
+    assert block_rows(12, 20) == 4  # the largest divisor of 12 within 5
+    assert block_rows(12, 1000) == 1
+    assert block_rows(13, 20) == 1
+    assert block_rows(4, 1) == 4
+
+
+def test_overlapping_rows_and_sums():
+    """A moving sum over three rows, and the sum of all squares."""
+
+    def f(scale, blocks):
+        (x,) = blocks
+        return (scale * (x[:, :-2] + x[:, 1:-1] + x[:, 2:]),), jnp.square(x[:, 1:-1]).sum()
+
+    def total(scale, x):
+        (y,), squares = map_row_blocks(f, 3, (Rows(1, 2, 4),), (Rows(1, 2, 2),), scale, (x,))
+        return (y * jnp.arange(6.0)[None, :, None]).sum() + squares
+
+    def written_out(scale, x):
+        (y,), squares = f(scale, (x,))
+        return (y * jnp.arange(6.0)[None, :, None]).sum() + squares
+
+    arguments = jnp.float32(1.5), normal(0, 2, 8, 3)
+    np.testing.assert_allclose(total(*arguments), written_out(*arguments), rtol=1e-5)
+    gradients = (jax.grad(g, argnums=(0, 1))(*arguments) for g in (total, written_out))
+    chex.assert_trees_all_close(*gradients, rtol=1e-5, atol=1e-5)
