@@ -28,8 +28,9 @@ lint: install  ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: install  ## time ReSFU's forms side by side
-	$(BIN)/python -m benchmarks.run
+bench: install  ## time the upsamplers and their literal forms; PEER_ROOT=DIR: and the official modules
+	$(if $(PEER_ROOT),$(BIN)/python -m pip install --quiet -e '.[bench]')
+	$(BIN)/python -m benchmarks $(if $(PEER_ROOT),--peer-root $(PEER_ROOT))
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,1 +1,1 @@
-"""Speed and memory, side by side with peers."""
+"""Speed and memory of the upsamplers, side by side with peers: `python -m benchmarks --help`."""

@@ -1,0 +1,182 @@
+"""Measures the upsamplers side by side with their peers.
+
+    python -m benchmarks                                       ours against the literal form
+    python -m benchmarks --peer-root DIR --json results.json   and against the official modules
+    python -m benchmarks --plot docs/scaling.png               how time and memory grow
+
+DIR holds checkouts of the official repositories as owner/repository (zmhhmz/ReSFU,
+poppinace/sapa, poppinace/fade, tiny-smart/sapa, tiny-smart/dysample, duzw9311/LDA-AQU); their
+modules run in PyTorch, from `pip install -e '.[bench]'`.
+
+A form takes `time x` times as long as ours, and `memory x` times the temporary memory: above 1,
+ours is ahead.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import platform
+import sys
+from typing import Any
+
+import jax
+
+from benchmarks import plot
+from benchmarks.measure import DIRECTIONS, DTYPES, compare
+from benchmarks.workloads import GROUPS, WORKLOADS
+from resfu_jax import list_upsamplers
+
+UPSAMPLERS = ("resfu", "sapa", "fade", "carafe", "dysample", "lda_aqu")
+_PACKAGES = ("resfu_jax", "jax", "jaxlib", "flax", "numpy", "torch")
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def choice(flag: str, choices, default, text: str):
+        text = f"{text}, of {' '.join(choices)}; default: {' '.join(default)}"
+        parser.add_argument(
+            flag, nargs="+", choices=choices, default=default, metavar="NAME", help=text
+        )
+
+    choice("--upsamplers", list_upsamplers(), UPSAMPLERS, "what to measure")
+    workloads = [*WORKLOADS, *GROUPS]
+    choice("--workloads", workloads, ("shapes", "segmenter", "segformer"), "sizes")
+    choice("--dtypes", DTYPES, ("float32",), "of inputs and computation")
+    choice("--directions", DIRECTIONS, DIRECTIONS, "with and without gradients")
+    parser.add_argument("--peer-root", metavar="DIR", help="the official repositories")
+    parser.add_argument("--torch-compile", action="store_true", help="compiles them, too")
+    parser.add_argument("--no-literal", action="store_true", help="leaves the literal form out")
+    parser.add_argument("--runs", type=int, default=7, help="timed calls of each form, default 7")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=30,
+        help="no further round of calls starts after that long; default 30",
+    )
+    parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="writes all figures")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        type=pathlib.Path,
+        help="measures how cost grows, instead of the workloads, and draws it",
+    )
+    args = parser.parse_args(argv)
+    if args.torch_compile and not args.peer_root:
+        parser.error("--torch-compile needs --peer-root")
+    if args.runs < 1:
+        parser.error(f"--runs must be at least 1, got {args.runs}")
+    return args
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = jax.devices()[0]
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "device": f"{device.platform} {device.device_kind}",
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "versions": versions,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(s.partition(":")[2].strip() for s in lines if s.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+_COLUMNS = (
+    ("", "form", "<15", "s"),
+    ("ms", "ms", ">9", ".1f"),
+    ("least ms", "ms_min", ">9", ".1f"),
+    ("temp. MB", "temporary_mb", ">9", ".1f"),
+    ("GFLOP", "gflop", ">8", ".2f"),
+    ("compile s", "compile_s", ">9", ".1f"),
+    ("time x", "time_ratio", ">7", ".2f"),
+    ("memory x", "memory_ratio", ">8", ".2f"),
+    ("difference", "error", ">10", ".0e"),
+)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The forms of one comparison under a heading."""
+    head = rows[0]
+    what = " ".join(head[key] for key in ("upsampler", "workload", "dtype", "direction"))
+    if "channels" in head:
+        (h, w), scale = head["size"], head["scale"]
+        what += f": {head['channels']} channels, {h}x{w} to {h * scale}x{w * scale}"
+        what += f", guide {head['guide']}{head['note']}" if head["guided"] else ""
+    titles = " ".join(f"{title:{width}}" for title, _, width, _ in _COLUMNS)
+    return "\n".join([what, "  " + titles.rstrip(), *("  " + _line(row) for row in rows)])
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "skipped" in row:
+        return f"{row['form']:15} skipped: {row['skipped']}"
+    values = [(row.get(key), width, spec) for _, key, width, spec in _COLUMNS]
+    cells = [f"{'' if v is None else format(v, spec):{width}}" for v, width, spec in values]
+    return " ".join(cells).rstrip()
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    peers = ("torch", "torch.compile") if args.torch_compile else ("torch",)
+    forms = ("ours", *(() if args.no_literal else ("literal",)), *(peers if args.peer_root else ()))
+    if args.plot:
+        workloads, forms = plot.sweep(), ("ours",)
+    else:
+        names = [n for group in args.workloads for n in GROUPS.get(group, (group,))]
+        workloads = {name: WORKLOADS[name] for name in names}
+
+    about = machine()
+    print(", ".join(f"{key} {about[key]}" for key in ("device", "cpu", "cores")))
+    print(", ".join(f"{package} {version}" for package, version in about["versions"].items()))
+    if about["load"] > 0.5:
+        print(f"the machine is busy (load {about['load']:.1f}): do not trust times")
+    rows: list[dict[str, Any]] = []
+    for (name, sizes), up, dtype, direction in itertools.product(
+        workloads.items(), args.upsamplers, args.dtypes, args.directions
+    ):
+        compared = compare(
+            up,
+            name,
+            sizes,
+            dtype=dtype,
+            direction=direction,
+            forms=forms,
+            peer_root=args.peer_root,
+            runs=args.runs,
+            seconds=args.seconds,
+        )
+        print(table(compared), flush=True)
+        rows += compared
+        if args.json:
+            args.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+    if args.plot:
+        plot.draw(rows, args.plot)
+    return 1 if any(row.get("wrong") for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

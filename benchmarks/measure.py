@@ -1,0 +1,268 @@
+"""Times the forms of one upsampler on one workload, in turn, in one process.
+
+Forms: `ours`, what a user gets; `literal`, the same operator as its formulas stand
+(`implementation="reference"`); `torch` and `torch.compile`, the official module. All share weights
+and inputs, and what they return is compared before anything is timed.
+
+Forward gives y; forward+backward gives y and the gradients to the parameters, the features and the
+guide. Temporary memory is what a call needs beyond its arguments and these results: for XLA its
+own exact plan, for PyTorch the peak of the tensors allocated. In bfloat16 the inputs and the
+computation are; our parameters stay float32, PyTorch's follow.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.workloads import Skip, Workload, create, fit, has_literal_form, is_guided
+
+DTYPES = ("float32", "bfloat16")
+DIRECTIONS = ("forward", "forward+backward")
+FORMS = ("ours", "literal", "torch", "torch.compile")
+
+# Between calls: the thread pools of both frameworks keep cores busy for a moment after a call.
+_PAUSE = 0.02
+# Relative to the norm of the array, in float32. GPUs multiply in TensorFloat-32.
+_TOLERANCE = {"cpu": 1e-3, "gpu": 1e-2}
+
+
+@dataclasses.dataclass
+class Call:
+    """A form of an upsampler, ready to be called again and again.
+
+    Attributes:
+      run: calls it, waits until it has finished, and returns what it computed.
+      arrays: of what `run` returned, the output and the gradients to the inputs, NHWC, NumPy.
+      compile_s: seconds it took to trace and compile, where it is compiled.
+      temporary: bytes that `run` needs beyond its arguments and its results.
+      flops: XLA's count.
+    """
+
+    run: Callable[[], Any]
+    arrays: Callable[[Any], list[np.ndarray]]
+    compile_s: float | None = None
+    temporary: int | None = None
+    flops: float | None = None
+
+
+def compare(
+    name: str,
+    workload_name: str,
+    workload: Workload,
+    *,
+    dtype: str = "float32",
+    direction: str = "forward",
+    forms: tuple[str, ...] = ("ours", "literal"),
+    peer_root: str | None = None,
+    runs: int = 7,
+    seconds: float = 30.0,
+) -> list[dict[str, Any]]:
+    """One row for each form; a form that cannot be measured has its reason under `skipped`.
+
+    Args:
+      name: of the upsampler.
+      workload_name: for the rows.
+      workload: sizes.
+      dtype: one of `DTYPES`.
+      direction: one of `DIRECTIONS`.
+      forms: some of `FORMS`, `ours` first.
+      peer_root: directory of the official repositories, as owner/repository.
+      runs: timed calls of each form.
+      seconds: no further round of calls starts after that long.
+    """
+    head = dict(upsampler=name, workload=workload_name, dtype=dtype, direction=direction)
+    try:
+        workload, note = fit(name, workload)
+    except Skip as skip:
+        return [head | dict(form="ours", skipped=str(skip))]
+    head |= dataclasses.asdict(workload) | dict(guided=is_guided(name), note=note)
+    rows = {form: head | dict(form=form) for form in forms}
+    inputs, cotangent = _arrays(name, workload, dtype, direction)
+
+    peer, params, why = None, None, ""
+    if any(f.startswith("torch") for f in forms):
+        from benchmarks import peers_torch
+
+        try:
+            peer = peers_torch.build(name, workload, peer_root)
+            params = peer.parameters()
+        except Skip as skip:
+            why = str(skip)
+
+    calls, ours = {}, None
+    for form in forms:
+        try:
+            if form.startswith("torch"):
+                if peer is None:
+                    raise Skip(why)
+                with memory_limit():
+                    call = peer.call(inputs, cotangent, dtype, compiled=form != "torch")
+            else:
+                if form == "literal" and not has_literal_form(name):
+                    raise Skip("it has only one form")
+                options = {} if form == "ours" else dict(implementation="reference")
+                up = create(name, workload, dtype=jnp.dtype(dtype), **options)
+                call = _jax_call(up, params, inputs, cotangent)
+            with memory_limit() if form.startswith("torch") else contextlib.nullcontext():
+                arrays = call.arrays(call.run())
+        except Skip as skip:
+            rows[form]["skipped"] = str(skip)
+            continue
+        if form == "ours":
+            ours = arrays
+        elif ours is not None:
+            error = max(map(difference, arrays, ours))
+            rows[form]["error"] = error
+            tolerance = _TOLERANCE.get(jax.default_backend(), 1e-2)
+            if dtype == "float32" and not error <= tolerance:
+                rows[form]["skipped"] = f"differs from ours by {error:.1e}"
+                rows[form]["wrong"] = True  # the command fails
+                continue
+        calls[form] = call
+    del ours
+    gc.collect()
+
+    times = time_in_turn({f: c.run for f, c in calls.items()}, runs, seconds)
+    for form, call in calls.items():
+        row = rows[form]
+        row.update(ms=statistics.median(times[form]), ms_min=min(times[form]))
+        row.update(runs=len(times[form]), compile_s=call.compile_s)
+        row["temporary_mb"] = None if call.temporary is None else call.temporary / 1e6
+        row["gflop"] = None if call.flops is None else call.flops / 1e9
+        ours = rows.get("ours", {})
+        if form != "ours" and "ms" in ours:
+            row["time_ratio"] = row["ms"] / ours["ms"]
+            if row["temporary_mb"] is not None and ours["temporary_mb"]:
+                row["memory_ratio"] = row["temporary_mb"] / ours["temporary_mb"]
+    return list(rows.values())
+
+
+def time_in_turn(
+    calls: dict[str, Callable[[], Any]], runs: int, seconds: float
+) -> dict[str, list[float]]:
+    """Milliseconds of warmed-up calls, A B A B: what else the machine does hits all alike."""
+    times: dict[str, list[float]] = {form: [] for form in calls}
+    end = time.perf_counter() + seconds
+    for done in range(runs):
+        if done and time.perf_counter() > end:
+            break
+        for form, run in calls.items():
+            time.sleep(_PAUSE)
+            start = time.perf_counter()
+            run()
+            times[form].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    """||a - b|| / ||b||, row by row of the image, as the whole may be gigabytes."""
+    if a.shape != b.shape:
+        raise ValueError(f"shapes differ: {a.shape} and {b.shape}")
+    above = below = 0.0
+    for p, q in zip(a.swapaxes(0, 1), b.swapaxes(0, 1), strict=True):
+        p, q = np.asarray(p, np.float64), np.asarray(q, np.float64)
+        above, below = above + np.sum((p - q) ** 2), below + np.sum(q**2)
+    return float(np.sqrt(above / below)) if below else float(above > 0)
+
+
+def _arrays(name: str, w: Workload, dtype: str, direction: str) -> tuple[list, jax.Array | None]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (1, *w.size, w.channels), jnp.float32)
+    inputs = [x.astype(dtype)]
+    if is_guided(name):
+        guide = jax.random.normal(keys[1], (1, *w.output_size, w.guide), jnp.float32)
+        inputs.append(guide.astype(dtype))
+    if direction == "forward":
+        return inputs, None
+    shape = (1, *w.output_size, w.channels)
+    return inputs, jax.random.normal(keys[2], shape, jnp.float32).astype(dtype)
+
+
+def _jax_call(up: nnx.Module, params: Any, inputs: list, cotangent: jax.Array | None) -> Call:
+    """Our upsampler as one compiled function.
+
+    Raises:
+      Skip: it needs more memory than there is.
+    """
+    graphdef, own = nnx.split(up)
+    params = own if params is None else params
+
+    def forward(params, *inputs):
+        return nnx.merge(graphdef, params)(*inputs)
+
+    def forward_backward(params, cotangent, *inputs):
+        y, vjp = jax.vjp(forward, params, *inputs)
+        return y, *vjp(cotangent)
+
+    if cotangent is None:
+        f, args = forward, (params, *inputs)
+    else:
+        f, args = forward_backward, (params, cotangent, *inputs)
+    start = time.perf_counter()
+    compiled = jax.jit(f).lower(*args).compile()
+    compile_s = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    need, there = memory.temp_size_in_bytes + memory.output_size_in_bytes, _free_memory()
+    if need > there:
+        raise Skip(f"needs {need / 1e9:.1f} GB of memory, {there / 1e9:.1f} are free")
+
+    def arrays(result) -> list[np.ndarray]:
+        y, *gradients = [result] if cotangent is None else result
+        return [np.asarray(a) for a in (y, *gradients[1:])]
+
+    return Call(
+        run=lambda: jax.block_until_ready(compiled(*args)),
+        arrays=arrays,
+        compile_s=compile_s,
+        temporary=memory.temp_size_in_bytes,
+        flops=compiled.cost_analysis().get("flops"),
+    )
+
+
+def _free_memory() -> float:
+    """Bytes that a call can still have on the device."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return _proc("meminfo", "MemAvailable")
+
+
+def _proc(file: str, field: str) -> float:
+    """A size, in bytes, from Linux's /proc; infinite elsewhere."""
+    try:
+        with open(f"/proc/{file}") as lines:
+            return next(1024 * float(s.split()[1]) for s in lines if s.startswith(f"{field}:"))
+    except (OSError, StopIteration):
+        return float("inf")
+
+
+@contextlib.contextmanager
+def memory_limit() -> Iterator[None]:
+    """Turns running out of memory into a `Skip`, before the system kills the process.
+
+    PyTorch's needs are not known beforehand, as XLA's are.
+    """
+    limit = 0.95 * _proc("meminfo", "MemAvailable") + _proc("self/status", "VmData")
+    if limit == float("inf"):
+        yield
+        return
+    import resource
+
+    old = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(limit), old[1]))
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise Skip(f"{type(error).__name__}: {first[:200]}") from error
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, old)

@@ -1,0 +1,101 @@
+"""What is measured: sizes that come up in practice, named after where they do."""
+
+import dataclasses
+import inspect
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from resfu_jax import create_upsampler
+from resfu_jax.upsamplers import upsampler_entry
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Sizes of one call, batch 1.
+
+    Attributes:
+      channels: of the features.
+      size: of the features, (h, w).
+      scale: of the output, and of the guide, to the features.
+      guide: channels of the guide.
+    """
+
+    channels: int
+    size: tuple[int, int]
+    scale: int
+    guide: int
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.size[0] * self.scale, self.size[1] * self.scale
+
+
+WORKLOADS = {
+    "shapes": Workload(64, (8, 8), 4, 64),
+    "segformer_x2": Workload(256, (64, 64), 2, 256),
+    "segformer_x4": Workload(256, (32, 32), 4, 256),
+    "segformer_x8": Workload(256, (16, 16), 8, 256),
+    "segmenter": Workload(384, (32, 32), 4, 32),
+    "dino": Workload(384, (28, 28), 16, 32),
+    "dino_hd": Workload(768, (64, 64), 16, 32),
+    "detection": Workload(256, (100, 168), 2, 256),
+}
+# The decoder that brings all of its levels to one size.
+GROUPS = {"segformer": ("segformer_x2", "segformer_x4", "segformer_x8")}
+
+
+class Skip(Exception):
+    """Why something is not measured."""
+
+
+def is_guided(name: str) -> bool:
+    """Whether the upsampler is called with a guide."""
+    return upsampler_entry(name).cls.guide != "none"
+
+
+def create(name: str, workload: Workload, **options) -> nnx.Module:
+    """The upsampler for the workload's sizes."""
+    return create_upsampler(
+        name,
+        features=workload.channels,
+        guide_features=workload.guide,
+        scale=workload.scale,
+        **options,
+    )
+
+
+def has_literal_form(name: str) -> bool:
+    """Whether the upsampler can be built with `implementation="reference"`."""
+    return "implementation" in inspect.signature(upsampler_entry(name).cls.__init__).parameters
+
+
+def fit(name: str, workload: Workload) -> tuple[Workload, str]:
+    """The workload as the upsampler can run it, and a note of what was changed.
+
+    Upsamplers that mix guide and features need both equally wide: the guide is then made so.
+
+    Raises:
+      Skip: the upsampler is not defined at these sizes.
+    """
+    try:
+        _try(name, workload)
+        return workload, ""
+    except ValueError as error:
+        reason = str(error)
+    wide = dataclasses.replace(workload, guide=workload.channels)
+    try:
+        _try(name, wide)
+    except ValueError:
+        raise Skip(reason) from None
+    return wide, " (as wide as the features, which it needs)"
+
+
+def _try(name: str, workload: Workload) -> None:
+    shapes = [(1, *workload.size, workload.channels)]
+    if is_guided(name):
+        shapes.append((1, *workload.output_size, workload.guide))
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    nnx.eval_shape(lambda *arrays: create(name, workload)(*arrays), *arrays)
