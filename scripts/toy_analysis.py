@@ -76,7 +76,27 @@ channels, 32 x 32 to 128 x 128, batch 1, two CPU cores, all members timed in tur
 
 Upsampled features of one validation image after training, coloured by the three principal
 components of the low-resolution features. Members marked * leave that space (their output is a
-learned map, or mixes the guide in) and have components of their own.
+learned map, or mixes the guide in) and have components of their own. What looks like an artefact:
+
+- `deconv`, `pixel_shuffle`: a checkerboard. Each of the 16 phases of a cell has weights of its own,
+  and nothing ties them together.
+- `carafe`: a band along the border, and dots. Beyond the image the features count as zero (grey
+  here), and the kernels are not renormalised; a window of 5 x 5 reaches two of the eight cells.
+- `sapa_i`, `sapa_g`: a grey background that ends at a rectangle. Keys beyond the image have
+  similarity 0 and values 0, and stay in the softmax. Where all similarities inside are negative, a
+  pixel chooses the outside: training makes "outside" the background's feature. The rectangle is
+  where the windows no longer reach the border. On larger maps it is only the border's two cells.
+- `sapa`, `semishift`: blocks of cells. All 16 output pixels of a cell share one window, whose
+  members change from cell to cell: the mosaic that ReSFU's paper names.
+- `sapa_deform`: speckle. Points are predicted per pixel from the low-resolution features alone and
+  nothing makes neighbours agree. Its seeds differ most.
+- `lda_aqu`: blur, below bilinear in score. Its taps start one *output* pixel apart, here a quarter
+  of a cell, and its grid aligns corners, so that features move by up to 3/8 of a cell against the
+  labels. 300 steps do not move the offsets far.
+- `fade`, `fade_lite` score highest because their gate passes the stride-4 guide itself to the
+  classifier; the others only reassemble the stride-16 features.
+
+All of these are the published operators' own behaviour; the goldens pin it.
 """
 
 
@@ -232,7 +252,8 @@ def costs(members: list[str], runs: int = 9) -> dict[str, dict]:
             return nnx.merge(graphdef, params)(*inputs)
 
         def both(params, inputs, forward=forward):
-            return jax.vjp(forward, params, inputs)[1](y)
+            out, vjp = jax.vjp(forward, params, inputs)
+            return out, vjp(y)
 
         compiled = [jax.jit(f).lower(params, inputs).compile() for f in (forward, both)]
         calls[member] = [(f, params, inputs) for f in compiled]
@@ -279,6 +300,11 @@ def report(workdir: pathlib.Path, sets: dict) -> None:
     (DOCS / "toy.md").write_text(
         TEXT.format(seeds=seeds, rows="\n".join(rows), steps=STEPS, batch=BATCH)
     )
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition("<!-- toy -->\n")
+    _, _, after = rest.partition("<!-- /toy -->")
+    table_text = "\n".join(rows)
+    readme.write_text(f"{before}<!-- toy -->\n{table_text}\n<!-- /toy -->{after}")
     picture(workdir, members, sets["validation"])
     (workdir / "costs.json").write_text(json.dumps(table, indent=1))
 
