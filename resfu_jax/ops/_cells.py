@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from resfu_jax.ops._row_blocks import Rows, add, block_rows, cut, loop, map_row_blocks
+
 Weights = Float[Array, "b H W g taps"]
 Padded = Float[Array, "b hp wp c"]
 Output = Float[Array, "b H W c"]
@@ -81,9 +83,23 @@ def scatter(weights: Weights, y: Output, size: tuple) -> Padded:
 
 
 def _reassemble_bwd(saved, g):
+    # In blocks of rows: the cotangent by cells would be another map of the output's size.
     weights, x = saved
     n, groups = math.isqrt(weights.shape[4]), weights.shape[3]
-    return correlate(g, x, n, groups), scatter(weights, g, x.shape)
+    (h, _), ratio = _cells(weights.shape, x.shape, n)
+    rows = block_rows(h, weights.shape[0] * weights.shape[2] * ratio[0])
+    windows, pixels = Rows(1, rows, rows + n - 1), Rows(1, rows * ratio[0], rows * ratio[0])
+
+    def f(_, blocks):
+        x, g = blocks
+        return (correlate(g, x, n, groups),), ()
+
+    def d_x(i, total):
+        w, y = cut((weights, g), i, (pixels, pixels))
+        return add(total, scatter(w, y, (*x.shape[:1], windows.length, *x.shape[2:])), i, windows)
+
+    (d_weights,), _ = map_row_blocks(f, h // rows, (windows, pixels), (pixels,), (), (x, g))
+    return d_weights, loop(h // rows, d_x, jnp.zeros_like(x))
 
 
 reassemble.defvjp(lambda weights, x: (reassemble(weights, x), (weights, x)), _reassemble_bwd)

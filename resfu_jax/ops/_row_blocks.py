@@ -61,7 +61,7 @@ def map_row_blocks(
     Returns:
       The output arrays, and the sums.
     """
-    shapes, sum_shapes = jax.eval_shape(lambda p, a: f(p, _cut(a, 0, inputs)), params, arrays)
+    shapes, sum_shapes = jax.eval_shape(lambda p, a: f(p, cut(a, 0, inputs)), params, arrays)
     buffers = []
     for shape, rows in zip(shapes, outputs, strict=True):
         full = list(shape.shape)
@@ -71,11 +71,11 @@ def map_row_blocks(
 
     def body(i, state):
         buffers, sums = state
-        blocks, parts = f(params, _cut(arrays, i, inputs))
+        blocks, parts = f(params, cut(arrays, i, inputs))
         buffers = [_put(a, b, i, r) for a, b, r in zip(buffers, blocks, outputs, strict=True)]
         return buffers, jax.tree.map(jnp.add, sums, parts)
 
-    buffers, sums = _loop(count, body, (buffers, sums))
+    buffers, sums = loop(count, body, (buffers, sums))
     return tuple(buffers), sums
 
 
@@ -92,13 +92,13 @@ def _backward(f, count, inputs, outputs, saved, cotangents):
 
     def body(i, state):
         d_params, d_arrays = state
-        _, vjp = jax.vjp(f, params, _cut(arrays, i, inputs))
-        parts, blocks = vjp((_cut(d_outputs, i, outputs), d_sums))
+        _, vjp = jax.vjp(f, params, cut(arrays, i, inputs))
+        parts, blocks = vjp((cut(d_outputs, i, outputs), d_sums))
         d_params = jax.tree.map(lambda a, b: a + b.astype(a.dtype), d_params, parts)
-        d_arrays = [_add(a, b, i, r) for a, b, r in zip(d_arrays, blocks, inputs, strict=True)]
+        d_arrays = [add(a, b, i, r) for a, b, r in zip(d_arrays, blocks, inputs, strict=True)]
         return d_params, d_arrays
 
-    d_params, d_arrays = _loop(count, body, wide)
+    d_params, d_arrays = loop(count, body, wide)
     cast = functools.partial(jax.tree.map, lambda a, b: a.astype(b.dtype))
     return cast(d_params, params), cast(tuple(d_arrays), arrays)
 
@@ -106,7 +106,8 @@ def _backward(f, count, inputs, outputs, saved, cotangents):
 map_row_blocks.defvjp(_forward, _backward)
 
 
-def _loop(count: Size, body, state):
+def loop(count: Size, body, state):
+    """Run `state = body(i, state)` over the blocks."""
     bound = count if isinstance(count, int) else jnp.asarray(count, jnp.int32)
     return jax.lax.fori_loop(0, bound, body, state)
 
@@ -120,7 +121,8 @@ def _place(a: Array, i, rows: Rows):
     return start, shape
 
 
-def _cut(arrays: tuple[Array, ...], i, blocks: tuple[Rows, ...]) -> tuple[Array, ...]:
+def cut(arrays: tuple[Array, ...], i, blocks: tuple[Rows, ...]) -> tuple[Array, ...]:
+    """Block i of every array."""
     return tuple(
         jax.lax.dynamic_slice(a, *_place(a, i, rows))
         for a, rows in zip(arrays, blocks, strict=True)
@@ -131,7 +133,8 @@ def _put(a: Array, block: Array, i, rows: Rows) -> Array:
     return jax.lax.dynamic_update_slice(a, block.astype(a.dtype), _place(a, i, rows)[0])
 
 
-def _add(a: Array, block: Array, i, rows: Rows) -> Array:
+def add(a: Array, block: Array, i, rows: Rows) -> Array:
+    """The array with its block i increased."""
     if rows.step == rows.length:
         return _put(a, block, i, rows)
     old = jax.lax.dynamic_slice(a, *_place(a, i, rows))

@@ -122,14 +122,13 @@ def _polyphase_bwd(k, ratio, residuals, g):
     # The composed weights are made again rather than kept: they are larger than the attention.
     attn, x = residuals
     (b, h, w, _), n, dtype = x.shape, k + 2, at_least_float32(x.dtype)
-    g = g.astype(dtype)
     padded, extend_vjp = jax.vjp(lambda a: extend(a, k // 2 + 1).astype(dtype), x)
-    d_weights = _cells.correlate(g, padded, n, 1).reshape(b, h, ratio[0], w, ratio[1], n, n)
-    row_table, col_table = (jnp.asarray(phase_weights(r, k), dtype) for r in ratio)
-    d_attn = jnp.einsum("bhpwqts,put,qvs->bhpwquv", d_weights, row_table, col_table, optimize=True)
-    weights = _compose(attn, k, ratio).astype(dtype)
-    (d_x,) = extend_vjp(_cells.scatter(weights, g, padded.shape))
-    return d_attn.reshape(attn.shape).astype(attn.dtype), d_x
+    _, reassemble_vjp = jax.vjp(_cells.reassemble, _compose(attn, k, ratio).astype(dtype), padded)
+    d_weights, d_padded = reassemble_vjp(g.astype(dtype))
+    d_weights = d_weights.reshape(b, h, ratio[0], w, ratio[1], n, n)
+    rows, cols = (jnp.asarray(phase_weights(r, k), dtype) for r in ratio)
+    d_attn = jnp.einsum("bhpwqts,put,qvs->bhpwquv", d_weights, rows, cols, optimize=True)
+    return d_attn.reshape(attn.shape).astype(attn.dtype), *extend_vjp(d_padded)
 
 
 _polyphase.defvjp(_polyphase_fwd, _polyphase_bwd)

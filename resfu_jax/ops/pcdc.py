@@ -112,8 +112,7 @@ def _blocks(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups: in
     b, hh, ww, _ = q.shape
     side, hidden = p.kernel.shape[0], p.kernel.shape[3]
     o = hidden // groups
-    q = _centred(q, group_moments(q, groups=norm_groups, eps=EPS), p.scale)
-    q = _by_group(q, groups)
+    of_q = group_moments(q, groups=norm_groups, eps=EPS)
     weights = p.kernel.reshape(side**2, -1, groups, o).transpose(2, 0, 1, 3)  # group tap in out
     central = -weights.sum(axis=1)
     weights = weights.reshape(groups, -1, o)
@@ -137,7 +136,11 @@ def _blocks(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups: in
         u = u.astype(at_least_float32(u.dtype))
         return (scores,), (u.sum(axis=2), jnp.square(u).sum(axis=2))
 
-    ratio = whole_ratio(k.shape[1:3], q.shape[2:4])
+    # Normalisation and the order of axes, too, are made block by block.
+    def normalised(x, moments, scale):
+        return _by_group(_centred(x, moments, scale), groups)
+
+    ratio = whole_ratio(k.shape[1:3], q.shape[1:3])
     if ratio == (dilation, dilation) and dilation > 1:
         small = k.astype(at_least_float32(k.dtype))
         centre = group_mean(small.mean(axis=(1, 2)), norm_groups)
@@ -152,11 +155,12 @@ def _blocks(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups: in
         response = _per_group(response.reshape(b, groups, h * w, -1), weights)
         response = response.reshape(b, groups, h, w, o)
         rows = block_rows(h - 2, b * ww * dilation)
-        inputs = (Rows(2, rows, rows + 2), Rows(2, rows * dilation, rows * dilation))
+        inputs = (Rows(2, rows, rows + 2), Rows(1, rows * dilation, rows * dilation))
 
         def f(params, blocks):
-            central, bias, *rest = params
+            of_q, scale, central, bias, *rest = params
             response, q = blocks
+            q = normalised(q, of_q, scale)
             up = response.reshape(b * groups, *response.shape[2:])
             up = upsample_extended(up, ratio).reshape(*q.shape[:4], o)
             t = _per_group(q.reshape(b, groups, -1, q.shape[4]), central)
@@ -164,26 +168,29 @@ def _blocks(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups: in
             return compress(t, *rest)
 
         first, arrays, count = (central,), (response, q), (h - 2) // rows
+        out_rows = rows * dilation
     else:
         if k.shape[1:3] != (hh, ww):
             k = resize(k, (hh, ww))
-        k = _centred(k, group_moments(k, groups=norm_groups, eps=EPS), p.scale)
+        of_k = group_moments(k, groups=norm_groups, eps=EPS)
         border = dilation * (side - 1) // 2
-        k = _by_group(extend(k, border), groups)
+        k = extend(k, border)
         rows = block_rows(hh, b * ww)
-        inputs = (Rows(2, rows, rows + 2 * border), Rows(2, rows, rows))
+        inputs = (Rows(1, rows, rows + 2 * border), Rows(1, rows, rows))
 
         def f(params, blocks):
-            weights, bias, *rest = params
+            of_q, scale, of_k, weights, bias, *rest = params
             k, q = blocks
+            k, q = normalised(k, of_k, scale), normalised(q, of_q, scale)
             x = jnp.concatenate([_windows(k, side, dilation), q], axis=-1)
             t = _per_group(x.reshape(b, groups, -1, x.shape[4]), weights)
             return compress(t.reshape(*q.shape[:4], o) + bias[None, :, None, None], *rest)
 
         weights = jnp.concatenate([weights, central], axis=1)
-        first, arrays, count = (weights,), (k, q), hh // rows
-    outputs = (inputs[1],)
-    params = (*first, bias, mix, mix_bias, apart)
+        first, arrays, count = (of_k, weights), (k, q), hh // rows
+        out_rows = rows
+    outputs = (Rows(2, out_rows, out_rows),)
+    params = (of_q, p.scale, *first, bias, mix, mix_bias, apart)
     (scores,), (total, squares) = map_row_blocks(f, count, inputs, outputs, params, arrays)
 
     # Statistics of u, and what its norm makes of the projections.
