@@ -4,7 +4,9 @@
 
 Any upsampler, named after the colon; without a name: FADE.
 
-Result: not measured yet.
+Result (FADE, last step, seed 0): mIoU 0.538, boundary IoU 0.428, 592,772 parameters; six minutes on
+two busy CPU cores. That is below the direct wiring with its BatchNorm after every projection
+(`shapes_resfu`): SegFormer's linear projections learn more slowly, and 600 steps are few.
 """
 
 from configs import shapes_direct
