@@ -5,8 +5,8 @@
 Any upsampler, named after the colon; without a name: FADE. `--config.model.head.pool_sizes="()"`
 leaves the pyramid pooling out: a plain FPN.
 
-Result (FADE, last step, seed 0): mIoU 0.589, boundary IoU 0.482, 922,742 parameters; nine minutes on
-two busy CPU cores.
+Result (FADE, last step, seed 0): mIoU 0.589, boundary IoU 0.482, 922,742 parameters; nine minutes
+on two busy CPU cores.
 """
 
 from configs import shapes_direct
