@@ -13,6 +13,7 @@ computation are; our parameters stay float32, PyTorch's follow.
 import contextlib
 import dataclasses
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -42,15 +43,15 @@ class Call:
     Attributes:
       run: calls it, waits until it has finished, and returns what it computed.
       arrays: of what `run` returned, the output and the gradients to the inputs, NHWC, NumPy.
-      compile_s: seconds it took to trace and compile, where it is compiled.
       temporary: bytes that `run` needs beyond its arguments and its results.
+      compile_s: seconds it took to trace and compile, where it is compiled.
       flops: XLA's count.
     """
 
     run: Callable[[], Any]
     arrays: Callable[[Any], list[np.ndarray]]
+    temporary: int
     compile_s: float | None = None
-    temporary: int | None = None
     flops: float | None = None
 
 
@@ -88,60 +89,63 @@ def compare(
     rows = {form: head | dict(form=form) for form in forms}
     inputs, cotangent = _arrays(name, workload, dtype, direction)
 
-    peer, params, why = None, None, ""
-    if any(f.startswith("torch") for f in forms):
+    peer, params, no_peer = None, None, ""
+    if any(form.startswith("torch") for form in forms):
+        # By default its threads wait for each other in busy loops, which next to other work on
+        # the machine makes PyTorch many times slower.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         from benchmarks import peers_torch
 
         try:
             peer = peers_torch.build(name, workload, peer_root)
             params = peer.parameters()
         except Skip as skip:
-            why = str(skip)
+            no_peer = str(skip)
 
-    calls, ours = {}, None
+    def ready(form: str) -> tuple[Call, list[np.ndarray]]:
+        """The form and what it computes."""
+        if form.startswith("torch"):
+            if peer is None:
+                raise Skip(no_peer)
+            with foreign_code():
+                call = peer.call(inputs, cotangent, dtype, compiled=form == "torch.compile")
+                return call, call.arrays(call.run())
+        if form == "literal" and not has_literal_form(name):
+            raise Skip("it has only one form")
+        options = dict(implementation="reference") if form == "literal" else {}
+        up = create(name, workload, dtype=jnp.dtype(dtype), **options)
+        call = _jax_call(up, params, inputs, cotangent)
+        return call, call.arrays(call.run())
+
+    calls, expected = {}, None
     for form in forms:
+        row = rows[form]
         try:
-            if form.startswith("torch"):
-                if peer is None:
-                    raise Skip(why)
-                with memory_limit():
-                    call = peer.call(inputs, cotangent, dtype, compiled=form != "torch")
-            else:
-                if form == "literal" and not has_literal_form(name):
-                    raise Skip("it has only one form")
-                options = {} if form == "ours" else dict(implementation="reference")
-                up = create(name, workload, dtype=jnp.dtype(dtype), **options)
-                call = _jax_call(up, params, inputs, cotangent)
-            with memory_limit() if form.startswith("torch") else contextlib.nullcontext():
-                arrays = call.arrays(call.run())
+            call, arrays = ready(form)
+            if expected is not None:
+                row["error"] = error = max(map(difference, arrays, expected))
+                if dtype == "float32" and not error <= _TOLERANCE.get(jax.default_backend(), 1e-2):
+                    row["wrong"] = True  # the command fails
+                    raise Skip(f"differs from ours by {error:.1e}")
         except Skip as skip:
-            rows[form]["skipped"] = str(skip)
+            row["skipped"] = str(skip)
             continue
-        if form == "ours":
-            ours = arrays
-        elif ours is not None:
-            error = max(map(difference, arrays, ours))
-            rows[form]["error"] = error
-            tolerance = _TOLERANCE.get(jax.default_backend(), 1e-2)
-            if dtype == "float32" and not error <= tolerance:
-                rows[form]["skipped"] = f"differs from ours by {error:.1e}"
-                rows[form]["wrong"] = True  # the command fails
-                continue
+        expected = arrays if form == "ours" else expected
         calls[form] = call
-    del ours
+    del expected
     gc.collect()
 
-    times = time_in_turn({f: c.run for f, c in calls.items()}, runs, seconds)
+    times = time_in_turn({form: call.run for form, call in calls.items()}, runs, seconds)
+    ours = rows.get("ours", {})
     for form, call in calls.items():
         row = rows[form]
         row.update(ms=statistics.median(times[form]), ms_min=min(times[form]))
         row.update(runs=len(times[form]), compile_s=call.compile_s)
-        row["temporary_mb"] = None if call.temporary is None else call.temporary / 1e6
+        row["temporary_mb"] = call.temporary / 1e6
         row["gflop"] = None if call.flops is None else call.flops / 1e9
-        ours = rows.get("ours", {})
         if form != "ours" and "ms" in ours:
             row["time_ratio"] = row["ms"] / ours["ms"]
-            if row["temporary_mb"] is not None and ours["temporary_mb"]:
+            if ours["temporary_mb"]:
                 row["memory_ratio"] = row["temporary_mb"] / ours["temporary_mb"]
     return list(rows.values())
 
@@ -246,23 +250,22 @@ def _proc(file: str, field: str) -> float:
 
 
 @contextlib.contextmanager
-def memory_limit() -> Iterator[None]:
-    """Turns running out of memory into a `Skip`, before the system kills the process.
+def foreign_code() -> Iterator[None]:
+    """Turns what goes wrong in PyTorch into a `Skip`.
 
-    PyTorch's needs are not known beforehand, as XLA's are.
+    Running out of memory, too, before the system kills the process: what PyTorch needs is not known
+    beforehand, as it is of XLA.
     """
     limit = 0.95 * _proc("meminfo", "MemAvailable") + _proc("self/status", "VmData")
-    if limit == float("inf"):
-        yield
-        return
-    import resource
+    with contextlib.ExitStack() as stack:
+        if limit < float("inf"):
+            import resource
 
-    old = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (int(limit), old[1]))
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise Skip(f"{type(error).__name__}: {first[:200]}") from error
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, old)
+            old = resource.getrlimit(resource.RLIMIT_DATA)
+            resource.setrlimit(resource.RLIMIT_DATA, (int(limit), old[1]))
+            stack.callback(resource.setrlimit, resource.RLIMIT_DATA, old)
+        try:
+            yield
+        except Exception as error:
+            text = (str(error).strip().splitlines() or [""])[0]
+            raise Skip(f"{type(error).__name__}: {text[:200]}") from error

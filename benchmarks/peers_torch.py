@@ -436,7 +436,10 @@ class Peer:
             for key, value in vars(m).items():
                 if isinstance(value, Tensor) and value.is_floating_point():
                     setattr(m, key, value.to(tensors[0]))
-        called = torch.compile(module) if compiled else module
+        called = module
+        if compiled:
+            # Layouts of its own choice break ReSFU's gradient (PyTorch 2.15).
+            called = torch.compile(module, options={"layout_optimization": False})
         order = tensors[::-1] if self.guided else tensors
 
         if cotangent is None:
@@ -462,7 +465,7 @@ class Peer:
         start = time.perf_counter()
         run()
         seconds = time.perf_counter() - start
-        return Call(run, arrays, seconds if compiled else None, temporary=_temporary(run))
+        return Call(run, arrays, _temporary(run), seconds if compiled else None)
 
 
 def build(name: str, w: Workload, root: str) -> Peer:

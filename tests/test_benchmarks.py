@@ -75,7 +75,7 @@ def test_what_needs_too_much_memory_is_not_run(monkeypatch):
 
 
 def test_running_out_of_memory_is_a_reason():
-    with pytest.raises(Skip, match="full"), measure.memory_limit():
+    with pytest.raises(Skip, match="full"), measure.foreign_code():
         raise RuntimeError("full\nof what")
 
 
