@@ -15,6 +15,7 @@ ours is ahead.
 import argparse
 import datetime
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -73,6 +74,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.torch_compile and not args.peer_root:
         parser.error("--torch-compile needs --peer-root")
+    if args.peer_root and importlib.util.find_spec("torch") is None:
+        parser.error("--peer-root needs PyTorch: pip install -e '.[bench]'")
     if args.runs < 1:
         parser.error(f"--runs must be at least 1, got {args.runs}")
     return args

@@ -97,7 +97,8 @@ def compare(
         from benchmarks import peers_torch
 
         try:
-            peer = peers_torch.build(name, workload, peer_root)
+            with foreign_code():
+                peer = peers_torch.build(name, workload, peer_root)
             params = peer.parameters()
         except Skip as skip:
             no_peer = str(skip)
@@ -266,6 +267,8 @@ def foreign_code() -> Iterator[None]:
             stack.callback(resource.setrlimit, resource.RLIMIT_DATA, old)
         try:
             yield
+        except Skip:
+            raise
         except Exception as error:
             text = (str(error).strip().splitlines() or [""])[0]
             raise Skip(f"{type(error).__name__}: {text[:200]}") from error

@@ -254,31 +254,19 @@ def deform_reassembly(attn, v, offset, points: int, ratio: int, groups: int) -> 
 
 
 class CARAFEPack(nn.Module):
-    """mmcv.ops.carafe.CARAFEPack around `carafe`."""
+    """mmcv.ops.carafe.CARAFEPack with its defaults, around `carafe`."""
 
-    def __init__(
-        self,
-        channels: int,
-        scale_factor: int,
-        up_kernel: int = 5,
-        up_group: int = 1,
-        encoder_kernel: int = 3,
-        compressed_channels: int = 64,
-    ):
+    def __init__(self, channels: int, scale_factor: int):
         super().__init__()
-        self.call = up_kernel, up_group, scale_factor
-        masks = up_kernel**2 * up_group * scale_factor**2
-        self.channel_compressor = nn.Conv2d(channels, compressed_channels, 1)
-        self.content_encoder = nn.Conv2d(
-            compressed_channels, masks, encoder_kernel, padding=encoder_kernel // 2
-        )
+        self.scale_factor = scale_factor
+        self.channel_compressor = nn.Conv2d(channels, 64, 1)
+        self.content_encoder = nn.Conv2d(64, 25 * scale_factor**2, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """NCHW."""
-        kernel, group, scale = self.call
-        masks = F.pixel_shuffle(self.content_encoder(self.channel_compressor(x)), scale)
-        masks = masks.unflatten(1, (group, kernel**2)).softmax(2).flatten(1, 2)
-        return carafe(x, masks, kernel, group, scale)
+        masks = self.content_encoder(self.channel_compressor(x))
+        masks = F.pixel_shuffle(masks, self.scale_factor).softmax(1)
+        return carafe(x, masks, 5, 1, self.scale_factor)
 
 
 # --------------------------------------------------------------------------- official modules
@@ -318,18 +306,18 @@ _SHELLS: dict[str, dict[str, Any]] = {
 def _shells(directory: pathlib.Path) -> Iterator[None]:
     """Puts the shells where `import` finds them, for files that lie in `directory`."""
     before = dict(sys.modules)
+    packages = {name.partition(".")[0] for name in _SHELLS}
+    cuda = torch.cuda.is_available()
+    real = {package for package in packages if cuda and importlib.util.find_spec(package)}
     for name, content in _SHELLS.items():
-        if torch.cuda.is_available() and importlib.util.find_spec(name.partition(".")[0]):
-            continue
-        sys.modules[name] = module = types.ModuleType(name)
-        vars(module).update(content)
+        if name.partition(".")[0] not in real:
+            sys.modules[name] = module = types.ModuleType(name)
+            vars(module).update(content)
     sys.modules["official.models.here"].__path__ = [str(directory)]
     # On a machine without CUDA, ReSFU's constructor could not put its blur kernel there.
-    cuda = contextlib.nullcontext()
-    if not torch.cuda.is_available():
-        cuda = mock.patch.object(Tensor, "cuda", lambda self, *args, **kwargs: self)
+    stay = mock.patch.object(Tensor, "cuda", lambda self, *args, **kwargs: self)
     try:
-        with cuda:
+        with contextlib.nullcontext() if cuda else stay:
             yield
     finally:
         for name in set(sys.modules) - set(before):
@@ -462,10 +450,11 @@ class Peer:
             kept = result[: 1 + (len(tensors) if cotangent is not None else 0)]
             return [t.detach().permute(0, 2, 3, 1).float().cpu().numpy() for t in kept]
 
-        start = time.perf_counter()
-        run()
-        seconds = time.perf_counter() - start
-        return Call(run, arrays, _temporary(run), seconds if compiled else None)
+        start, seconds = time.perf_counter(), None
+        if compiled:
+            run()
+            seconds = time.perf_counter() - start
+        return Call(run, arrays, _temporary(run), seconds)
 
 
 def build(name: str, w: Workload, root: str) -> Peer:

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 
 import jax
@@ -109,11 +110,20 @@ def test_command(tiny, tmp_path, capsys):
     assert forms == [(up, form) for up in ("carafe", "bilinear") for form in ("ours", "literal")]
 
 
-@pytest.mark.parametrize("command", ["--torch-compile", "--runs 0", "--workloads nowhere"])
-def test_wrong_commands(command, capsys):
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ("--torch-compile", "needs --peer-root"),
+        ("--runs 0", "at least 1"),
+        ("--workloads nowhere", "nowhere"),
+        ("--peer-root peers", "needs PyTorch"),
+    ],
+)
+def test_wrong_commands(command, why, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         cli.arguments(command.split())
-    capsys.readouterr()
+    assert why in capsys.readouterr().err
 
 
 def test_plot(tmp_path):
