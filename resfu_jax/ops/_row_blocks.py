@@ -38,7 +38,6 @@ def block_rows(height: Size, pixels_per_row: Size) -> int:
     return max(n for n in range(1, min(most, height) + 1) if height % n == 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def map_row_blocks(
     f: Function,
     count: Size,
@@ -61,6 +60,13 @@ def map_row_blocks(
     Returns:
       The output arrays, and the sums.
     """
+    if isinstance(count, int) and count == 1:
+        return f(params, arrays)  # one block is all: nothing to loop over, nothing to recompute
+    return _map(f, count, inputs, outputs, params, arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _map(f, count, inputs, outputs, params, arrays):
     shapes, sum_shapes = jax.eval_shape(lambda p, a: f(p, cut(a, 0, inputs)), params, arrays)
     buffers = []
     for shape, rows in zip(shapes, outputs, strict=True):
@@ -80,7 +86,7 @@ def map_row_blocks(
 
 
 def _forward(f, count, inputs, outputs, params, arrays):
-    return map_row_blocks(f, count, inputs, outputs, params, arrays), (params, arrays)
+    return _map(f, count, inputs, outputs, params, arrays), (params, arrays)
 
 
 def _backward(f, count, inputs, outputs, saved, cotangents):
@@ -103,7 +109,7 @@ def _backward(f, count, inputs, outputs, saved, cotangents):
     return cast(d_params, params), cast(tuple(d_arrays), arrays)
 
 
-map_row_blocks.defvjp(_forward, _backward)
+_map.defvjp(_forward, _backward)
 
 
 def loop(count: Size, body, state):
