@@ -42,7 +42,13 @@ def value_and_gradients(graphdef, params, inputs, cotangent):
     return y, vjp(cotangent)
 
 
-@pytest.mark.parametrize("implementation", [None, "reference"])
+# The literal form is the oracle of the other one: float64 is the test of it.
+@pytest.mark.parametrize(
+    ("implementation", "x64"),
+    [(None, False), (None, True), ("reference", True)],
+    indirect=["x64"],
+    ids=["float32", "x64", "reference-x64"],
+)
 @pytest.mark.parametrize("name", MODULES)
 def test_module(name, implementation, x64):
     g = goldens.load(name, x64=x64)
