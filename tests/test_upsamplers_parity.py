@@ -200,3 +200,20 @@ def test_high_to_low_differs_only_by_the_phases():
     y = from_torch("FADE", state, **g.args)(*inputs)
     np.testing.assert_array_equal(y, from_torch("FADE", low_to_high, **g.args)(*inputs))
     assert np.abs(y - goldens.nhwc(g.arrays["out/y"])).max() > 0.1
+
+
+def test_lda_aqu_of_a_single_output_pixel():
+    """The official module divides by the output's size minus one."""
+    up = create_upsampler("lda_aqu", features=16, scale=2)
+    x = jax.random.normal(jax.random.key(0), (1, 1, 3, 16))
+    for size in ((1, 1), (2, 1)):
+
+        @jax.jit
+        def run(x, size=size):
+            y, vjp = jax.vjp(lambda x: up(x, size), x)
+            return y, vjp(y)
+
+        y, gradient = run(x)
+        assert y.shape == (1, *size, 16)
+        assert np.isfinite(y).all()
+        assert np.isfinite(gradient).all()
