@@ -66,7 +66,7 @@ for {steps} steps of {batch} images; nothing else differs. {seeds} seeds: mean Â
 deviation.
 
 Parameters, operations (as XLA counts them) and milliseconds are of the upsampler alone: 64
-channels, 32 x 32 to 128 x 128, batch 1, two shared CPU cores, all members timed in turn: read ratios.
+channels, 32 x 32 to 128 x 128, batch 1, two shared CPU cores, members timed in turn: read ratios.
 
     python scripts/toy_analysis.py --workdir runs/toy    # trains what is missing, writes this page
 
