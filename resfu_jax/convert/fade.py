@@ -9,15 +9,7 @@ from resfu_jax.convert._state import StateDict
 from resfu_jax.upsamplers.fade import FADE
 
 
-def fade(
-    state: Mapping[str, Any],
-    *,
-    in_channels_en: int,
-    in_channels_de: int | None = None,
-    scale: int = 2,
-    up_kernel_size: int = 5,
-    scrambled_phases: bool = False,
-) -> FADE:
+def fade(state: Mapping[str, Any], *, scrambled_phases: bool = False, **arguments: Any) -> FADE:
     """The official FADE of `FADE_L2H.py` or, told apart by its keys, of `FADE_H2L.py`.
 
     Both are the same function, except that the plain PyTorch H2L file mixes up the phases of its
@@ -26,14 +18,7 @@ def fade(
     high_to_low = "kernel_generator.conv2_kernels" in state
     if scrambled_phases and not high_to_low:
         raise ValueError("scrambled_phases is for weights of FADE_H2L.py; these are of FADE_L2H.py")
-    up = FADE(
-        in_channels_en if in_channels_de is None else in_channels_de,
-        in_channels_en,
-        scale=scale,
-        up_kernel_size=up_kernel_size,
-        scrambled_phases=scrambled_phases,
-        rngs=nnx.Rngs(0),
-    )
+    up = _module(**arguments, scrambled_phases=scrambled_phases)
     s = StateDict(state, "FADE")
     s.set_layer(up.gate, "gate_generator.conv", layout="OI11")
     if high_to_low:
@@ -47,23 +32,9 @@ def fade(
     return up
 
 
-def fade_lite(
-    state: Mapping[str, Any],
-    *,
-    in_channels_en: int,
-    in_channels_de: int | None = None,
-    scale: int = 2,
-    up_kernel_size: int = 5,
-) -> FADE:
+def fade_lite(state: Mapping[str, Any], **arguments: Any) -> FADE:
     """The official FADELite."""
-    up = FADE(
-        in_channels_en if in_channels_de is None else in_channels_de,
-        in_channels_en,
-        scale=scale,
-        up_kernel_size=up_kernel_size,
-        lite=True,
-        rngs=nnx.Rngs(0),
-    )
+    up = _module(**arguments, lite=True)
     s = StateDict(state, "FADELite")
     s.set_layer(up.gate, "gate_generator.conv", layout="OI11")
     _semi_shift(s, up, "C1HW")
@@ -71,27 +42,32 @@ def fade_lite(
     return up
 
 
-def semi_shift_up(
-    state: Mapping[str, Any],
+def semi_shift_up(state: Mapping[str, Any], **arguments: Any) -> FADE:
+    """The official SemiShiftUp: FADE without the gate."""
+    up = _module(**arguments, gate=False)
+    s = StateDict(state, "SemiShiftUp")
+    _semi_shift(s, up, "OIHW")
+    s.done()
+    return up
+
+
+def _module(
     *,
     in_channels_en: int,
     in_channels_de: int | None = None,
     scale: int = 2,
     up_kernel_size: int = 5,
+    **kind: bool,
 ) -> FADE:
-    """The official SemiShiftUp: FADE without the gate."""
-    up = FADE(
+    """Our module from the official arguments; `in_channels_de` defaults to `in_channels_en`."""
+    return FADE(
         in_channels_en if in_channels_de is None else in_channels_de,
         in_channels_en,
         scale=scale,
         up_kernel_size=up_kernel_size,
-        gate=False,
         rngs=nnx.Rngs(0),
+        **kind,
     )
-    s = StateDict(state, "SemiShiftUp")
-    _semi_shift(s, up, "OIHW")
-    s.done()
-    return up
 
 
 def _semi_shift(s: StateDict, up: FADE, layout: str) -> None:
