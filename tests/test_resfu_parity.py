@@ -156,7 +156,7 @@ def test_stages(x64):
     up = from_torch("ReSFU", g.group("param"), **g.args)
     q, k = up.query(inputs["y"]), up.key(inputs["x"])
     k_up = resize(k, q.shape[1:3])
-    q_gs, q_gf = up.smooth_queries(q, k_up)
+    q_gs, q_gf = up.query_blurred(q), up.query_filtered(q, k_up)
     stages = dict(
         q=q,
         k=k,

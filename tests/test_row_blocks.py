@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from resfu_jax.ops import _row_blocks, deformable_attention, deformable_sample
-from resfu_jax.ops._row_blocks import Rows, block_rows, map_row_blocks
+from resfu_jax.ops._row_blocks import (
+    Rows,
+    block_rows,
+    map_row_blocks,
+    map_row_blocks_normalised,
+)
 from resfu_jax.ops.pcdc import PCDCParameters, pcdc
 
 
@@ -87,22 +92,45 @@ def test_block_rows(monkeypatch):
     assert block_rows(4, 1) == 4
 
 
-def test_overlapping_rows_and_sums():
-    """A moving sum over three rows, and the sum of all squares."""
+def test_overlapping_rows():
+    """A moving sum over three rows."""
 
     def f(scale, blocks):
         (x,) = blocks
-        return (scale * (x[:, :-2] + x[:, 1:-1] + x[:, 2:]),), jnp.square(x[:, 1:-1]).sum()
+        return (scale * (x[:, :-2] + x[:, 1:-1] + x[:, 2:]),)
 
-    def total(scale, x):
-        (y,), squares = map_row_blocks(f, 3, (Rows(1, 2, 4),), (Rows(1, 2, 2),), scale, (x,))
-        return (y * jnp.arange(6.0)[None, :, None]).sum() + squares
+    def in_blocks(scale, x):
+        (y,) = map_row_blocks(f, 3, (Rows(1, 2, 4),), (Rows(1, 2, 2),), scale, (x,))
+        return (y * jnp.arange(6.0)[None, :, None]).sum()
 
     def written_out(scale, x):
-        (y,), squares = f(scale, (x,))
-        return (y * jnp.arange(6.0)[None, :, None]).sum() + squares
+        return (f(scale, (x,))[0] * jnp.arange(6.0)[None, :, None]).sum()
 
-    arguments = jnp.float32(1.5), normal(0, 2, 8, 3)
-    np.testing.assert_allclose(total(*arguments), written_out(*arguments), rtol=1e-5)
-    gradients = (jax.grad(g, argnums=(0, 1))(*arguments) for g in (total, written_out))
+    check_gradients(in_blocks, written_out, jnp.float32(1.5), normal(0, 2, 8, 3))
+
+
+def test_normalised_rows():
+    """Rows times a parameter and over the square root of the sum of all squares."""
+
+    def f(scale, blocks):
+        (x,) = blocks
+        return jnp.stack([x, scale * x]), jnp.square(scale * x).sum()
+
+    def finish(scale, sums, between):
+        return scale * (between[0] - jnp.square(between[1])) / jnp.sqrt(sums)
+
+    def in_blocks(scale, x):
+        rows = Rows(1, 2, 2)
+        y = map_row_blocks_normalised(f, finish, 4, (rows,), Rows(2, 2, 2), rows, scale, (x,))
+        return (y * jnp.arange(8.0)[None, :, None]).sum()
+
+    def written_out(scale, x):
+        return (finish(scale, *f(scale, (x,))[::-1]) * jnp.arange(8.0)[None, :, None]).sum()
+
+    check_gradients(in_blocks, written_out, jnp.float32(1.5), normal(0, 2, 8, 3))
+
+
+def check_gradients(f, expected, *arguments):
+    np.testing.assert_allclose(f(*arguments), expected(*arguments), rtol=1e-5)
+    gradients = (jax.jit(jax.grad(g, argnums=(0, 1)))(*arguments) for g in (f, expected))
     chex.assert_trees_all_close(*gradients, rtol=1e-5, atol=1e-5)

@@ -94,13 +94,13 @@ def _reassemble_bwd(saved, g):
 
     def f(_, blocks):
         x, g = blocks
-        return (correlate(g, x, n, groups),), ()
+        return (correlate(g, x, n, groups),)
 
     def d_x(i, total):
         w, y = cut((weights, g), i, (pixels, pixels))
         return add(total, scatter(w, y, (*x.shape[:1], windows.length, *x.shape[2:])), i, windows)
 
-    (d_weights,), _ = map_row_blocks(f, h // rows, (windows, pixels), (pixels,), (), (x, g))
+    (d_weights,) = map_row_blocks(f, h // rows, (windows, pixels), (pixels,), (), (x, g))
     return d_weights, loop(h // rows, d_x, jnp.zeros_like(x))
 
 

@@ -59,11 +59,14 @@ def extend_axis(x: Array, border: int, axis: int) -> Array:
 
 
 def upsample_extended(
-    x: Float[Array, "b h2 w2 c"], ratio: tuple[int, int]
+    x: Float[Array, "b h2 w2 c"], ratio: tuple[int, int], step: int = 1
 ) -> Float[Array, "b H W c"]:
-    """Upsample the inside of a map that is extended by one pixel."""
+    """Upsample the inside of a map that is extended by one pixel; every `step`-th output pixel.
+
+    `step` must divide the ratios.
+    """
     for axis, r in zip((1, 2), ratio, strict=True):
-        x = _combine(x, phase_weights(r)[:, 0], axis)
+        x = _combine(x, phase_weights(r)[::step, 0], axis)
     return x
 
 

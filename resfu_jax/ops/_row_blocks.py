@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import Size
+from resfu_jax.ops._order import zeros_after
 
 BLOCK_PIXELS = 2048  # of a block, over the batch: its wide maps then fit into a core's cache
 
@@ -27,7 +28,7 @@ class Rows(NamedTuple):
     length: int
 
 
-Function = Callable[[Any, tuple[Array, ...]], tuple[tuple[Array, ...], Any]]
+Function = Callable[[Any, tuple[Array, ...]], tuple[Array, ...]]
 
 
 def block_rows(height: Size, pixels_per_row: Size) -> int:
@@ -45,12 +46,12 @@ def map_row_blocks(
     outputs: tuple[Rows, ...],
     params: Any,
     arrays: tuple[Array, ...],
-) -> tuple[tuple[Array, ...], Any]:
-    """Run `f(params, blocks) -> (blocks, sums)` over `count` blocks of rows.
+) -> tuple[Array, ...]:
+    """Run `f(params, blocks) -> blocks` over `count` blocks of rows.
 
     Args:
-      f: a function of the parameters and of one block of every array. Its first results are blocks
-        of the output arrays, its second a pytree that is summed over all blocks.
+      f: a function of the parameters and of one block of every array, that gives one block of every
+        output array.
       count: number of blocks.
       inputs: which rows of each array block i gets; they may overlap.
       outputs: which rows of each output array block i fills; they must not overlap.
@@ -58,21 +59,114 @@ def map_row_blocks(
       arrays: the arrays.
 
     Returns:
-      The output arrays, and the sums.
+      The output arrays.
     """
     if isinstance(count, int) and count == 1:
         return f(params, arrays)  # one block is all: nothing to loop over, nothing to recompute
     return _map(f, count, inputs, outputs, params, arrays)
 
 
+def map_row_blocks_normalised(
+    f: Callable[[Any, tuple[Array, ...]], tuple[Array, Any]],
+    finish: Callable[[Any, Any, Array], Array],
+    count: Size,
+    inputs: tuple[Rows, ...],
+    narrow: Rows,
+    output: Rows,
+    params: Any,
+    arrays: tuple[Array, ...],
+) -> Array:
+    """`map_row_blocks` with a normalisation: statistics of all blocks enter each of them.
+
+    Args:
+      f: gives one block of a narrow array, and a pytree that is summed over all blocks.
+      finish: a function of the parameters, the sums, and the narrow array or a block of it, pixel
+        by pixel, that gives the output or a block of it.
+      count: number of blocks.
+      inputs: which rows of each array block i gets; they may overlap.
+      narrow: which rows of the narrow array it fills.
+      output: which rows of the output `finish` makes of them.
+      params: pytree of arrays, for both functions.
+      arrays: the arrays.
+
+    Returns:
+      The output.
+    """
+    if isinstance(count, int) and count == 1:
+        block, sums = f(params, arrays)
+        return finish(params, sums, block)
+    return _map_normalised(f, finish, count, inputs, narrow, output, params, arrays)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _map(f, count, inputs, outputs, params, arrays):
+    return _run(lambda *args: (f(*args), ()), count, inputs, outputs, params, arrays)[0]
+
+
+def _map_bwd(f, count, inputs, outputs, saved, d_outputs):
+    params, arrays = saved
+
+    def cotangents(i):
+        return cut(d_outputs, i, outputs)
+
+    return _run_backward(f, count, inputs, params, arrays, cotangents, d_outputs[0])
+
+
+_map.defvjp(
+    lambda f, count, inputs, outputs, params, arrays: (
+        _map(f, count, inputs, outputs, params, arrays),
+        (params, arrays),
+    ),
+    _map_bwd,
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4, 5))
+def _map_normalised(f, finish, count, inputs, narrow, output, params, arrays):
+    return _map_normalised_fwd(f, finish, count, inputs, narrow, output, params, arrays)[0]
+
+
+def _map_normalised_fwd(f, finish, count, inputs, narrow, output, params, arrays):
+    def g(params, blocks):
+        block, sums = f(params, blocks)
+        return (block,), sums
+
+    (between,), sums = _run(g, count, inputs, (narrow,), params, arrays)
+
+    def last(sums, blocks):
+        return (finish(params, sums, *blocks),), ()
+
+    (out,), _ = _run(last, count, (narrow,), (output,), sums, (between,))
+    return out, (params, arrays, between, sums)
+
+
+def _map_normalised_bwd(f, finish, count, inputs, narrow, output, saved, d_out):
+    params, arrays, between, sums = saved
+    _, vjp = jax.vjp(lambda params, sums: finish(params, sums, between), params, sums)
+    of_finish, d_sums = vjp(d_out)
+
+    def cotangents(i):
+        # The narrow array's, block by block: it is several times as wide as the output's.
+        (block,), (g,) = cut((between,), i, (narrow,)), cut((d_out,), i, (output,))
+        _, vjp = jax.vjp(lambda block: finish(params, sums, block), block)
+        return *vjp(g), d_sums
+
+    d_params, d_arrays = _run_backward(f, count, inputs, params, arrays, cotangents, d_out)
+    return jax.tree.map(jnp.add, d_params, of_finish), d_arrays
+
+
+_map_normalised.defvjp(_map_normalised_fwd, _map_normalised_bwd)
+
+
+def _run(f, count, inputs, outputs, params, arrays):
+    """Output arrays and sums of `f(params, blocks) -> (blocks, sums)`."""
     shapes, sum_shapes = jax.eval_shape(lambda p, a: f(p, cut(a, 0, inputs)), params, arrays)
     buffers = []
     for shape, rows in zip(shapes, outputs, strict=True):
         full = list(shape.shape)
         full[rows.axis] = rows.step * count
-        buffers.append(jnp.zeros(full, shape.dtype))
+        # Not earlier than needed: the buffers exist from when the first array is computed.
+        buffers.append(zeros_after(arrays[0], tuple(full), shape.dtype))
     sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sum_shapes)
 
     def body(i, state):
@@ -85,31 +179,25 @@ def _map(f, count, inputs, outputs, params, arrays):
     return tuple(buffers), sums
 
 
-def _forward(f, count, inputs, outputs, params, arrays):
-    return _map(f, count, inputs, outputs, params, arrays), (params, arrays)
+def _run_backward(f, count, inputs, params, arrays, cotangents, done):
+    """Gradients of the blocks' `f(params, blocks)`, made again, given those of its results.
 
-
-def _backward(f, count, inputs, outputs, saved, cotangents):
-    params, arrays = saved
-    d_outputs, d_sums = cotangents
-    wide = jax.tree.map(
-        lambda a: jnp.zeros(a.shape, at_least_float32(a.dtype)), (params, list(arrays))
-    )
+    They exist from when `done` is computed.
+    """
+    d_params = jax.tree.map(lambda a: jnp.zeros(a.shape, at_least_float32(a.dtype)), params)
+    d_arrays = [zeros_after(done, a.shape, at_least_float32(a.dtype)) for a in arrays]
 
     def body(i, state):
         d_params, d_arrays = state
         _, vjp = jax.vjp(f, params, cut(arrays, i, inputs))
-        parts, blocks = vjp((cut(d_outputs, i, outputs), d_sums))
+        parts, blocks = vjp(cotangents(i))
         d_params = jax.tree.map(lambda a, b: a + b.astype(a.dtype), d_params, parts)
         d_arrays = [add(a, b, i, r) for a, b, r in zip(d_arrays, blocks, inputs, strict=True)]
         return d_params, d_arrays
 
-    d_params, d_arrays = loop(count, body, wide)
+    d_params, d_arrays = loop(count, body, (d_params, d_arrays))
     cast = functools.partial(jax.tree.map, lambda a, b: a.astype(b.dtype))
     return cast(d_params, params), cast(tuple(d_arrays), arrays)
-
-
-_map.defvjp(_forward, _backward)
 
 
 def loop(count: Size, body, state):

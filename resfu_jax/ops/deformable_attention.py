@@ -82,15 +82,15 @@ def deformable_attention(
         scores = jnp.einsum("bhwnd,bhwpnd->bhwnp", q, keys, preferred_element_type=dtype)
         attn = jax.nn.softmax(scores, axis=-1)
         out = jnp.einsum("bhwnp,bhwpnc->bhwnc", attn, values.astype(attn.dtype))
-        return (out.reshape(*out.shape[:3], -1).astype(v.dtype),), ()
+        return (out.reshape(*out.shape[:3], -1).astype(v.dtype),)
 
     b, hh, ww, _ = q.shape
     if implementation == "reference":
-        return attend((k, v, bias), (q, points))[0][0]
+        return attend((k, v, bias), (q, points))[0]
     # The samples of a pixel are P times its channels, four corners each.
     rows = block_rows(hh, b * ww * points.shape[4])
     block = Rows(1, rows, rows)
-    (out,), _ = map_row_blocks(
+    (out,) = map_row_blocks(
         attend, hh // rows, (block, block), (block,), (k, v, bias), (q, points)
     )
     return out

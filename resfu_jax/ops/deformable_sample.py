@@ -65,12 +65,12 @@ def deformable_sample(
         return _sample(x, points, padding_mode)
 
     def f(x, blocks):
-        return (_sample(x, blocks[0], padding_mode),), ()
+        return (_sample(x, blocks[0], padding_mode),)
 
     b, hh, ww, _, p, _ = points.shape
     rows = block_rows(hh, b * ww * p)
     block = Rows(1, rows, rows)
-    (out,), _ = map_row_blocks(f, hh // rows, (block,), (block,), x, (points,))
+    (out,) = map_row_blocks(f, hh // rows, (block,), (block,), x, (points,))
     return out
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops._polyphase import extend_axis
+from resfu_jax.ops._polyphase import extend, extend_axis, upsample_extended, whole_ratio
+from resfu_jax.ops._row_blocks import Rows, block_rows, map_row_blocks
 from resfu_jax.ops.resize import resize
 
 
@@ -99,8 +100,28 @@ def guided_filter_subsampled(
     a = (mean_ip - mean_i * mean_p) / (mean_ii - mean_i * mean_i + eps)
     b = mean_p - a * mean_i
     ab = box_filter(jnp.concatenate([a, b], axis=-1), radius)
-    a, b = jnp.split(resize(ab, guide.shape[1:3]), 2, axis=-1)
-    return a * guide + b
+    return _linear_model(ab, guide)
+
+
+def _linear_model(ab: Float[Array, "b h w c2"], guide: Float[Array, "b H W c"]) -> Array:
+    """`a guide + b`, a and b upsampled bilinearly to the guide's size."""
+    ratio = whole_ratio(ab.shape[1:3], guide.shape[1:3])
+    if ratio is None:
+        a, b = jnp.split(resize(ab, guide.shape[1:3]), 2, axis=-1)
+        return a * guide + b
+
+    def f(_, blocks):
+        ab, guide = blocks
+        a, b = jnp.split(upsample_extended(ab, ratio), 2, axis=-1)
+        return (a * guide + b,)
+
+    # In blocks of rows: the gradient would keep both at full size.
+    n, h, w, _ = guide.shape
+    rows = block_rows(h // ratio[0], n * w * ratio[0])
+    inputs = (Rows(1, rows, rows + 2), Rows(1, rows * ratio[0], rows * ratio[0]))
+    count = h // ratio[0] // rows
+    (out,) = map_row_blocks(f, count, inputs, inputs[1:], (), (extend(ab, 1), guide))
+    return out
 
 
 def subsample(x: Float[Array, "b H W c"], step: int) -> Float[Array, "b h w c"]:

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._polyphase import extend, upsample_extended, upsampled_moments, whole_ratio
-from resfu_jax.ops._row_blocks import Rows, block_rows, map_row_blocks
+from resfu_jax.ops._row_blocks import Rows, block_rows, map_row_blocks_normalised
 from resfu_jax.ops.group_norm import group_mean, group_moments, group_norm
 from resfu_jax.ops.grouped_conv import grouped_conv, grouped_linear
 from resfu_jax.ops.resize import resize
@@ -112,6 +112,7 @@ def _blocks(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups: in
     b, hh, ww, _ = q.shape
     side, hidden = p.kernel.shape[0], p.kernel.shape[3]
     o = hidden // groups
+    dtype = q.dtype
     of_q = group_moments(q, groups=norm_groups, eps=EPS)
     weights = p.kernel.reshape(side**2, -1, groups, o).transpose(2, 0, 1, 3)  # group tap in out
     central = -weights.sum(axis=1)
@@ -134,7 +135,7 @@ def _blocks(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups: in
         u = jax.nn.relu(_per_group(t, mix) + mix_bias[None, :, None])
         scores = _per_group(u, apart).reshape(b, g, h, w, inner * taps)
         u = u.astype(at_least_float32(u.dtype))
-        return (scores,), (u.sum(axis=2), jnp.square(u).sum(axis=2))
+        return scores, (u.sum(axis=2), jnp.square(u).sum(axis=2))
 
     # Normalisation and the order of axes, too, are made block by block.
     def normalised(x, moments, scale):
@@ -158,7 +159,7 @@ def _blocks(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups: in
         inputs = (Rows(2, rows, rows + 2), Rows(1, rows * dilation, rows * dilation))
 
         def f(params, blocks):
-            of_q, scale, central, bias, *rest = params
+            of_q, scale, central, bias, *rest, _ = params
             response, q = blocks
             q = normalised(q, of_q, scale)
             up = response.reshape(b * groups, *response.shape[2:])
@@ -179,7 +180,7 @@ def _blocks(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups: in
         inputs = (Rows(1, rows, rows + 2 * border), Rows(1, rows, rows))
 
         def f(params, blocks):
-            of_q, scale, of_k, weights, bias, *rest = params
+            of_q, scale, of_k, weights, bias, *rest, _ = params
             k, q = blocks
             k, q = normalised(k, of_k, scale), normalised(q, of_q, scale)
             x = jnp.concatenate([_windows(k, side, dilation), q], axis=-1)
@@ -189,22 +190,28 @@ def _blocks(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups: in
         weights = jnp.concatenate([weights, central], axis=1)
         first, arrays, count = (of_k, weights), (k, q), hh // rows
         out_rows = rows
-    outputs = (Rows(2, out_rows, out_rows),)
-    params = (of_q, p.scale, *first, bias, mix, mix_bias, apart)
-    (scores,), (total, squares) = map_row_blocks(f, count, inputs, outputs, params, arrays)
 
-    # Statistics of u, and what its norm makes of the projections.
-    pixels = hh * ww if isinstance(hh * ww, int) else jnp.asarray(hh * ww, total.dtype)
-    total, squares = (
-        group_mean(a.reshape(b, hidden), norm_groups) / pixels for a in (total, squares)
-    )
-    factor = jax.lax.rsqrt(jnp.maximum(squares - jnp.square(total), 0) + EPS)
-    project, hidden_scale = (a.astype(factor.dtype) for a in (p.project, p.hidden_scale))
-    shift = p.hidden_bias.astype(factor.dtype)[None] - total * factor * hidden_scale[None]
-    out = (shift @ project + p.project_bias.astype(factor.dtype)[None])[:, None, None]
-    scores = scores.reshape(*scores.shape[:4], inner, taps)
-    out = out + _sum_of_units(scores, factor.reshape(b, groups, inner, -1)[..., 0])
-    return out.astype(q.dtype)
+    def finish(params, sums, scores):
+        """Statistics of u, and what its norm makes of the projections."""
+        project, project_bias, hidden_scale, hidden_bias = params[-1]
+        total, squares = (
+            group_mean(a.reshape(b, hidden) / jnp.asarray(hh * ww, a.dtype), norm_groups)
+            for a in sums
+        )
+        factor = jax.lax.rsqrt(jnp.maximum(squares - jnp.square(total), 0) + EPS)
+        project, project_bias, hidden_scale, hidden_bias = (
+            a.astype(factor.dtype) for a in (project, project_bias, hidden_scale, hidden_bias)
+        )
+        shift = hidden_bias[None] - total * factor * hidden_scale[None]
+        out = (shift @ project + project_bias[None])[:, None, None]
+        scores = scores.reshape(*scores.shape[:4], inner, taps)
+        out = out + _sum_of_units(scores, factor.reshape(b, groups, inner, -1)[..., 0])
+        return out.astype(dtype)
+
+    last = (p.project, p.project_bias, p.hidden_scale, p.hidden_bias)
+    params = (of_q, p.scale, *first, bias, mix, mix_bias, apart, last)
+    narrow, output = Rows(2, out_rows, out_rows), Rows(1, out_rows, out_rows)
+    return map_row_blocks_normalised(f, finish, count, inputs, narrow, output, params, arrays)
 
 
 @jax.custom_vjp

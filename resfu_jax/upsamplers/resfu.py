@@ -29,6 +29,9 @@ from jaxtyping import Array, Bool, Float
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._gradient import scale_gradient
 from resfu_jax.ops._interp import Size
+from resfu_jax.ops._order import after
+from resfu_jax.ops._polyphase import extend, upsample_extended, whole_ratio
+from resfu_jax.ops._row_blocks import Rows, block_rows, map_row_blocks
 from resfu_jax.ops.filters import (
     check_gf_scale,
     gaussian_blur,
@@ -216,7 +219,7 @@ class ReSFU(nnx.Module):
     def _scores_reference(self, x: Array, y: Array) -> Array:
         q, k = self.query(y), self.key(x)
         k_up = resize(k, q.shape[1:3], implementation="reference")
-        q_gs, q_gf = self.smooth_queries(q, k_up)
+        q_gs, q_gf = self.query_blurred(q), self.query_filtered(q, k_up)
         semantic = self.semantic_scores(k_up, q_gf, implementation="reference")
         return semantic + self.detail_scores(q_gs, q, implementation="reference")
 
@@ -230,23 +233,31 @@ class ReSFU(nnx.Module):
         x = apply_norm(x, self.norm_x)
         return apply_linear(x, self.k)
 
-    def smooth_queries(self, q: Array, k_up: Array) -> tuple[Array, Array]:
-        """The partners of the two score branches: q blurred, and q filtered towards the key."""
-        q_gf = guided_filter_subsampled(
+    def query_blurred(self, q: Array) -> Array:
+        """Partner of q in the detail branch: its own blur."""
+        return gaussian_blur(q, kernel_size=3, sigma=1.0)
+
+    def query_filtered(self, q: Array, k_up: Array) -> Array:
+        """Partner of the upsampled key in the semantic branch: q filtered towards it."""
+        return self._query_filtered(q, subsample(k_up, self.gf_scale))
+
+    def _query_filtered(self, q: Array, small_k_up: Array) -> Array:
+        return guided_filter_subsampled(
             q,
             subsample(q, self.gf_scale),
-            subsample(k_up, self.gf_scale),
+            small_k_up,
             radius=self.radius // self.gf_scale,
             eps=self.eps,
         )
-        return gaussian_blur(q, kernel_size=3, sigma=1.0), q_gf
 
     def _scores_polyphase(self, x: Array, y: Array) -> Array:
         q = _linear_of_norm(y, self.norm_y, self.q)
         k = _linear_of_norm(x, self.norm_x, self.k)
-        # XLA computes only the pixels of k_up that the guided filter keeps.
-        q_gs, q_gf = self.smooth_queries(q, resize(k, q.shape[1:3]))
-        return self.semantic_scores(k, q_gf) + self.detail_scores(q_gs, q)
+        detail = self.detail_scores(self.query_blurred(q), q)
+        # One branch after the other: each holds a map of K*K numbers a norm group.
+        q = after(q, detail)
+        q_gf = self._query_filtered(q, _subsampled_resize(k, q.shape[1:3], self.gf_scale))
+        return self.semantic_scores(k, q_gf) + detail
 
     def _check(self, features: Array, guide: Array) -> None:
         check_features(features, self.features)
@@ -365,6 +376,14 @@ def neighbours_inside(
     return inside.reshape(*size, kernel_size * kernel_size)
 
 
+def _subsampled_resize(x: Array, size: tuple[Size, Size], step: int) -> Array:
+    """`subsample(resize(x, size), step)`."""
+    ratio = whole_ratio(x.shape[1:3], size)
+    if ratio is None or any(r % step for r in ratio):
+        return subsample(resize(x, size), step)
+    return upsample_extended(extend(x, 1), ratio, step)
+
+
 def _linear_of_norm(x: Array, norm: nnx.GroupNorm | None, layer: nnx.Linear | None) -> Array:
     """`layer(norm(x))` without writing the normalised map; either may be absent."""
     if layer is None:
@@ -397,5 +416,14 @@ def _affine_of_norm(
     if bias is not None:
         offset = offset + bias.astype(offset.dtype)[None]
     weight = (factor[:, :, None] * kernel[None]).astype(x.dtype)
-    product = jnp.einsum("bhwc,bco->bhwo", x, weight, preferred_element_type=factor.dtype)
-    return (product + offset[:, None, None]).astype(x.dtype)
+
+    def affine(params, blocks):
+        (weight, offset), (x,) = params, blocks
+        product = jnp.einsum("bhwc,bco->bhwo", x, weight, preferred_element_type=factor.dtype)
+        return ((product + offset[:, None, None]).astype(x.dtype),)
+
+    b, h, w, _ = x.shape
+    rows = block_rows(h, b * w)
+    block = Rows(1, rows, rows)
+    (out,) = map_row_blocks(affine, h // rows, (block,), (block,), (weight, offset), (x,))
+    return out

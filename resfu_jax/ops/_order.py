@@ -1,0 +1,32 @@
+"""The order in which XLA computes what does not depend on each other, hence what is alive at once.
+
+Large computations that are independent are scheduled side by side, and need the memory of both. An
+optimisation barrier does not help: XLA's CPU compiler drops it before it fuses and schedules. So
+the later one gets a zero that depends on the earlier one, which must be the result of a loop
+(`_row_blocks`): of anything else, the compiler would compute the one pixel apart.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+
+@jax.custom_vjp
+def after(x: Array, done: Array) -> Array:
+    """x, but computed after `done` of the same batch; their gradients in the opposite order."""
+    return x + zeros_after(done, (x.shape[0],) + (1,) * (x.ndim - 1), x.dtype)
+
+
+def zeros_after(done: Array, shape: tuple, dtype: DTypeLike) -> Array:
+    """Zeros that exist from when `done`, of the same batch, is computed."""
+    first = done[(slice(None),) + (slice(1),) * (done.ndim - 1)]
+    zero = (first > jnp.inf).astype(dtype).reshape(done.shape[0], *[1] * (len(shape) - 1))
+    return jnp.broadcast_to(zero, shape)
+
+
+def _after_bwd(done, g):
+    return g, zeros_after(g, done.shape, done.dtype)
+
+
+after.defvjp(lambda x, done: (after(x, done), done), _after_bwd)
