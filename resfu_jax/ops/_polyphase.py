@@ -66,8 +66,13 @@ def upsample_extended(
     `step` must divide the ratios.
     """
     for axis, r in zip((1, 2), ratio, strict=True):
-        x = _combine(x, phase_weights(r)[::step, 0], axis)
+        x = upsample_extended_axis(x, r, axis, step)
     return x
+
+
+def upsample_extended_axis(x: Array, ratio: int, axis: int, step: int = 1) -> Array:
+    """`upsample_extended` along one axis of any array."""
+    return _combine(x, phase_weights(ratio)[::step, 0], axis)
 
 
 def upsampled_moments(
@@ -92,7 +97,7 @@ def upsampled_moments(
 def _combine(x: Array, weights: np.ndarray, axis: int) -> Array:
     """out[a * P + p] = sum_t weights[p, t] x[a + t] along `axis`, P phases and 3 taps."""
     n = x.shape[axis] - 2
-    shifted = [x[:, t : t + n] if axis == 1 else x[:, :, t : t + n] for t in range(3)]
+    shifted = [jax.lax.slice_in_dim(x, t, t + n, axis=axis) for t in range(3)]
     # Stacked phases, not a broadcast product: its gradient would be a reduction over a short axis,
     # which XLA does slowly on a CPU.
     phases = [

@@ -17,15 +17,19 @@ from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._order import zeros_after
 
-BLOCK_PIXELS = 2048  # of a block, over the batch: its wide maps then fit into a core's cache
+BLOCK_PIXELS = 4096  # of a block, over the batch: its wide maps then fit into a core's cache
 
 
 class Rows(NamedTuple):
-    """Block i of an array: `length` slices along `axis` from i * step on."""
+    """Block i of an array: `length` slices along `axis` from i * step on.
+
+    With offsets, a tuple of such pieces, each that much further on: the rows of a dilated window.
+    """
 
     axis: int
     step: int
     length: int
+    offsets: tuple[int, ...] = ()
 
 
 Function = Callable[[Any, tuple[Array, ...]], tuple[Array, ...]]
@@ -62,7 +66,8 @@ def map_row_blocks(
       The output arrays.
     """
     if isinstance(count, int) and count == 1:
-        return f(params, arrays)  # one block is all: nothing to loop over, nothing to recompute
+        # One block is all: nothing to loop over, nothing to recompute.
+        return f(params, cut(arrays, 0, inputs))
     return _map(f, count, inputs, outputs, params, arrays)
 
 
@@ -93,7 +98,7 @@ def map_row_blocks_normalised(
       The output.
     """
     if isinstance(count, int) and count == 1:
-        block, sums = f(params, arrays)
+        block, sums = f(params, cut(arrays, 0, inputs))
         return finish(params, sums, block)
     return _map_normalised(f, finish, count, inputs, narrow, output, params, arrays)
 
@@ -206,30 +211,36 @@ def loop(count: Size, body, state):
     return jax.lax.fori_loop(0, bound, body, state)
 
 
-def _place(a: Array, i, rows: Rows):
+def cut(arrays: tuple[Array, ...], i, blocks: tuple[Rows, ...]) -> tuple[Any, ...]:
+    """Block i of every array."""
+    return tuple(_cut(a, i, rows) for a, rows in zip(arrays, blocks, strict=True))
+
+
+def _cut(a: Array, i, rows: Rows) -> Any:
+    shape = (*a.shape[: rows.axis], rows.length, *a.shape[rows.axis + 1 :])
+    starts = [_start(a, i, rows, offset) for offset in rows.offsets or (0,)]
+    pieces = tuple(jax.lax.dynamic_slice(a, start, shape) for start in starts)
+    return pieces if rows.offsets else pieces[0]
+
+
+def _start(a: Array, i, rows: Rows, offset: int = 0) -> list[Array]:
     i = jnp.asarray(i, jnp.int32)
     start = [jnp.zeros_like(i)] * a.ndim
-    start[rows.axis] = i * rows.step
-    shape = list(a.shape)
-    shape[rows.axis] = rows.length
-    return start, shape
-
-
-def cut(arrays: tuple[Array, ...], i, blocks: tuple[Rows, ...]) -> tuple[Array, ...]:
-    """Block i of every array."""
-    return tuple(
-        jax.lax.dynamic_slice(a, *_place(a, i, rows))
-        for a, rows in zip(arrays, blocks, strict=True)
-    )
+    start[rows.axis] = i * rows.step + offset
+    return start
 
 
 def _put(a: Array, block: Array, i, rows: Rows) -> Array:
-    return jax.lax.dynamic_update_slice(a, block.astype(a.dtype), _place(a, i, rows)[0])
+    return jax.lax.dynamic_update_slice(a, block.astype(a.dtype), _start(a, i, rows))
 
 
-def add(a: Array, block: Array, i, rows: Rows) -> Array:
+def add(a: Array, block: Any, i, rows: Rows) -> Array:
     """The array with its block i increased."""
-    if rows.step == rows.length:
+    if not rows.offsets and rows.step == rows.length:
         return _put(a, block, i, rows)
-    old = jax.lax.dynamic_slice(a, *_place(a, i, rows))
-    return _put(a, old + block.astype(a.dtype), i, rows)
+    pieces = block if rows.offsets else (block,)
+    for piece, offset in zip(pieces, rows.offsets or (0,), strict=True):
+        start = _start(a, i, rows, offset)
+        old = jax.lax.dynamic_slice(a, start, piece.shape)
+        a = jax.lax.dynamic_update_slice(a, old + piece.astype(a.dtype), start)
+    return a

@@ -90,9 +90,7 @@ def deformable_attention(
     # The samples of a pixel are P times its channels, four corners each.
     rows = block_rows(hh, b * ww * points.shape[4])
     block = Rows(1, rows, rows)
-    (out,) = map_row_blocks(
-        attend, hh // rows, (block, block), (block,), (k, v, bias), (q, points)
-    )
+    (out,) = map_row_blocks(attend, hh // rows, (block, block), (block,), (k, v, bias), (q, points))
     return out
 
 

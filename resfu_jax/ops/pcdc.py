@@ -19,8 +19,8 @@ fractions. So a small k is convolved as it is.
 Source: "A Refreshed Similarity-based Upsampler for Direct High-Ratio Feature Upsampling".
 """
 
-import functools
 import math
+from collections.abc import Iterable
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -28,7 +28,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._polyphase import extend, upsample_extended, upsampled_moments, whole_ratio
+from resfu_jax.ops._interp import Size
+from resfu_jax.ops._polyphase import (
+    extend,
+    extend_axis,
+    upsample_extended_axis,
+    upsampled_moments,
+    whole_ratio,
+)
 from resfu_jax.ops._row_blocks import Rows, block_rows, map_row_blocks_normalised
 from resfu_jax.ops.group_norm import group_mean, group_moments, group_norm
 from resfu_jax.ops.grouped_conv import grouped_conv, grouped_linear
@@ -111,35 +118,35 @@ def _reference(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups:
 def _blocks(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups: int) -> Array:
     b, hh, ww, _ = q.shape
     side, hidden = p.kernel.shape[0], p.kernel.shape[3]
-    o = hidden // groups
-    dtype = q.dtype
+    o, dtype = hidden // groups, q.dtype
     of_q = group_moments(q, groups=norm_groups, eps=EPS)
-    weights = p.kernel.reshape(side**2, -1, groups, o).transpose(2, 0, 1, 3)  # group tap in out
-    central = -weights.sum(axis=1)
-    weights = weights.reshape(groups, -1, o)
+    weights = p.kernel.reshape(side**2, -1, groups, o).transpose(2, 3, 0, 1)  # group out tap in
+    central = -weights.sum(axis=2)
+    weights = weights.reshape(groups, o, -1)
 
     # Units of hidden channels that share a group of both kinds, each projected by itself.
     units = math.lcm(groups, norm_groups)
     inner = units // groups  # units of a convolution group
-    project = (p.hidden_scale[:, None] * p.project).reshape(groups, inner, hidden // units, -1)
-    taps = project.shape[-1]
-    apart = project[:, :, :, None] * jnp.eye(inner, dtype=q.dtype)[None, :, None, :, None]
-    apart = apart.reshape(groups, o, inner * taps)
-    mix = p.mix.reshape(o, groups, o).transpose(1, 0, 2)
+    project = (p.hidden_scale[:, None] * p.project).T.reshape(-1, groups, inner, hidden // units)
+    project = project.transpose(1, 0, 2, 3)[:, None]  # group . tap unit channel
+    taps = project.shape[2]
+    apart = project * jnp.eye(inner, dtype=dtype)[None, :, None, :, None]
+    apart = apart.reshape(groups, inner * taps, o)
+    mix = p.mix.reshape(o, groups, o).transpose(1, 2, 0)
     bias, mix_bias = (a.reshape(groups, o) for a in (p.bias, p.mix_bias))
 
-    def compress(t, mix, mix_bias, apart):
-        """relu, mix, relu, and what leaves the block."""
-        b, g, h, w, _ = t.shape
-        t = jax.nn.relu(t).reshape(b, g, h * w, o)
-        u = jax.nn.relu(_per_group(t, mix) + mix_bias[None, :, None])
-        scores = _per_group(u, apart).reshape(b, g, h, w, inner * taps)
-        u = u.astype(at_least_float32(u.dtype))
-        return scores, (u.sum(axis=2), jnp.square(u).sum(axis=2))
+    # Within a block, channels come first: rows of pixels are what all steps go along.
+    def normalised(q, of_q, scale):
+        return _by_group(_centred(q, of_q, scale), groups)
 
-    # Normalisation and the order of axes, too, are made block by block.
-    def normalised(x, moments, scale):
-        return _by_group(_centred(x, moments, scale), groups)
+    def compress(t, bias, mix, mix_bias, apart):
+        """relu, mix, relu, and what leaves the block."""
+        *_, h, w = t.shape
+        t = jax.nn.relu(t + bias[None, :, :, None, None])
+        u = jax.nn.relu(_per_group(mix, t) + mix_bias[None, :, :, None, None])
+        scores = _per_group(apart, u).reshape(b, groups, inner, taps, h, w)
+        u = u.astype(at_least_float32(u.dtype))
+        return scores, (u.sum(axis=(3, 4)), jnp.square(u).sum(axis=(3, 4)))
 
     ratio = whole_ratio(k.shape[1:3], q.shape[1:3])
     if ratio == (dilation, dilation) and dilation > 1:
@@ -151,45 +158,41 @@ def _blocks(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups: in
         k = _centred(k, (mean, jax.lax.rsqrt(variance + EPS)), p.scale)
         # One ring of responses beyond the image, for the interpolation at its border.
         k = _by_group(extend(k, side // 2 + 1), groups)
-        response = _windows(k, side, 1)
-        _, _, h, w, _ = response.shape
-        response = _per_group(response.reshape(b, groups, h * w, -1), weights)
-        response = response.reshape(b, groups, h, w, o)
-        rows = block_rows(h - 2, b * ww * dilation)
-        inputs = (Rows(2, rows, rows + 2), Rows(1, rows * dilation, rows * dilation))
+        h = k.shape[3] - (side - 1)
+        rows = [k[:, :, :, u : u + h] for u in range(side)]
+        windows = _windows(rows, range(side), k.shape[4] - (side - 1))
+        response = _per_group(weights, jnp.concatenate(windows, axis=2))
+        response = jnp.moveaxis(response, 2, 4)  # columns are upsampled with channels last
+        response = jnp.moveaxis(upsample_extended_axis(response, dilation, 3), 4, 2)
+        n = block_rows(h - 2, b * ww * dilation)
+        inputs = (Rows(3, n, n + 2), Rows(1, n * dilation, n * dilation))
 
         def f(params, blocks):
-            of_q, scale, central, bias, *rest, _ = params
+            of_q, scale, central, *rest, _ = params
             response, q = blocks
-            q = normalised(q, of_q, scale)
-            up = response.reshape(b * groups, *response.shape[2:])
-            up = upsample_extended(up, ratio).reshape(*q.shape[:4], o)
-            t = _per_group(q.reshape(b, groups, -1, q.shape[4]), central)
-            t = t.reshape(up.shape) + up + bias[None, :, None, None]
-            return compress(t, *rest)
+            t = _per_group(central, normalised(q, of_q, scale))
+            return compress(t + upsample_extended_axis(response, dilation, 3), *rest)
 
-        first, arrays, count = (central,), (response, q), (h - 2) // rows
-        out_rows = rows * dilation
+        first, arrays, count = (central,), (response, q), (h - 2) // n
+        out_rows = n * dilation
     else:
         if k.shape[1:3] != (hh, ww):
             k = resize(k, (hh, ww))
         of_k = group_moments(k, groups=norm_groups, eps=EPS)
-        border = dilation * (side - 1) // 2
-        k = extend(k, border)
-        rows = block_rows(hh, b * ww)
-        inputs = (Rows(1, rows, rows + 2 * border), Rows(1, rows, rows))
+        border, steps = dilation * (side // 2), tuple(range(0, dilation * side, dilation))
+        k = extend_axis(k, border, 1)
+        out_rows = block_rows(hh, b * ww)
+        inputs = (Rows(1, out_rows, out_rows, steps), Rows(1, out_rows, out_rows))
 
         def f(params, blocks):
-            of_q, scale, of_k, weights, bias, *rest, _ = params
-            k, q = blocks
-            k, q = normalised(k, of_k, scale), normalised(q, of_q, scale)
-            x = jnp.concatenate([_windows(k, side, dilation), q], axis=-1)
-            t = _per_group(x.reshape(b, groups, -1, x.shape[4]), weights)
-            return compress(t.reshape(*q.shape[:4], o) + bias[None, :, None, None], *rest)
+            of_q, scale, of_k, weights, *rest, _ = params
+            rows, q = blocks
+            rows = [extend_axis(normalised(a, of_k, scale), border, 4) for a in rows]
+            windows = [*_windows(rows, steps, ww), normalised(q, of_q, scale)]
+            return compress(_per_group(weights, jnp.concatenate(windows, axis=2)), *rest)
 
-        weights = jnp.concatenate([weights, central], axis=1)
-        first, arrays, count = (of_k, weights), (k, q), hh // rows
-        out_rows = rows
+        weights = jnp.concatenate([weights, central], axis=2)
+        first, arrays, count = (of_k, weights), (k, q), hh // out_rows
 
     def finish(params, sums, scores):
         """Statistics of u, and what its norm makes of the projections."""
@@ -203,24 +206,23 @@ def _blocks(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups: in
             a.astype(factor.dtype) for a in (project, project_bias, hidden_scale, hidden_bias)
         )
         shift = hidden_bias[None] - total * factor * hidden_scale[None]
-        out = (shift @ project + project_bias[None])[:, None, None]
-        scores = scores.reshape(*scores.shape[:4], inner, taps)
-        out = out + _sum_of_units(scores, factor.reshape(b, groups, inner, -1)[..., 0])
-        return out.astype(dtype)
+        shift = (shift @ project + project_bias[None])[:, :, None, None]
+        out = _sum_of_units(scores, factor.reshape(b, groups, inner, -1)[..., 0]) + shift
+        return jnp.moveaxis(out.astype(dtype), 1, 3)
 
     last = (p.project, p.project_bias, p.hidden_scale, p.hidden_bias)
     params = (of_q, p.scale, *first, bias, mix, mix_bias, apart, last)
-    narrow, output = Rows(2, out_rows, out_rows), Rows(1, out_rows, out_rows)
+    narrow, output = Rows(4, out_rows, out_rows), Rows(1, out_rows, out_rows)
     return map_row_blocks_normalised(f, finish, count, inputs, narrow, output, params, arrays)
 
 
 @jax.custom_vjp
 def _sum_of_units(
-    scores: Float[Array, "b g h w i taps"], factor: Float[Array, "b g i"]
-) -> Float[Array, "b h w taps"]:
-    _, groups, _, _, inner, _ = scores.shape
+    scores: Float[Array, "b g i taps h w"], factor: Float[Array, "b g i"]
+) -> Float[Array, "b taps h w"]:
+    _, groups, inner, *_ = scores.shape
     return sum(
-        scores[:, g, :, :, i].astype(factor.dtype) * factor[:, g, i][:, None, None, None]
+        scores[:, g, i].astype(factor.dtype) * factor[:, g, i][:, None, None, None]
         for g in range(groups)
         for i in range(inner)
     )
@@ -229,51 +231,30 @@ def _sum_of_units(
 def _sum_of_units_bwd(saved, d_out):
     # As broadcast products: differentiated as it stands, the sum would be a padded map a unit.
     scores, factor = saved
-    d_out = d_out[:, None, :, :, None]
-    d_scores = d_out * factor[:, :, None, None, :, None]
-    d_factor = (scores.astype(factor.dtype) * d_out).sum(axis=(2, 3, 5))
+    d_out = d_out[:, None, None]
+    d_scores = d_out * factor[..., None, None, None]
+    d_factor = (scores.astype(factor.dtype) * d_out).sum(axis=(3, 4, 5))
     return d_scores.astype(scores.dtype), d_factor
 
 
 _sum_of_units.defvjp(lambda s, f: (_sum_of_units(s, f), (s, f)), _sum_of_units_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _windows(x: Float[Array, "b g h w c"], side: int, dilation: int) -> Array:
-    """All side x side windows, (b, g, h - d (side - 1), w - d (side - 1), side^2 c)."""
-    h, w = (n - dilation * (side - 1) for n in x.shape[2:4])
-    steps = range(0, dilation * side, dilation)
-    return jnp.concatenate([x[:, :, u : u + h, v : v + w] for u in steps for v in steps], axis=-1)
+def _windows(rows: list[Array], columns: Iterable[int], width: Size) -> list[Array]:
+    """The taps of a convolution: `width` columns from every one of `columns` on, row by row."""
+    return [a[..., v : v + width] for a in rows for v in columns]
 
 
-def _windows_bwd(side, dilation, _, g):
-    # Overlap-added axis by axis: differentiated as it stands, a padded map a tap.
-    c = g.shape[4] // side**2
-    reach = dilation * (side - 1)
-
-    def place(a, i, axis):
-        border = [(0, 0)] * 5
-        border[axis] = (i * dilation, reach - i * dilation)
-        return jnp.pad(a, border)
-
-    rows = 0
-    for u in range(side):
-        taps = [g[..., (u * side + v) * c : (u * side + v + 1) * c] for v in range(side)]
-        rows = rows + place(sum(place(t, v, 3) for v, t in enumerate(taps)), u, 2)
-    return (rows,)
+def _per_group(weights: Float[Array, "g o i"], x: Float[Array, "b g i h w"]) -> Array:
+    """Each group's matrix times its pixels."""
+    *lead, _, h, w = x.shape
+    weights = jnp.broadcast_to(weights[None], (x.shape[0], *weights.shape))
+    return jnp.matmul(weights, x.reshape(*x.shape[:3], h * w)).reshape(*lead, -1, h, w)
 
 
-_windows.defvjp(lambda x, side, dilation: (_windows(x, side, dilation), None), _windows_bwd)
-
-
-def _per_group(x: Float[Array, "b g n i"], weights: Float[Array, "g i o"]) -> Array:
-    """Each group's pixels times its matrix."""
-    return jnp.matmul(x, jnp.broadcast_to(weights[None], (x.shape[0], *weights.shape)))
-
-
-def _by_group(x: Float[Array, "b h w c"], groups: int) -> Float[Array, "b g h w d"]:
+def _by_group(x: Float[Array, "b h w c"], groups: int) -> Float[Array, "b g d h w"]:
     b, h, w, c = x.shape
-    return x.reshape(b, h, w, groups, c // groups).transpose(0, 3, 1, 2, 4)
+    return jnp.moveaxis(x, 3, 1).reshape(b, groups, c // groups, h, w)
 
 
 def _centred(x: Array, moments: tuple[Array, Array], scale: Array) -> Array:
