@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from resfu_jax.ops._interp import Size
+from resfu_jax.ops._order import zeros_after
 from resfu_jax.ops._row_blocks import Rows, add, block_rows, cut, loop, map_row_blocks
 
 Weights = Float[Array, "b H W g taps"]
@@ -51,57 +53,40 @@ def reassemble(weights: Weights, x: Padded) -> Output:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def correlate(y: Output, x: Padded, n: int, groups: int = 1) -> Weights:
     """Inner products of every pixel of y with the pixels of its n x n window in x."""
-    # Per cell (phases x C)(C x window).
-    b, hh, ww, _ = y.shape
-    (h, w), ratio = _cells(y.shape, x.shape, n)
-    rows = jnp.stack([x[:, t : t + h] for t in range(n)], axis=2)
-    windows = jnp.stack([rows[..., s : s + w, :] for s in range(n)], axis=3)  # b h t s w c
-    windows = windows.reshape(b, h, n * n, w, groups, -1).transpose(0, 1, 3, 4, 5, 2)
-    # The barrier keeps the transpose out of the product, which is three times slower that way.
-    out = jnp.matmul(_by_cell(y, groups, ratio), jax.lax.optimization_barrier(windows))
-    out = out.reshape(b, h, w, groups, *ratio, n * n).transpose(0, 1, 4, 2, 5, 3, 6)
-    return out.reshape(b, hh, ww, groups, n * n)
+    count, windows, pixels = _blocks(y.shape, x.shape, n)
+
+    def f(_, blocks):
+        return (_correlate(*blocks, n, groups),)
+
+    (out,) = map_row_blocks(f, count, (pixels, windows), (pixels,), (), (y, x))
+    return out
 
 
 def scatter(weights: Weights, y: Output, size: tuple) -> Padded:
     """Every pixel of y added to its window's pixels, times the weights; `size` is x's shape."""
-    b, _, _, g, taps = weights.shape
-    n = math.isqrt(taps)
-    (h, w), ratio = _cells(weights.shape, size, n)
-    # Per cell (window x phases)(phases x C), then the windows overlap-add.
-    weights = weights.reshape(b, h, ratio[0], w, ratio[1], g, taps)
-    weights = weights.transpose(0, 1, 3, 5, 2, 4, 6).reshape(b, h, w, g, -1, taps)
-    cells = jnp.einsum("bhwgpn,bhwgpc->bhwngc", weights, _by_cell(y, g, ratio))
-    cells = cells.reshape(b, h, w, n, n, -1)
-    bands = sum(
-        jnp.pad(cells[..., s, :], ((0, 0), (0, 0), (s, n - 1 - s), (0, 0), (0, 0)))
-        for s in range(n)
-    )
-    return sum(
-        jnp.pad(bands[:, :, :, t], ((0, 0), (t, n - 1 - t), (0, 0), (0, 0))) for t in range(n)
-    )
+    count, windows, pixels = _blocks(y.shape, size, math.isqrt(weights.shape[4]))
+
+    def body(i, total):
+        w, y_rows = cut((weights, y), i, (pixels, pixels))
+        return add(total, _scatter(w, y_rows, (size[0], windows.length, *size[2:])), i, windows)
+
+    return loop(count, body, zeros_after(y, size, y.dtype))
 
 
 def _reassemble_bwd(saved, g):
-    # In blocks of rows: the cotangent by cells would be another map of the output's size.
+    # Both at once, since what takes time is to bring g into its blocks' order.
     weights, x = saved
     n, groups = math.isqrt(weights.shape[4]), weights.shape[3]
-    (h, _), ratio = _cells(weights.shape, x.shape, n)
-    rows = block_rows(h, weights.shape[0] * weights.shape[2] * ratio[0])
-    if isinstance(h, int) and rows == h:
-        return correlate(g, x, n, groups), scatter(weights, g, x.shape)
-    windows, pixels = Rows(1, rows, rows + n - 1), Rows(1, rows * ratio[0], rows * ratio[0])
+    count, windows, pixels = _blocks(g.shape, x.shape, n)
 
-    def f(_, blocks):
-        x, g = blocks
-        return (correlate(g, x, n, groups),)
+    def body(i, state):
+        d_weights, d_x = state
+        w, y, window = cut((weights, g, x), i, (pixels, pixels, windows))
+        d_weights = add(d_weights, _correlate(y, window, n, groups), i, pixels)
+        return d_weights, add(d_x, _scatter(w, y, window.shape), i, windows)
 
-    def d_x(i, total):
-        w, y = cut((weights, g), i, (pixels, pixels))
-        return add(total, scatter(w, y, (*x.shape[:1], windows.length, *x.shape[2:])), i, windows)
-
-    (d_weights,) = map_row_blocks(f, h // rows, (windows, pixels), (pixels,), (), (x, g))
-    return d_weights, loop(h // rows, d_x, jnp.zeros_like(x))
+    zeros = (zeros_after(g, a.shape, a.dtype) for a in (weights, x))
+    return loop(count, body, tuple(zeros))
 
 
 reassemble.defvjp(lambda weights, x: (reassemble(weights, x), (weights, x)), _reassemble_bwd)
@@ -118,14 +103,74 @@ correlate.defvjp(
 )
 
 
+def _correlate(y: Output, x: Padded, n: int, groups: int) -> Weights:
+    # Per strip of cells: (pixels x C)(C x what they see), of which each cell keeps its window.
+    b, hh, ww, _ = y.shape
+    (h, w), ratio = _cells(y.shape, x.shape, n)
+    cells = _strip(w, n)
+    seen = cells + n - 1
+    rows = jnp.stack([x[:, t : t + h] for t in range(n)], axis=2)
+    columns = [rows[..., s : s + w, :] for s in range(0, seen, cells)]
+    columns = [c.reshape(b, h, n, w // cells, cells, groups, -1) for c in columns]
+    windows = jnp.concatenate(columns, axis=4).transpose(0, 1, 3, 5, 2, 4, 6)
+    windows = windows.reshape(*windows.shape[:4], n * seen, -1)
+    out = jnp.einsum("bhwgpc,bhwgtc->bhwgpt", _by_strip(y, groups, ratio, cells), windows)
+    out = out.reshape(*out.shape[:4], ratio[0], cells, ratio[1], n, seen)
+    out = jnp.stack([out[..., a, :, :, a : a + n] for a in range(cells)], axis=5)
+    return out.transpose(0, 1, 4, 2, 5, 6, 3, 7, 8).reshape(b, hh, ww, groups, n * n)
+
+
+def _scatter(weights: Weights, y: Output, size: tuple) -> Padded:
+    # Per strip of cells: (what they see x pixels)(pixels x C), then the strips overlap-add.
+    b, hh, ww, g, taps = weights.shape
+    n = math.isqrt(taps)
+    (h, w), ratio = _cells(y.shape, size, n)
+    cells = _strip(w, n)
+    seen = cells + n - 1
+    weights = weights.reshape(b, h, ratio[0], w // cells, cells, ratio[1], g, n, n)
+    weights = weights.transpose(0, 1, 3, 6, 2, 4, 5, 7, 8)
+    border = [(0, 0)] * 7
+    weights = [
+        jnp.pad(weights[:, :, :, :, :, a], [*border, (a, cells - 1 - a)]) for a in range(cells)
+    ]
+    weights = jnp.stack(weights, axis=5).reshape(b, h, w // cells, g, -1, n * seen)
+    out = jnp.einsum("bhwgpt,bhwgpc->bhwgtc", weights, _by_strip(y, g, ratio, cells))
+    out = out.reshape(b, h, w // cells, g, n, seen, -1)
+    bands = 0
+    for s in range(0, seen, cells):
+        band = out[..., s : s + cells, :].transpose(0, 1, 4, 2, 5, 3, 6).reshape(b, h, n, w, -1)
+        bands = bands + jnp.pad(band, [(0, 0)] * 3 + [(s, n - 1 - s), (0, 0)])
+    return sum(jnp.pad(bands[:, :, t], [(0, 0), (t, n - 1 - t), (0, 0), (0, 0)]) for t in range(n))
+
+
 def _cells(out_shape, padded_shape, n: int):
     """Low-resolution size and ratio."""
     h, w = padded_shape[1] - n + 1, padded_shape[2] - n + 1
     return (h, w), (out_shape[1] // h, out_shape[2] // w)
 
 
-def _by_cell(y: Output, groups: int, ratio: tuple[int, int]) -> Float[Array, "b h w g phases d"]:
+def _strip(w: Size, n: int) -> int:
+    """Cells side by side that are multiplied at once, a divisor of w and of n - 1.
+
+    Alone, each would need a copy of its n x n window. A strip of n - 1 cells needs 2 (n - 1)
+    columns, fewer than two a cell, for nearly twice the products.
+    """
+    if not isinstance(w, int):
+        return 1
+    return max(k for k in range(1, max(n, 2)) if (n - 1) % k == 0 and w % k == 0)
+
+
+def _by_strip(
+    y: Output, groups: int, ratio: tuple[int, int], cells: int
+) -> Float[Array, "b h strips g pixels d"]:
     b, hh, ww, c = y.shape
-    h, w = hh // ratio[0], ww // ratio[1]
-    y = y.reshape(b, h, ratio[0], w, ratio[1], groups, c // groups)
-    return y.transpose(0, 1, 3, 5, 2, 4, 6).reshape(b, h, w, groups, ratio[0] * ratio[1], -1)
+    h, width = hh // ratio[0], cells * ratio[1]
+    y = y.reshape(b, h, ratio[0], ww // width, width, groups, c // groups)
+    return y.transpose(0, 1, 3, 5, 2, 4, 6).reshape(b, h, ww // width, groups, -1, c // groups)
+
+
+def _blocks(out_shape, padded_shape, n: int):
+    """Number of blocks of rows, and their rows of the padded map and of the output."""
+    (h, _), (ratio, _) = _cells(out_shape, padded_shape, n)
+    rows = block_rows(h, out_shape[0] * out_shape[2] * ratio)
+    return h // rows, Rows(1, rows, rows + n - 1), Rows(1, rows * ratio, rows * ratio)

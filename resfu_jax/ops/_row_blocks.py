@@ -207,6 +207,8 @@ def _run_backward(f, count, inputs, params, arrays, cotangents, done):
 
 def loop(count: Size, body, state):
     """Run `state = body(i, state)` over the blocks."""
+    if isinstance(count, int) and count == 1:
+        return body(0, state)
     bound = count if isinstance(count, int) else jnp.asarray(count, jnp.int32)
     return jax.lax.fori_loop(0, bound, body, state)
 

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._interp import Size
@@ -46,15 +47,22 @@ def box_filter(x: Float[Array, "b h w c"], radius: int) -> Float[Array, "b h w c
     """
     if radius < 0:
         raise ValueError(f"radius must not be negative, got {radius}")
-    for axis in (1, 2):
-        n = x.shape[axis]
-        i = jnp.arange(n)
-        count = jnp.minimum(i + radius, n - 1) - jnp.maximum(i - radius, 0) + 1
-        shape = [1] * x.ndim
-        shape[axis] = n
-        total = _correlate(_pad(x, radius, axis), (1.0,) * (2 * radius + 1), axis)
-        x = total * (1 / count).astype(x.dtype).reshape(shape)
-    return x
+    return _window_means(_pad(x, radius, 1), radius, _one_over_count(x.shape[1], radius, x.dtype))
+
+
+def _one_over_count(n: Size, radius: int, dtype: DTypeLike) -> Float[Array, "1 n 1 1"]:
+    """Of the pixels of an axis of length n that lie in the windows around each of them."""
+    i = jnp.arange(n)
+    count = jnp.minimum(i + radius, n - 1) - jnp.maximum(i - radius, 0) + 1
+    return (1 / count).astype(dtype)[None, :, None, None]
+
+
+def _window_means(x: Array, radius: int, one_over_rows: Float[Array, "b h 1 1"]) -> Array:
+    """Means over windows of a map that has `radius` more rows, zeros, at both ends."""
+    taps = (1.0,) * (2 * radius + 1)
+    one_over_columns = _one_over_count(x.shape[2], radius, x.dtype).swapaxes(1, 2)
+    x = _correlate(x, taps, 1) * one_over_rows
+    return _correlate(_pad(x, radius, 2), taps, 2) * one_over_columns
 
 
 def guided_filter(
@@ -93,14 +101,29 @@ def guided_filter_subsampled(
     eps: float,
 ) -> Float[Array, "b H W c"]:
     """`guided_filter` from the subsampled guide and input, whose `radius` is in their pixels."""
-    i, p = small_guide, small_x
-    # One box filter for the four means.
-    mean = box_filter(jnp.concatenate([i, p, i * p, i * i], axis=-1), radius)
-    mean_i, mean_p, mean_ip, mean_ii = jnp.split(mean, 4, axis=-1)
-    a = (mean_ip - mean_i * mean_p) / (mean_ii - mean_i * mean_i + eps)
-    b = mean_p - a * mean_i
-    ab = box_filter(jnp.concatenate([a, b], axis=-1), radius)
+    ab = box_filter(_fit(small_guide, small_x, radius, eps), radius)
     return _linear_model(ab, guide)
+
+
+def _fit(i: Array, p: Array, radius: int, eps: float) -> Float[Array, "b h w c2"]:
+    """The models (a, b) of all windows."""
+
+    def f(_, blocks):
+        i, p, one_over_rows = blocks
+        # One box filter for the four means.
+        mean = jnp.concatenate([i, p, i * p, i * i], axis=-1)
+        mean = _window_means(mean, radius, one_over_rows)
+        mean_i, mean_p, mean_ip, mean_ii = jnp.split(mean, 4, axis=-1)
+        a = (mean_ip - mean_i * mean_p) / (mean_ii - mean_i * mean_i + eps)
+        return (jnp.concatenate([a, mean_p - a * mean_i], axis=-1),)
+
+    b, h, w, _ = i.shape
+    rows = block_rows(h, b * w)
+    block, wider = Rows(1, rows, rows), Rows(1, rows, rows + 2 * radius)
+    one_over_rows = jnp.broadcast_to(_one_over_count(h, radius, i.dtype), (b, h, 1, 1))
+    arrays = (_pad(i, radius, 1), _pad(p, radius, 1), one_over_rows)
+    (ab,) = map_row_blocks(f, h // rows, (wider, wider, block), (block,), (), arrays)
+    return ab
 
 
 def _linear_model(ab: Float[Array, "b h w c2"], guide: Float[Array, "b H W c"]) -> Array:
