@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from resfu_jax.ops._interp import Size
 
@@ -31,16 +31,21 @@ def sample(
     row, down = _corner(rows, h)
     column, right = _corner(columns, w)
     # A map padded by two zeros answers every position: indices stop at -2 and n, where all four
-    # corners are zero.
-    padded = jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0))).reshape(n, (h + 4) * (w + 4), c)
-    width = jnp.asarray(w + 4, jnp.int32)
-    first = (row + 2) * width + column + 2
-    index = jnp.stack([first, first + 1, first + width, first + width + 1], axis=-1)
-    corners = jax.vmap(lambda p, i: jnp.take(p, i, axis=0, mode="clip"))(padded, index)
+    # corners are zero. Corners are gathered, and their gradients scattered, as one 2 x 2 window.
+    padded = jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    index = jnp.stack([row + 2, column + 2], axis=-1)
+    corners = jax.vmap(_windows)(padded, index).reshape(n, -1, 4, c)
     weights = jnp.stack(
         [(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right], axis=-1
     )
     return _weighted_sum(weights, corners.astype(weights.dtype))
+
+
+def _windows(x: Float[Array, "h w c"], index: Int[Array, "m 2"]) -> Float[Array, "m 2 2 c"]:
+    axes = jax.lax.GatherDimensionNumbers(
+        offset_dims=(1, 2, 3), collapsed_slice_dims=(), start_index_map=(0, 1)
+    )
+    return jax.lax.gather(x, index, axes, (2, 2, x.shape[2]), mode="clip")
 
 
 @jax.custom_jvp

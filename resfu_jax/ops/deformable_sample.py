@@ -67,8 +67,8 @@ def deformable_sample(
     def f(x, blocks):
         return (_sample(x, blocks[0], padding_mode),)
 
-    b, hh, ww, _, p, _ = points.shape
-    rows = block_rows(hh, b * ww * p)
+    b, hh, ww, groups, p, _ = points.shape
+    rows = block_rows(hh, 2 * b * ww * groups * p)  # narrow blocks: four corners a sample
     block = Rows(1, rows, rows)
     (out,) = map_row_blocks(f, hh // rows, (block,), (block,), x, (points,))
     return out
