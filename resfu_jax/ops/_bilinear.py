@@ -27,43 +27,81 @@ def sample(
 
     The result has the dtype of the positions.
     """
-    n, h, w, c = x.shape
-    row, down = _corner(rows, h)
-    column, right = _corner(columns, w)
-    # A map padded by two zeros answers every position: indices stop at -2 and n, where all four
-    # corners are zero. Corners are gathered, and their gradients scattered, as one 2 x 2 window.
-    padded = jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
-    index = jnp.stack([row + 2, column + 2], axis=-1)
-    corners = jax.vmap(_windows)(padded, index).reshape(n, -1, 4, c)
-    weights = jnp.stack(
-        [(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right], axis=-1
-    )
-    return _weighted_sum(weights, corners.astype(weights.dtype))
+    index, weights = corners(x.shape[1:3], rows, columns)
+    return weighted_sum(weights, gather(pad(x), index).astype(weights.dtype))
 
 
-def _windows(x: Float[Array, "h w c"], index: Int[Array, "m 2"]) -> Float[Array, "m 2 2 c"]:
+def corners(
+    size: tuple[Size, Size], rows: Float[Array, "n m"], columns: Float[Array, "n m"]
+) -> tuple[Int[Array, "n m 2"], Float[Array, "n m 4"]]:
+    """First of the four corners around every position, as an index into `pad(x)`; their weights."""
+    row, down = _corner(rows, size[0])
+    column, right = _corner(columns, size[1])
+    weights = [(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right]
+    return jnp.stack([row + 2, column + 2], axis=-1), jnp.stack(weights, axis=-1)
+
+
+def pad(x: Float[Array, "n h w c"]) -> Float[Array, "n h4 w4 c"]:
+    """A map padded by two zeros answers every position.
+
+    Indices stop at -2 and n, where all four corners are zero.
+    """
+    return jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
+
+
+# Corners are gathered and scattered as one 2 x 2 window: a quarter of the slices to look up.
+
+
+def gather(
+    padded: Float[Array, "n h4 w4 c"], index: Int[Array, "n m 2"]
+) -> Float[Array, "n m 4 c"]:
+    """The four corners."""
+    c = padded.shape[3]
     axes = jax.lax.GatherDimensionNumbers(
         offset_dims=(1, 2, 3), collapsed_slice_dims=(), start_index_map=(0, 1)
     )
-    return jax.lax.gather(x, index, axes, (2, 2, x.shape[2]), mode="clip")
+
+    def windows(x, index):
+        return jax.lax.gather(x, index, axes, (2, 2, c), mode="clip")
+
+    return jax.vmap(windows)(padded, index).reshape(*index.shape[:2], 4, c)
 
 
-@jax.custom_jvp
-def _weighted_sum(
+def scatter_add(
+    padded: Float[Array, "n h4 w4 c"], index: Int[Array, "n m 2"], values: Float[Array, "n m 4 c"]
+) -> Float[Array, "n h4 w4 c"]:
+    """Add values to the four corners."""
+    axes = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2, 3),
+        inserted_window_dims=(),
+        scatter_dims_to_operand_dims=(0, 1),
+    )
+
+    def windows(x, index, values):
+        return jax.lax.scatter_add(x, index, values, axes, mode="clip")
+
+    values = values.reshape(*index.shape[:2], 2, 2, values.shape[3])
+    return jax.vmap(windows)(padded, index, values)
+
+
+@jax.custom_vjp
+def weighted_sum(
     weights: Float[Array, "n m 4"], values: Float[Array, "n m 4 c"]
 ) -> Float[Array, "n m c"]:
     """Sum over the corners. Written out, it fuses with the gather."""
     return sum(weights[..., k, None] * values[..., k, :] for k in range(4))
 
 
-@_weighted_sum.defjvp
-def _(primals, tangents):
-    # The gradient to the weights sums over channels. As the transpose of a matrix product it is
-    # several times faster on CPU than as the fused reductions that the sum above would give.
-    weights, values = primals
-    d_weights, d_values = tangents
-    by_weights = jnp.einsum("nmk,nmkc->nmc", d_weights, values, precision=jax.lax.Precision.HIGHEST)
-    return _weighted_sum(weights, values), by_weights + _weighted_sum(weights, d_values)
+def weighted_sum_bwd(saved, g):
+    """Gradients to the weights and the values."""
+    # To the weights as a matrix product, several times faster on CPU than as fused reductions; to
+    # the values as a broadcast product, where slices would each become a padded map.
+    weights, values = saved
+    d_weights = jnp.einsum("nmc,nmkc->nmk", g, values, precision=jax.lax.Precision.HIGHEST)
+    return d_weights, weights[..., None] * g[:, :, None]
+
+
+weighted_sum.defvjp(lambda w, v: (weighted_sum(w, v), (w, v)), weighted_sum_bwd)
 
 
 def _corner(u: Array, n: Size):

@@ -1,12 +1,16 @@
 """Sampling every output pixel at points of its own, group by group."""
 
+import functools
 from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._bilinear import clamp, position_dtype, sample
-from resfu_jax.ops._row_blocks import Rows, block_rows, map_row_blocks
+from resfu_jax.ops import _bilinear
+from resfu_jax.ops._interp import Size
+from resfu_jax.ops._order import zeros_after
+from resfu_jax.ops._row_blocks import Rows, add, block_rows, cut, loop, map_row_blocks
 
 PaddingMode = Literal["zeros", "border"]
 Implementation = Literal["reference", "blocks"]
@@ -33,7 +37,8 @@ def deformable_sample(
       padding_mode: `"zeros"`: corners outside count as zero; `"border"`: points are clamped to the
         pixel centres at the border, with no gradient to a clamped coordinate.
       implementation: `"reference"` samples the whole map at once, which takes four times the
-        memory of the result; `"blocks"` goes through blocks of rows. `None` takes `"blocks"`.
+        memory of the result for the gradient; `"blocks"` takes it in blocks of rows. `None` takes
+        `"blocks"`.
 
     Returns:
       `(B, H, W, G, P, C / G)`, in the dtype of x.
@@ -64,25 +69,84 @@ def deformable_sample(
     if implementation == "reference":
         return _sample(x, points, padding_mode)
 
-    def f(x, blocks):
-        return (_sample(x, blocks[0], padding_mode),)
-
-    b, hh, ww, groups, p, _ = points.shape
-    rows = block_rows(hh, 2 * b * ww * groups * p)  # narrow blocks: four corners a sample
-    block = Rows(1, rows, rows)
-    (out,) = map_row_blocks(f, hh // rows, (block,), (block,), x, (points,))
-    return out
+    return _in_blocks(x, points, padding_mode)
 
 
 def _sample(x: Array, points: Array, padding_mode: PaddingMode) -> Array:
+    b, hh, ww, groups, p, _ = points.shape
+    rows, columns = _positions(x, points, padding_mode)
+    out = _bilinear.sample(_by_group(x, groups), rows, columns)
+    return jnp.moveaxis(out.reshape(b, groups, hh, ww, p, -1), 1, 3).astype(x.dtype)
+
+
+def _by_group(x: Float[Array, "b h w c"], groups: int) -> Float[Array, "bg h w d"]:
+    """Groups as images of their own."""
     b, h, w, c = x.shape
-    _, hh, ww, g, p, _ = points.shape
-    # Groups become images of their own.
-    maps = x.reshape(b, h, w, g, c // g).transpose(0, 3, 1, 2, 4).reshape(b * g, h, w, c // g)
-    points = points.astype(position_dtype(x, points)).transpose(0, 3, 1, 2, 4, 5)
-    points = points.reshape(b * g, hh * ww * p, 2)
+    x = x.reshape(b, h, w, groups, c // groups).transpose(0, 3, 1, 2, 4)
+    return x.reshape(b * groups, h, w, c // groups)
+
+
+def _positions(x: Array, points: Array, padding_mode: PaddingMode) -> tuple[Array, Array]:
+    """Rows and columns (b groups, pixels)."""
+    b, hh, ww, groups, p, _ = points.shape
+    points = points.astype(_bilinear.position_dtype(x, points)).transpose(0, 3, 1, 2, 4, 5)
+    points = points.reshape(b * groups, hh * ww * p, 2)
     rows, columns = points[..., 0], points[..., 1]
     if padding_mode == "border":
-        rows, columns = clamp(rows, h), clamp(columns, w)
-    out = sample(maps, rows, columns).reshape(b, g, hh, ww, p, c // g)
-    return jnp.moveaxis(out, 1, 3).astype(x.dtype)
+        rows = _bilinear.clamp(rows, x.shape[1])
+        columns = _bilinear.clamp(columns, x.shape[2])
+    return rows, columns
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _in_blocks(x: Array, points: Array, padding_mode: PaddingMode) -> Array:
+    count, block = _blocks(points)
+
+    def f(x, blocks):
+        return (_sample(x, blocks[0], padding_mode),)
+
+    # Not for memory: over the whole map, one slow loop would gather, sum up and bring the groups
+    # back into their places.
+    (out,) = map_row_blocks(f, count, (block,), (block,), x, (points,))
+    return out
+
+
+def _blocks(points: Array) -> tuple[Size, Rows]:
+    b, hh, ww, groups, p, _ = points.shape
+    rows = block_rows(hh, 2 * b * ww * groups * p)  # narrow blocks: four corners a sample
+    return hh // rows, Rows(1, rows, rows)
+
+
+def _in_blocks_bwd(padding_mode, saved, g):
+    # Written out, so that what each block adds to x is scattered into one map.
+    x, points = saved
+    b, h, w, c = x.shape
+    groups, dtype = points.shape[3], _bilinear.position_dtype(x, points)
+    padded = _bilinear.pad(_by_group(x, groups))
+    count, block = _blocks(points)
+
+    def body(i, state):
+        d_padded, d_points = state
+        p, d_out = cut((points, g), i, (block, block))
+
+        def weights_of(p):
+            index, weights = _bilinear.corners((h, w), *_positions(x, p, padding_mode))
+            return weights, index
+
+        weights, vjp, index = jax.vjp(weights_of, p, has_aux=True)
+        values = _bilinear.gather(padded, index).astype(dtype)
+        d_out = jnp.moveaxis(d_out, 3, 1).reshape(*weights.shape[:2], -1).astype(dtype)
+        d_weights, d_values = _bilinear.weighted_sum_bwd((weights, values), d_out)
+        d_padded = _bilinear.scatter_add(d_padded, index, d_values)
+        return d_padded, add(d_points, *vjp(d_weights), i, block)
+
+    zeros = jnp.zeros(padded.shape, dtype), zeros_after(g, points.shape, points.dtype)
+    d_padded, d_points = loop(count, body, zeros)
+    d_x = d_padded[:, 2:-2, 2:-2].reshape(b, groups, h, w, c // groups)
+    return d_x.transpose(0, 2, 3, 1, 4).reshape(x.shape).astype(x.dtype), d_points
+
+
+_in_blocks.defvjp(
+    lambda x, points, padding_mode: (_in_blocks(x, points, padding_mode), (x, points)),
+    _in_blocks_bwd,
+)
