@@ -240,11 +240,11 @@ def train(member: str, seed: int, sets: dict, workdir: pathlib.Path) -> dict:
 
 def operations(f, *args) -> float:
     """Floating-point operations of a call, without loops over rows: XLA counts their body once."""
-    pixels, _row_blocks.BLOCK_PIXELS = _row_blocks.BLOCK_PIXELS, 10**9
+    values, _row_blocks.BLOCK_VALUES = _row_blocks.BLOCK_VALUES, dict(cpu=10**12)
     try:
         return jax.jit(f).lower(*args).compile().cost_analysis().get("flops", 0.0)
     finally:
-        _row_blocks.BLOCK_PIXELS = pixels
+        _row_blocks.BLOCK_VALUES = values
 
 
 def costs(members: list[str], runs: int = 9) -> dict[str, dict]:

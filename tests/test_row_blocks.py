@@ -22,9 +22,9 @@ def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-@pytest.fixture(params=[12, 60, 10_000], ids=["one-row", "some-rows", "one-block"])
-def pixels(request, monkeypatch):
-    monkeypatch.setattr(_row_blocks, "BLOCK_PIXELS", request.param)
+@pytest.fixture(params=[12, 500, 10**9], ids=["one-row", "some-rows", "one-block"])
+def values(request, monkeypatch):
+    monkeypatch.setattr(_row_blocks, "BLOCK_VALUES", dict(cpu=request.param))
     return request.param
 
 
@@ -43,7 +43,7 @@ def check(f, *arrays):
 
 
 @pytest.mark.parametrize("size", [(6, 10), (12, 10), (9, 7)])
-def test_pcdc(size, pixels):
+def test_pcdc(size, values):
     """The full map, the key of a whole ratio, and a key that is resized."""
     width, hidden, groups = 4, 8, 2
     shapes = [
@@ -66,7 +66,7 @@ def test_pcdc(size, pixels):
     check(f, normal(20, 2, 6, 5, width), normal(21, 2, *size, width), parameters)
 
 
-def test_deformable_attention(pixels):
+def test_deformable_attention(values):
     def f(q, k, v, points, bias, implementation):
         return deformable_attention(
             q, k, v, points, heads=2, bias=bias, implementation=implementation
@@ -78,14 +78,14 @@ def test_deformable_attention(pixels):
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "border"])
-def test_deformable_sample(padding_mode, pixels):
+def test_deformable_sample(padding_mode, values):
     points = 6 * jax.random.uniform(jax.random.key(4), (2, 8, 5, 2, 1, 2)) - 1
     f = functools.partial(deformable_sample, padding_mode=padding_mode)
     check(f, normal(0, 2, 4, 3, 6), points)
 
 
 def test_block_rows(monkeypatch):
-    monkeypatch.setattr(_row_blocks, "BLOCK_PIXELS", 100)
+    monkeypatch.setattr(_row_blocks, "BLOCK_VALUES", dict(cpu=100))
     assert block_rows(12, 20) == 4  # the largest divisor of 12 within 5
     assert block_rows(12, 1000) == 1
     assert block_rows(13, 20) == 1

@@ -172,5 +172,5 @@ def _by_strip(
 def _blocks(out_shape, padded_shape, n: int):
     """Number of blocks of rows, and their rows of the padded map and of the output."""
     (h, _), (ratio, _) = _cells(out_shape, padded_shape, n)
-    rows = block_rows(h, out_shape[0] * out_shape[2] * ratio)
+    rows = block_rows(h, out_shape[0] * ratio * out_shape[2] * padded_shape[3])
     return h // rows, Rows(1, rows, rows + n - 1), Rows(1, rows * ratio, rows * ratio)

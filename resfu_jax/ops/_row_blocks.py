@@ -17,7 +17,10 @@ from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._order import zeros_after
 
-BLOCK_PIXELS = 4096  # of a block, over the batch: its wide maps then fit into a core's cache
+# Values of the widest map of a block, over the batch. On a CPU, blocks then stay in a core's cache;
+# elsewhere they are large enough to keep the device busy.
+BLOCK_VALUES = {"cpu": 2**19}
+_BLOCK_VALUES_ELSEWHERE = 2**24
 
 
 class Rows(NamedTuple):
@@ -35,11 +38,17 @@ class Rows(NamedTuple):
 Function = Callable[[Any, tuple[Array, ...]], tuple[Array, ...]]
 
 
-def block_rows(height: Size, pixels_per_row: Size) -> int:
-    """Rows of a block, a divisor of `height`; 1 where a size is symbolic."""
-    if not isinstance(height, int) or not isinstance(pixels_per_row, int):
+def block_rows(height: Size, row_values: Size) -> int:
+    """Rows of a block, a divisor of `height`; 1 where a size is symbolic.
+
+    Args:
+      height: rows of all blocks.
+      row_values: values of a row of the widest map, over the batch.
+    """
+    if not isinstance(height, int) or not isinstance(row_values, int):
         return 1
-    most = max(1, BLOCK_PIXELS // max(1, pixels_per_row))
+    values = BLOCK_VALUES.get(jax.default_backend(), _BLOCK_VALUES_ELSEWHERE)
+    most = max(1, values // max(1, row_values))
     return max(n for n in range(1, min(most, height) + 1) if height % n == 0)
 
 

@@ -87,8 +87,8 @@ def deformable_attention(
     b, hh, ww, _ = q.shape
     if implementation == "reference":
         return attend((k, v, bias), (q, points))[0]
-    # The samples of a pixel are P times its channels, four corners each.
-    rows = block_rows(hh, b * ww * points.shape[4])
+    # The samples of a pixel are P times its channels.
+    rows = block_rows(hh, b * ww * points.shape[4] * max(k.shape[3], v.shape[3]))
     block = Rows(1, rows, rows)
     (out,) = map_row_blocks(attend, hh // rows, (block, block), (block,), (k, v, bias), (q, points))
     return out

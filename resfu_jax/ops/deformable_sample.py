@@ -100,7 +100,7 @@ def _positions(x: Array, points: Array, padding_mode: PaddingMode) -> tuple[Arra
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _in_blocks(x: Array, points: Array, padding_mode: PaddingMode) -> Array:
-    count, block = _blocks(points)
+    count, block = _blocks(x, points)
 
     def f(x, blocks):
         return (_sample(x, blocks[0], padding_mode),)
@@ -111,9 +111,9 @@ def _in_blocks(x: Array, points: Array, padding_mode: PaddingMode) -> Array:
     return out
 
 
-def _blocks(points: Array) -> tuple[Size, Rows]:
-    b, hh, ww, groups, p, _ = points.shape
-    rows = block_rows(hh, 2 * b * ww * groups * p)  # narrow blocks: four corners a sample
+def _blocks(x: Array, points: Array) -> tuple[Size, Rows]:
+    b, hh, ww, _, p, _ = points.shape
+    rows = block_rows(hh, b * ww * p * 4 * x.shape[3])  # four corners a sample
     return hh // rows, Rows(1, rows, rows)
 
 
@@ -123,7 +123,7 @@ def _in_blocks_bwd(padding_mode, saved, g):
     b, h, w, c = x.shape
     groups, dtype = points.shape[3], _bilinear.position_dtype(x, points)
     padded = _bilinear.pad(_by_group(x, groups))
-    count, block = _blocks(points)
+    count, block = _blocks(x, points)
 
     def body(i, state):
         d_padded, d_points = state

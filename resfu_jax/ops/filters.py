@@ -118,7 +118,7 @@ def _fit(i: Array, p: Array, radius: int, eps: float) -> Float[Array, "b h w c2"
         return (jnp.concatenate([a, mean_p - a * mean_i], axis=-1),)
 
     b, h, w, _ = i.shape
-    rows = block_rows(h, b * w)
+    rows = block_rows(h, b * w * 4 * i.shape[3])
     block, wider = Rows(1, rows, rows), Rows(1, rows, rows + 2 * radius)
     one_over_rows = jnp.broadcast_to(_one_over_count(h, radius, i.dtype), (b, h, 1, 1))
     arrays = (_pad(i, radius, 1), _pad(p, radius, 1), one_over_rows)
@@ -139,8 +139,8 @@ def _linear_model(ab: Float[Array, "b h w c2"], guide: Float[Array, "b H W c"]) 
         return (a * guide + b,)
 
     # In blocks of rows: the gradient would keep both at full size.
-    n, h, w, _ = guide.shape
-    rows = block_rows(h // ratio[0], n * w * ratio[0])
+    n, h, w, c = guide.shape
+    rows = block_rows(h // ratio[0], n * w * ratio[0] * 2 * c)
     inputs = (Rows(1, rows, rows + 2), Rows(1, rows * ratio[0], rows * ratio[0]))
     count = h // ratio[0] // rows
     (out,) = map_row_blocks(f, count, inputs, inputs[1:], (), (extend(ab, 1), guide))

@@ -164,7 +164,7 @@ def _blocks(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups: in
         response = _per_group(weights, jnp.concatenate(windows, axis=2))
         response = jnp.moveaxis(response, 2, 4)  # columns are upsampled with channels last
         response = jnp.moveaxis(upsample_extended_axis(response, dilation, 3), 4, 2)
-        n = block_rows(h - 2, b * ww * dilation)
+        n = block_rows(h - 2, b * ww * dilation * hidden)
         inputs = (Rows(3, n, n + 2), Rows(1, n * dilation, n * dilation))
 
         def f(params, blocks):
@@ -181,7 +181,7 @@ def _blocks(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups: in
         of_k = group_moments(k, groups=norm_groups, eps=EPS)
         border, steps = dilation * (side // 2), tuple(range(0, dilation * side, dilation))
         k = extend_axis(k, border, 1)
-        out_rows = block_rows(hh, b * ww)
+        out_rows = block_rows(hh, b * ww * hidden)
         inputs = (Rows(1, out_rows, out_rows, steps), Rows(1, out_rows, out_rows))
 
         def f(params, blocks):

@@ -423,7 +423,7 @@ def _affine_of_norm(
         return ((product + offset[:, None, None]).astype(x.dtype),)
 
     b, h, w, _ = x.shape
-    rows = block_rows(h, b * w)
+    rows = block_rows(h, b * w * max(kernel.shape))
     block = Rows(1, rows, rows)
     (out,) = map_row_blocks(affine, h // rows, (block,), (block,), (weight, offset), (x,))
     return out
