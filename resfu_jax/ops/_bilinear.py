@@ -49,6 +49,11 @@ def pad(x: Float[Array, "n h w c"]) -> Float[Array, "n h4 w4 c"]:
     return jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
 
 
+def unpad(padded: Float[Array, "n h4 w4 c"]) -> Float[Array, "n h w c"]:
+    """Inverse of `pad`."""
+    return padded[:, 2:-2, 2:-2]
+
+
 # Corners are gathered and scattered as one 2 x 2 window: a quarter of the slices to look up.
 
 

@@ -12,15 +12,25 @@ Sources: Liu et al., "On Point Affiliation in Feature Upsampling", 2023 (a head 
 Du et al., "LDA-AQU", ACM Multimedia 2024.
 """
 
+import functools
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from resfu_jax.ops import _bilinear
 from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._row_blocks import Rows, block_rows, map_row_blocks
-from resfu_jax.ops.deformable_sample import deformable_sample
+from resfu_jax.ops._interp import Size
+from resfu_jax.ops._order import zeros_after
+from resfu_jax.ops._row_blocks import Rows, add, block_rows, cut, loop, map_row_blocks
+from resfu_jax.ops.deformable_sample import (
+    by_channel,
+    by_group,
+    by_pixel,
+    corners,
+    deformable_sample,
+)
 
 Implementation = Literal["reference", "blocks"]
 
@@ -69,29 +79,102 @@ def deformable_attention(
             f"got {implementation!r}"
         )
 
-    def attend(params, blocks):
-        (k, v, bias), (q, points) = params, blocks
-        keys, values = (
-            _by_head(deformable_sample(a, points, implementation="reference"), heads)
-            for a in (k, v)
-        )
-        if bias is not None:
-            keys = keys + bias.astype(keys.dtype).swapaxes(0, 1)[None, None, None]
-        q = q.reshape(*q.shape[:3], heads, -1)
-        dtype = at_least_float32(q.dtype)
-        scores = jnp.einsum("bhwnd,bhwpnd->bhwnp", q, keys, preferred_element_type=dtype)
-        attn = jax.nn.softmax(scores, axis=-1)
-        out = jnp.einsum("bhwnp,bhwpnc->bhwnc", attn, values.astype(attn.dtype))
-        return (out.reshape(*out.shape[:3], -1).astype(v.dtype),)
-
-    b, hh, ww, _ = q.shape
     if implementation == "reference":
-        return attend((k, v, bias), (q, points))[0]
-    # The samples of a pixel are P times its channels.
-    rows = block_rows(hh, b * ww * points.shape[4] * max(k.shape[3], v.shape[3]))
-    block = Rows(1, rows, rows)
-    (out,) = map_row_blocks(attend, hh // rows, (block, block), (block,), (k, v, bias), (q, points))
+        return _attend_in(heads, (k, v, bias), (q, points))[0]
+    return _in_blocks(q, k, v, points, bias, heads)
+
+
+def _attend_in(heads: int, params, blocks) -> tuple[Array]:
+    (k, v, bias), (q, points) = params, blocks
+    keys, values = (deformable_sample(a, points, implementation="reference") for a in (k, v))
+    return (_attend(q, keys, values, bias, heads).astype(v.dtype),)
+
+
+def _attend(
+    q: Float[Array, "b H W d"],
+    keys: Float[Array, "b H W g p dk"],
+    values: Float[Array, "b H W g p dv"],
+    bias: Float[Array, "heads p e"] | None,
+    heads: int,
+) -> Float[Array, "b H W c"]:
+    keys, values = (_by_head(a, heads) for a in (keys, values))
+    if bias is not None:
+        keys = keys + bias.astype(keys.dtype).swapaxes(0, 1)[None, None, None]
+    q = q.reshape(*q.shape[:3], heads, -1)
+    dtype = at_least_float32(q.dtype)
+    scores = jnp.einsum("bhwnd,bhwpnd->bhwnp", q, keys, preferred_element_type=dtype)
+    attn = jax.nn.softmax(scores, axis=-1)
+    out = jnp.einsum("bhwnp,bhwpnc->bhwnc", attn, values.astype(attn.dtype))
+    return out.reshape(*out.shape[:3], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _in_blocks(q, k, v, points, bias, heads):
+    count, block = _blocks(k, v, points)
+    attend = functools.partial(_attend_in, heads)
+    (out,) = map_row_blocks(attend, count, (block, block), (block,), (k, v, bias), (q, points))
     return out
+
+
+def _in_blocks_bwd(heads, saved, g):
+    # Written out, so that what each block adds to k and v is scattered into one map.
+    q, k, v, points, bias = saved
+    groups = points.shape[3]
+    padded = tuple(_bilinear.pad(by_group(a, groups)) for a in (k, v))
+    count, block = _blocks(k, v, points)
+
+    def body(i, state):
+        d_q, d_points, d_padded, d_bias = state
+        rows, p, d_out = cut((q, points, g), i, (block, block, block))
+        index, weights, vjp_weights = corners(k, p, "zeros")
+
+        def attend(q, weights, corners, bias):
+            keys, values = (
+                by_pixel(_bilinear.weighted_sum(weights, a.astype(weights.dtype)), p).astype(
+                    k.dtype
+                )
+                for a in corners
+            )
+            return _attend(q, keys, values, bias, heads).astype(v.dtype)
+
+        _, vjp = jax.vjp(attend, rows, weights, [_bilinear.gather(a, index) for a in padded], bias)
+        d_rows, d_weights, d_corners, d_bias_here = vjp(d_out)
+        d_q = add(d_q, d_rows, i, block)
+        d_points = add(d_points, *vjp_weights(d_weights), i, block)
+        d_padded = tuple(
+            _bilinear.scatter_add(total, index, d.astype(total.dtype))
+            for total, d in zip(d_padded, d_corners, strict=True)
+        )
+        return d_q, d_points, d_padded, jax.tree.map(jnp.add, d_bias, d_bias_here)
+
+    zeros = (
+        zeros_after(g, q.shape, q.dtype),
+        zeros_after(g, points.shape, points.dtype),
+        tuple(jnp.zeros(a.shape, at_least_float32(a.dtype)) for a in padded),
+        jax.tree.map(jnp.zeros_like, bias),
+    )
+    d_q, d_points, d_padded, d_bias = loop(count, body, zeros)
+    d_k, d_v = (
+        by_channel(_bilinear.unpad(d), groups).astype(a.dtype)
+        for d, a in zip(d_padded, (k, v), strict=True)
+    )
+    return d_q, d_k, d_v, d_points, d_bias
+
+
+_in_blocks.defvjp(
+    lambda q, k, v, points, bias, heads: (
+        _in_blocks(q, k, v, points, bias, heads),
+        (q, k, v, points, bias),
+    ),
+    _in_blocks_bwd,
+)
+
+
+def _blocks(k: Array, v: Array, points: Array) -> tuple[Size, Rows]:
+    b, hh, ww, _, p, _ = points.shape
+    # The samples of a pixel are P times its channels.
+    rows = block_rows(hh, b * ww * p * max(k.shape[3], v.shape[3]))
+    return hh // rows, Rows(1, rows, rows)
 
 
 def _by_head(samples: Float[Array, "b H W g p d"], heads: int) -> Float[Array, "b H W p n e"]:

@@ -73,21 +73,12 @@ def deformable_sample(
 
 
 def _sample(x: Array, points: Array, padding_mode: PaddingMode) -> Array:
-    b, hh, ww, groups, p, _ = points.shape
-    rows, columns = _positions(x, points, padding_mode)
-    out = _bilinear.sample(_by_group(x, groups), rows, columns)
-    return jnp.moveaxis(out.reshape(b, groups, hh, ww, p, -1), 1, 3).astype(x.dtype)
+    out = _bilinear.sample(by_group(x, points.shape[3]), *positions(x, points, padding_mode))
+    return by_pixel(out, points).astype(x.dtype)
 
 
-def _by_group(x: Float[Array, "b h w c"], groups: int) -> Float[Array, "bg h w d"]:
-    """Groups as images of their own."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h, w, groups, c // groups).transpose(0, 3, 1, 2, 4)
-    return x.reshape(b * groups, h, w, c // groups)
-
-
-def _positions(x: Array, points: Array, padding_mode: PaddingMode) -> tuple[Array, Array]:
-    """Rows and columns (b groups, pixels)."""
+def positions(x: Array, points: Array, padding_mode: PaddingMode) -> tuple[Array, Array]:
+    """Rows and columns, each (b groups, H W p): groups are images of their own."""
     b, hh, ww, groups, p, _ = points.shape
     points = points.astype(_bilinear.position_dtype(x, points)).transpose(0, 3, 1, 2, 4, 5)
     points = points.reshape(b * groups, hh * ww * p, 2)
@@ -96,6 +87,27 @@ def _positions(x: Array, points: Array, padding_mode: PaddingMode) -> tuple[Arra
         rows = _bilinear.clamp(rows, x.shape[1])
         columns = _bilinear.clamp(columns, x.shape[2])
     return rows, columns
+
+
+def by_group(x: Float[Array, "b h w c"], groups: int) -> Float[Array, "bg h w d"]:
+    """The map of each group."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, groups, c // groups).transpose(0, 3, 1, 2, 4)
+    return x.reshape(b * groups, h, w, c // groups)
+
+
+def by_channel(x: Float[Array, "bg h w d"], groups: int) -> Float[Array, "b h w c"]:
+    """Inverse of `by_group`."""
+    bg, h, w, d = x.shape
+    return jnp.moveaxis(x.reshape(bg // groups, groups, h, w, d), 1, 3).reshape(
+        bg // groups, h, w, groups * d
+    )
+
+
+def by_pixel(samples: Float[Array, "bg m d"], points: Array) -> Float[Array, "b H W g p d"]:
+    """The samples of each pixel."""
+    b, hh, ww, groups, p, _ = points.shape
+    return jnp.moveaxis(samples.reshape(b, groups, hh, ww, p, -1), 1, 3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -120,20 +132,14 @@ def _blocks(x: Array, points: Array) -> tuple[Size, Rows]:
 def _in_blocks_bwd(padding_mode, saved, g):
     # Written out, so that what each block adds to x is scattered into one map.
     x, points = saved
-    b, h, w, c = x.shape
     groups, dtype = points.shape[3], _bilinear.position_dtype(x, points)
-    padded = _bilinear.pad(_by_group(x, groups))
+    padded = _bilinear.pad(by_group(x, groups))
     count, block = _blocks(x, points)
 
     def body(i, state):
         d_padded, d_points = state
         p, d_out = cut((points, g), i, (block, block))
-
-        def weights_of(p):
-            index, weights = _bilinear.corners((h, w), *_positions(x, p, padding_mode))
-            return weights, index
-
-        weights, vjp, index = jax.vjp(weights_of, p, has_aux=True)
+        index, weights, vjp = corners(x, p, padding_mode)
         values = _bilinear.gather(padded, index).astype(dtype)
         d_out = jnp.moveaxis(d_out, 3, 1).reshape(*weights.shape[:2], -1).astype(dtype)
         d_weights, d_values = _bilinear.weighted_sum_bwd((weights, values), d_out)
@@ -142,8 +148,18 @@ def _in_blocks_bwd(padding_mode, saved, g):
 
     zeros = jnp.zeros(padded.shape, dtype), zeros_after(g, points.shape, points.dtype)
     d_padded, d_points = loop(count, body, zeros)
-    d_x = d_padded[:, 2:-2, 2:-2].reshape(b, groups, h, w, c // groups)
-    return d_x.transpose(0, 2, 3, 1, 4).reshape(x.shape).astype(x.dtype), d_points
+    return by_channel(_bilinear.unpad(d_padded), groups).astype(x.dtype), d_points
+
+
+def corners(x: Array, points: Array, padding_mode: PaddingMode):
+    """`_bilinear.corners` of the points, and the function from their gradient to the points'."""
+
+    def weights_of(points):
+        index, weights = _bilinear.corners(x.shape[1:3], *positions(x, points, padding_mode))
+        return weights, index
+
+    weights, vjp, index = jax.vjp(weights_of, points, has_aux=True)
+    return index, weights, vjp
 
 
 _in_blocks.defvjp(
