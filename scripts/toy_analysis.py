@@ -39,7 +39,8 @@ from configs import shapes_bilinear
 from resfu_jax import data, training
 from resfu_jax.heads._layers import ConvBNReLU
 from resfu_jax.model import create_model
-from resfu_jax.ops import _row_blocks, resize
+from resfu_jax.ops import resize
+from resfu_jax.ops._row_blocks import one_block
 from resfu_jax.upsamplers import upsampler_entry
 from resfu_jax.visualize import PCA
 
@@ -240,11 +241,8 @@ def train(member: str, seed: int, sets: dict, workdir: pathlib.Path) -> dict:
 
 def operations(f, *args) -> float:
     """Floating-point operations of a call, without loops over rows: XLA counts their body once."""
-    values, _row_blocks.BLOCK_VALUES = _row_blocks.BLOCK_VALUES, dict(cpu=10**12)
-    try:
+    with one_block():
         return jax.jit(f).lower(*args).compile().cost_analysis().get("flops", 0.0)
-    finally:
-        _row_blocks.BLOCK_VALUES = values
 
 
 def costs(members: list[str], runs: int = 9) -> dict[str, dict]:

@@ -53,7 +53,7 @@ def reassemble(weights: Weights, x: Padded) -> Output:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def correlate(y: Output, x: Padded, n: int, groups: int = 1) -> Weights:
     """Inner products of every pixel of y with the pixels of its n x n window in x."""
-    count, windows, pixels = _blocks(y.shape, x.shape, n)
+    count, windows, pixels = blocks(y.shape, x.shape, n)
 
     def f(_, blocks):
         return (_correlate(*blocks, n, groups),)
@@ -64,7 +64,7 @@ def correlate(y: Output, x: Padded, n: int, groups: int = 1) -> Weights:
 
 def scatter(weights: Weights, y: Output, size: tuple) -> Padded:
     """Every pixel of y added to its window's pixels, times the weights; `size` is x's shape."""
-    count, windows, pixels = _blocks(y.shape, size, math.isqrt(weights.shape[4]))
+    count, windows, pixels = blocks(y.shape, size, math.isqrt(weights.shape[4]))
 
     def body(i, total):
         w, y_rows = cut((weights, y), i, (pixels, pixels))
@@ -77,7 +77,7 @@ def _reassemble_bwd(saved, g):
     # Both at once, since what takes time is to bring g into its blocks' order.
     weights, x = saved
     n, groups = math.isqrt(weights.shape[4]), weights.shape[3]
-    count, windows, pixels = _blocks(g.shape, x.shape, n)
+    count, windows, pixels = blocks(g.shape, x.shape, n)
 
     def body(i, state):
         d_weights, d_x = state
@@ -169,8 +169,14 @@ def _by_strip(
     return y.transpose(0, 1, 3, 5, 2, 4, 6).reshape(b, h, ww // width, groups, -1, c // groups)
 
 
-def _blocks(out_shape, padded_shape, n: int):
-    """Number of blocks of rows, and their rows of the padded map and of the output."""
+def blocks(
+    out_shape: tuple[Size, ...], padded_shape: tuple[Size, ...], n: int, tile: int | None = None
+) -> tuple[Size, Rows, Rows]:
+    """Number of blocks of rows, at most `tile`, and their rows of the padded map and the output."""
     (h, _), (ratio, _) = _cells(out_shape, padded_shape, n)
-    rows = block_rows(h, out_shape[0] * ratio * out_shape[2] * padded_shape[3])
+    rows = block_rows(
+        h,
+        out_shape[0] * ratio * out_shape[2] * padded_shape[3],
+        None if tile is None else tile // ratio,
+    )
     return h // rows, Rows(1, rows, rows + n - 1), Rows(1, rows * ratio, rows * ratio)

@@ -5,8 +5,9 @@ results. Its gradient runs the blocks again instead of keeping what lies between
 stays in the cache, forward and backward, and memory is that of one block.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -35,20 +36,34 @@ class Rows(NamedTuple):
     offsets: tuple[int, ...] = ()
 
 
+@contextlib.contextmanager
+def one_block() -> Iterator[None]:
+    """Traces without loops: XLA counts the operations of a loop's body once."""
+    before = dict(BLOCK_VALUES)
+    BLOCK_VALUES[jax.default_backend()] = 2**62
+    try:
+        yield
+    finally:
+        BLOCK_VALUES.clear()
+        BLOCK_VALUES.update(before)
+
+
 Function = Callable[[Any, tuple[Array, ...]], tuple[Array, ...]]
 
 
-def block_rows(height: Size, row_values: Size) -> int:
+def block_rows(height: Size, row_values: Size, most: int | None = None) -> int:
     """Rows of a block, a divisor of `height`; 1 where a size is symbolic.
 
     Args:
       height: rows of all blocks.
       row_values: values of a row of the widest map, over the batch.
+      most: rows that a block has at most, if the caller wants fewer than fit.
     """
     if not isinstance(height, int) or not isinstance(row_values, int):
         return 1
     values = BLOCK_VALUES.get(jax.default_backend(), _BLOCK_VALUES_ELSEWHERE)
-    most = max(1, values // max(1, row_values))
+    fit = values // max(1, row_values)
+    most = max(1, fit if most is None else min(fit, most))
     return max(n for n in range(1, min(most, height) + 1) if height % n == 0)
 
 
@@ -59,6 +74,8 @@ def map_row_blocks(
     outputs: tuple[Rows, ...],
     params: Any,
     arrays: tuple[Array, ...],
+    *,
+    forward_whole: bool = False,
 ) -> tuple[Array, ...]:
     """Run `f(params, blocks) -> blocks` over `count` blocks of rows.
 
@@ -70,6 +87,8 @@ def map_row_blocks(
       outputs: which rows of each output array block i fills; they must not overlap.
       params: pytree of arrays that every block gets.
       arrays: the arrays.
+      forward_whole: for an f that gives the rows of the outputs for any rows of the arrays: blocks
+        are for the gradient only.
 
     Returns:
       The output arrays.
@@ -77,7 +96,7 @@ def map_row_blocks(
     if isinstance(count, int) and count == 1:
         # One block is all: nothing to loop over, nothing to recompute.
         return f(params, cut(arrays, 0, inputs))
-    return _map(f, count, inputs, outputs, params, arrays)
+    return _map(f, count, inputs, outputs, forward_whole, params, arrays)
 
 
 def map_row_blocks_normalised(
@@ -89,6 +108,8 @@ def map_row_blocks_normalised(
     output: Rows,
     params: Any,
     arrays: tuple[Array, ...],
+    *,
+    keep: bool = True,
 ) -> Array:
     """`map_row_blocks` with a normalisation: statistics of all blocks enter each of them.
 
@@ -102,6 +123,7 @@ def map_row_blocks_normalised(
       output: which rows of the output `finish` makes of them.
       params: pytree of arrays, for both functions.
       arrays: the arrays.
+      keep: whether the narrow array is kept until the sums are known, or computed once more.
 
     Returns:
       The output.
@@ -109,60 +131,74 @@ def map_row_blocks_normalised(
     if isinstance(count, int) and count == 1:
         block, sums = f(params, cut(arrays, 0, inputs))
         return finish(params, sums, block)
-    return _map_normalised(f, finish, count, inputs, narrow, output, params, arrays)
+    return _map_normalised(f, finish, count, inputs, narrow, output, keep, params, arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _map(f, count, inputs, outputs, params, arrays):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _map(f, count, inputs, outputs, forward_whole, params, arrays):
+    if forward_whole:
+        return f(params, arrays)
     return _run(lambda *args: (f(*args), ()), count, inputs, outputs, params, arrays)[0]
 
 
-def _map_bwd(f, count, inputs, outputs, saved, d_outputs):
+def _map_bwd(f, count, inputs, outputs, forward_whole, saved, d_outputs):
     params, arrays = saved
 
-    def cotangents(i):
+    def cotangents(i, _):
         return cut(d_outputs, i, outputs)
 
     return _run_backward(f, count, inputs, params, arrays, cotangents, d_outputs[0])
 
 
-_map.defvjp(
-    lambda f, count, inputs, outputs, params, arrays: (
-        _map(f, count, inputs, outputs, params, arrays),
-        (params, arrays),
-    ),
-    _map_bwd,
-)
+_map.defvjp(lambda *args: (_map(*args), args[5:]), _map_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4, 5))
-def _map_normalised(f, finish, count, inputs, narrow, output, params, arrays):
-    return _map_normalised_fwd(f, finish, count, inputs, narrow, output, params, arrays)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4, 5, 6))
+def _map_normalised(f, finish, count, inputs, narrow, output, keep, params, arrays):
+    return _map_normalised_fwd(f, finish, count, inputs, narrow, output, keep, params, arrays)[0]
 
 
-def _map_normalised_fwd(f, finish, count, inputs, narrow, output, params, arrays):
-    def g(params, blocks):
+def _map_normalised_fwd(f, finish, count, inputs, narrow, output, keep, params, arrays):
+    def narrow_and_sums(params, blocks):
         block, sums = f(params, blocks)
-        return (block,), sums
+        return (block,) if keep else (), sums
 
-    (between,), sums = _run(g, count, inputs, (narrow,), params, arrays)
+    outputs = (narrow,) if keep else ()
+    kept, sums = _run(narrow_and_sums, count, inputs, outputs, params, arrays)
 
-    def last(sums, blocks):
-        return (finish(params, sums, *blocks),), ()
+    def finished(args, blocks):
+        params, sums = args
+        block = blocks[0] if keep else f(params, blocks)[0]
+        return (finish(params, sums, block),), ()
 
-    (out,), _ = _run(last, count, (narrow,), (output,), sums, (between,))
-    return out, (params, arrays, between, sums)
+    again = ((narrow,), kept) if keep else (inputs, arrays)
+    (out,), _ = _run(finished, count, again[0], (output,), (params, sums), again[1])
+    return out, (params, arrays, kept, sums)
 
 
-def _map_normalised_bwd(f, finish, count, inputs, narrow, output, saved, d_out):
-    params, arrays, between, sums = saved
-    _, vjp = jax.vjp(lambda params, sums: finish(params, sums, between), params, sums)
-    of_finish, d_sums = vjp(d_out)
+def _map_normalised_bwd(f, finish, count, inputs, narrow, output, keep, saved, d_out):
+    params, arrays, kept, sums = saved
 
-    def cotangents(i):
+    # First the gradient to the sums, which enters that of every block.
+    def finish_of(args, block):
+        _, vjp = jax.vjp(lambda args: finish(*args, block), args)
+        return vjp
+
+    if keep:
+        ((of_finish, d_sums),) = finish_of((params, sums), *kept)(d_out)
+    else:
+
+        def body(i, total):
+            (g,) = cut((d_out,), i, (output,))
+            (part,) = finish_of((params, sums), f(params, cut(arrays, i, inputs))[0])(g)
+            return jax.tree.map(jnp.add, total, part)
+
+        of_finish, d_sums = loop(count, body, jax.tree.map(jnp.zeros_like, (params, sums)))
+
+    def cotangents(i, results):
         # The narrow array's, block by block: it is several times as wide as the output's.
-        (block,), (g,) = cut((between,), i, (narrow,)), cut((d_out,), i, (output,))
-        _, vjp = jax.vjp(lambda block: finish(params, sums, block), block)
+        (g,) = cut((d_out,), i, (output,))
+        _, vjp = jax.vjp(lambda block: finish(params, sums, block), results[0])
         return *vjp(g), d_sums
 
     d_params, d_arrays = _run_backward(f, count, inputs, params, arrays, cotangents, d_out)
@@ -194,17 +230,18 @@ def _run(f, count, inputs, outputs, params, arrays):
 
 
 def _run_backward(f, count, inputs, params, arrays, cotangents, done):
-    """Gradients of the blocks' `f(params, blocks)`, made again, given those of its results.
+    """Gradients of the blocks' `f(params, blocks)`, made again.
 
-    They exist from when `done` is computed.
+    `cotangents(i, results)` are those of the results of block i. The gradients exist from when
+    `done` is computed.
     """
     d_params = jax.tree.map(lambda a: jnp.zeros(a.shape, at_least_float32(a.dtype)), params)
     d_arrays = [zeros_after(done, a.shape, at_least_float32(a.dtype)) for a in arrays]
 
     def body(i, state):
         d_params, d_arrays = state
-        _, vjp = jax.vjp(f, params, cut(arrays, i, inputs))
-        parts, blocks = vjp(cotangents(i))
+        results, vjp = jax.vjp(f, params, cut(arrays, i, inputs))
+        parts, blocks = vjp(cotangents(i, results))
         d_params = jax.tree.map(lambda a, b: a + b.astype(a.dtype), d_params, parts)
         d_arrays = [add(a, b, i, r) for a, b, r in zip(d_arrays, blocks, inputs, strict=True)]
         return d_params, d_arrays

@@ -33,9 +33,16 @@ def gaussian_blur(
     r = kernel_size // 2
     taps = [math.exp(-(u**2) / (2 * sigma**2)) for u in range(-r, r + 1)]
     taps = [t / sum(taps) for t in taps]
-    for axis in (1, 2):
-        x = _correlate(extend_axis(x, r, axis), tuple(taps), axis)
-    return x
+
+    def f(_, blocks):
+        rows = extend_axis(_correlate(*blocks, tuple(taps), 1), r, 2)
+        return (_correlate(rows, tuple(taps), 2),)
+
+    b, h, w, c = x.shape
+    rows = block_rows(h, b * w * c)
+    block, wider = Rows(1, rows, rows), Rows(1, rows, rows + 2 * r)
+    (out,) = map_row_blocks(f, h // rows, (wider,), (block,), (), (extend_axis(x, r, 1),))
+    return out
 
 
 def box_filter(x: Float[Array, "b h w c"], radius: int) -> Float[Array, "b h w c"]:
@@ -47,7 +54,28 @@ def box_filter(x: Float[Array, "b h w c"], radius: int) -> Float[Array, "b h w c
     """
     if radius < 0:
         raise ValueError(f"radius must not be negative, got {radius}")
-    return _window_means(_pad(x, radius, 1), radius, _one_over_count(x.shape[1], radius, x.dtype))
+    return _map_windows(lambda x, means: means(x), radius, x)
+
+
+def _map_windows(f, radius: int, *maps: Array) -> Array:
+    """`f(*rows, means)` over blocks of rows of maps of one size.
+
+    f gets `radius` more rows, zeros, at both ends, and gives what `means`, the means over windows,
+    makes of any such map.
+    """
+    b, h, w, c = maps[0].shape
+    one_over_rows = jnp.broadcast_to(_one_over_count(h, radius, maps[0].dtype), (b, h, 1, 1))
+
+    def g(_, blocks):
+        *rows, one_over_rows = blocks
+        means = functools.partial(_window_means, radius=radius, one_over_rows=one_over_rows)
+        return (f(*rows, means),)
+
+    rows = block_rows(h, b * w * 4 * c)
+    block, wider = Rows(1, rows, rows), Rows(1, rows, rows + 2 * radius)
+    arrays = (*(_pad(a, radius, 1) for a in maps), one_over_rows)
+    (out,) = map_row_blocks(g, h // rows, (*[wider] * len(maps), block), (block,), (), arrays)
+    return out
 
 
 def _one_over_count(n: Size, radius: int, dtype: DTypeLike) -> Float[Array, "1 n 1 1"]:
@@ -108,22 +136,14 @@ def guided_filter_subsampled(
 def _fit(i: Array, p: Array, radius: int, eps: float) -> Float[Array, "b h w c2"]:
     """The models (a, b) of all windows."""
 
-    def f(_, blocks):
-        i, p, one_over_rows = blocks
+    def f(i, p, means):
         # One box filter for the four means.
-        mean = jnp.concatenate([i, p, i * p, i * i], axis=-1)
-        mean = _window_means(mean, radius, one_over_rows)
-        mean_i, mean_p, mean_ip, mean_ii = jnp.split(mean, 4, axis=-1)
+        four = means(jnp.concatenate([i, p, i * p, i * i], axis=-1))
+        mean_i, mean_p, mean_ip, mean_ii = jnp.split(four, 4, axis=-1)
         a = (mean_ip - mean_i * mean_p) / (mean_ii - mean_i * mean_i + eps)
-        return (jnp.concatenate([a, mean_p - a * mean_i], axis=-1),)
+        return jnp.concatenate([a, mean_p - a * mean_i], axis=-1)
 
-    b, h, w, _ = i.shape
-    rows = block_rows(h, b * w * 4 * i.shape[3])
-    block, wider = Rows(1, rows, rows), Rows(1, rows, rows + 2 * radius)
-    one_over_rows = jnp.broadcast_to(_one_over_count(h, radius, i.dtype), (b, h, 1, 1))
-    arrays = (_pad(i, radius, 1), _pad(p, radius, 1), one_over_rows)
-    (ab,) = map_row_blocks(f, h // rows, (wider, wider, block), (block,), (), arrays)
-    return ab
+    return _map_windows(f, radius, i, p)
 
 
 def _linear_model(ab: Float[Array, "b h w c2"], guide: Float[Array, "b H W c"]) -> Array:

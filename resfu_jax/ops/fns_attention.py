@@ -36,6 +36,7 @@ from resfu_jax.ops import _cells
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import half_pixel_taps, take_clamped
 from resfu_jax.ops._polyphase import extend, phase_weights, whole_ratio
+from resfu_jax.ops._row_blocks import map_row_blocks
 
 Implementation = Literal["reference", "polyphase"]
 
@@ -45,6 +46,7 @@ def fns_attention(
     x: Float[Array, "b h w c"],
     *,
     implementation: Implementation | None = None,
+    tile: int | None = None,
 ) -> Float[Array, "b H W c"]:
     """Sum of fine-grained neighbours weighted by `attn`; see the module's docstring.
 
@@ -54,6 +56,8 @@ def fns_attention(
       x: low-resolution features.
       implementation: `"reference"` samples the neighbours one after the other, at any pair of
         sizes; `"polyphase"` needs H and W to be whole multiples of h and w. `None` chooses.
+      tile: most rows of the output that the polyphase form computes at a time; forward, all at once
+        if not given. The results are the same, from less temporary memory.
 
     Returns:
       The features at (H, W), in x's dtype; sums are in float32 or better.
@@ -83,7 +87,7 @@ def fns_attention(
             "implementation 'polyphase' needs whole ratios, got "
             f"{x.shape[1:3]} -> {attn.shape[1:3]}; use 'reference' or None"
         )
-    return _polyphase(attn, x, k, ratio)
+    return _polyphase(attn, x, k, ratio, tile)
 
 
 def _reference(attn: Array, x: Array, k: int) -> Array:
@@ -107,42 +111,44 @@ def _reference(attn: Array, x: Array, k: int) -> Array:
     return out.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _polyphase(attn: Array, x: Array, k: int, ratio: tuple[int, int]) -> Array:
-    weights = _compose(attn, k, ratio)
-    padded = extend(x, k // 2 + 1).astype(weights.dtype)
-    return _cells.reassemble(weights, padded).astype(x.dtype)
+def _polyphase(attn: Array, x: Array, k: int, ratio: tuple[int, int], tile: int | None) -> Array:
+    dtype = at_least_float32(x.dtype)
+    padded = extend(x, k // 2 + 1).astype(dtype)
+
+    def f(_, blocks):
+        attn, padded = blocks
+        weights = _compose(attn.astype(at_least_float32(attn.dtype)), k, ratio)
+        return (_cells.reassemble(weights.astype(dtype), padded).astype(x.dtype),)
+
+    # The composed weights are larger than the attention: backward, they are made block by block.
+    out_shape = (*attn.shape[:3], x.shape[3])
+    count, windows, pixels = _cells.blocks(out_shape, padded.shape, k + 2, tile)
+    (out,) = map_row_blocks(
+        f, count, (pixels, windows), (pixels,), (), (attn, padded), forward_whole=tile is None
+    )
+    return out
 
 
-def _polyphase_fwd(attn, x, k, ratio):
-    return _polyphase(attn, x, k, ratio), (attn, x)
-
-
-def _polyphase_bwd(k, ratio, residuals, g):
-    # The composed weights are made again rather than kept: they are larger than the attention.
-    attn, x = residuals
-    (b, h, w, _), n, dtype = x.shape, k + 2, at_least_float32(x.dtype)
-    padded, extend_vjp = jax.vjp(lambda a: extend(a, k // 2 + 1).astype(dtype), x)
-    _, reassemble_vjp = jax.vjp(_cells.reassemble, _compose(attn, k, ratio).astype(dtype), padded)
-    d_weights, d_padded = reassemble_vjp(g.astype(dtype))
-    d_weights = d_weights.reshape(b, h, ratio[0], w, ratio[1], n, n)
-    rows, cols = (jnp.asarray(phase_weights(r, k), dtype) for r in ratio)
-    d_attn = jnp.einsum("bhpwqts,put,qvs->bhpwquv", d_weights, rows, cols, optimize=True)
-    return d_attn.reshape(attn.shape).astype(attn.dtype), *extend_vjp(d_padded)
-
-
-_polyphase.defvjp(_polyphase_fwd, _polyphase_bwd)
-
-
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _compose(attn: Array, k: int, ratio: tuple[int, int]) -> Array:
     """Attention (b, H, W, K*K) to weights (b, H, W, 1, (K + 2)**2) on the pixels of the cell."""
     b, hh, ww, _ = attn.shape
-    dtype = at_least_float32(attn.dtype)
-    attn = attn.astype(dtype).reshape(b, hh // ratio[0], ratio[0], ww // ratio[1], ratio[1], k, k)
-    rows, cols = (jnp.asarray(phase_weights(r, k), dtype) for r in ratio)
+    attn = attn.reshape(b, hh // ratio[0], ratio[0], ww // ratio[1], ratio[1], k, k)
+    rows, cols = (jnp.asarray(phase_weights(r, k), attn.dtype) for r in ratio)
     rows = rows[None, None, :, None, None, :, :, None]  # b h p w q u t v
     cols = cols[None, None, None, None, :, None, :, :]  # b h p w q t v s
     # Broadcast sums over the two short axes of taps: as matrix products they would be transposed.
     attn = sum(attn[..., u, None, :] * rows[..., u, :, :] for u in range(k))
     weights = sum(attn[..., v, None] * cols[..., v, :] for v in range(k))
     return weights.reshape(b, hh, ww, 1, -1)
+
+
+def _compose_bwd(k, ratio, _, g):
+    b, hh, ww, *_ = g.shape
+    g = g.reshape(b, hh // ratio[0], ratio[0], ww // ratio[1], ratio[1], k + 2, k + 2)
+    rows, cols = (jnp.asarray(phase_weights(r, k), g.dtype) for r in ratio)
+    g = jnp.einsum("bhpwqts,put,qvs->bhpwquv", g, rows, cols, optimize=True)
+    return (g.reshape(b, hh, ww, k * k),)
+
+
+_compose.defvjp(lambda attn, k, ratio: (_compose(attn, k, ratio), None), _compose_bwd)

@@ -70,6 +70,7 @@ def pcdc(
     groups: int,
     norm_groups: int,
     implementation: Implementation | None = None,
+    tile: int | None = None,
 ) -> Float[Array, "b H W taps"]:
     """Scores of the K*K neighbours of every pixel of q; see the module's docstring.
 
@@ -82,6 +83,8 @@ def pcdc(
       norm_groups: of both norms.
       implementation: `"reference"` computes as the formulas stand, `"blocks"` gives the same values
         from less memory and time. `None` takes `"blocks"`.
+      tile: most rows of a block. With it, the projected numbers, which wait for the statistics of
+        the last norm, are computed twice rather than kept.
 
     Raises:
       ValueError: an unknown implementation.
@@ -91,8 +94,9 @@ def pcdc(
             f"implementation must be one of {get_args(Implementation)} or None, "
             f"got {implementation!r}"
         )
-    form = _reference if implementation == "reference" else _blocks
-    return form(k, q, parameters, dilation, groups, norm_groups)
+    if implementation == "reference":
+        return _reference(k, q, parameters, dilation, groups, norm_groups)
+    return _blocks(k, q, parameters, dilation, groups, norm_groups, tile)
 
 
 def _reference(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups: int) -> Array:
@@ -115,7 +119,15 @@ def _reference(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups:
     return u @ p.project + p.project_bias[None, None, None]
 
 
-def _blocks(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups: int) -> Array:
+def _blocks(
+    k,
+    q,
+    p: PCDCParameters,
+    dilation: int,
+    groups: int,
+    norm_groups: int,
+    tile: int | None,
+) -> Array:
     b, hh, ww, _ = q.shape
     side, hidden = p.kernel.shape[0], p.kernel.shape[3]
     o, dtype = hidden // groups, q.dtype
@@ -164,7 +176,7 @@ def _blocks(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups: in
         response = _per_group(weights, jnp.concatenate(windows, axis=2))
         response = jnp.moveaxis(response, 2, 4)  # columns are upsampled with channels last
         response = jnp.moveaxis(upsample_extended_axis(response, dilation, 3), 4, 2)
-        n = block_rows(h - 2, b * ww * dilation * hidden)
+        n = block_rows(h - 2, b * ww * dilation * hidden, tile and tile // dilation)
         inputs = (Rows(3, n, n + 2), Rows(1, n * dilation, n * dilation))
 
         def f(params, blocks):
@@ -181,7 +193,7 @@ def _blocks(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups: in
         of_k = group_moments(k, groups=norm_groups, eps=EPS)
         border, steps = dilation * (side // 2), tuple(range(0, dilation * side, dilation))
         k = extend_axis(k, border, 1)
-        out_rows = block_rows(hh, b * ww * hidden)
+        out_rows = block_rows(hh, b * ww * hidden, tile)
         inputs = (Rows(1, out_rows, out_rows, steps), Rows(1, out_rows, out_rows))
 
         def f(params, blocks):
@@ -213,7 +225,9 @@ def _blocks(k, q, p: PCDCParameters, dilation: int, groups: int, norm_groups: in
     last = (p.project, p.project_bias, p.hidden_scale, p.hidden_bias)
     params = (of_q, p.scale, *first, bias, mix, mix_bias, apart, last)
     narrow, output = Rows(4, out_rows, out_rows), Rows(1, out_rows, out_rows)
-    return map_row_blocks_normalised(f, finish, count, inputs, narrow, output, params, arrays)
+    return map_row_blocks_normalised(
+        f, finish, count, inputs, narrow, output, params, arrays, keep=tile is None
+    )
 
 
 @jax.custom_vjp

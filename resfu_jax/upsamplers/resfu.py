@@ -52,6 +52,7 @@ from resfu_jax.upsamplers._layers import (
     check_odd,
     check_whole,
     compute_dtype,
+    need,
     need_guide,
 )
 from resfu_jax.upsamplers._registry import register
@@ -94,6 +95,9 @@ class ReSFU(nnx.Module):
       implementation: `"reference"` computes as the formulas stand; `"polyphase"` gives the same
         values from less work: norms folded into the projections, and, where the ratio is whole and
         equals the dilation, the semantic key convolution done at low resolution. `None` chooses.
+      tile: most rows of the output that are computed at a time, for large outputs: the same values
+        and gradients from less temporary memory and more time. (Steps that need the whole image,
+        such as norms, come first.)
       dtype: of the computation; the inputs' promoted dtype if not given. Statistics and the softmax
         are float32 or better.
       param_dtype: of the parameters.
@@ -125,6 +129,7 @@ class ReSFU(nnx.Module):
         lr_mult: float = 1.0,
         gf_scale: int = 2,
         implementation: Implementation | None = None,
+        tile: int | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -149,10 +154,13 @@ class ReSFU(nnx.Module):
             raise ValueError(
                 f"implementation must be 'reference', 'polyphase' or None, got {implementation!r}"
             )
+        if tile is not None:
+            check_whole(tile=tile)
+            need(implementation != "reference", "tile does not apply to implementation='reference'")
         self.features, self.guide_features = features, guide_features
         self.dilation, self.kernel_size = dilation, kernel_size
         self.radius, self.eps, self.gf_scale = radius, eps, gf_scale
-        self.implementation, self.dtype = implementation, dtype
+        self.implementation, self.tile, self.dtype = implementation, tile, dtype
 
         def norm(name, width):
             if width >= 32 and width % 32:
@@ -199,7 +207,7 @@ class ReSFU(nnx.Module):
         attn = self.attention(features, guide)
         dtype = compute_dtype(self.dtype, features, guide)
         form = self.implementation if self.implementation == "reference" else None
-        return fns_attention(attn, features.astype(dtype), implementation=form)
+        return fns_attention(attn, features.astype(dtype), implementation=form, tile=self.tile)
 
     def attention(
         self, features: Float[Array, "b h w c"], guide: Float[Array, "b H W cg"]
@@ -253,11 +261,11 @@ class ReSFU(nnx.Module):
     def _scores_polyphase(self, x: Array, y: Array) -> Array:
         q = _linear_of_norm(y, self.norm_y, self.q)
         k = _linear_of_norm(x, self.norm_x, self.k)
-        detail = self.detail_scores(self.query_blurred(q), q)
+        detail = self.detail_scores(self.query_blurred(q), q, tile=self.tile)
         # One branch after the other: each holds a map of K*K numbers a norm group.
-        q = after(q, detail)
+        q, k = after(q, detail), after(k, detail)
         q_gf = self._query_filtered(q, _subsampled_resize(k, q.shape[1:3], self.gf_scale))
-        return self.semantic_scores(k, q_gf) + detail
+        return self.semantic_scores(k, q_gf, tile=self.tile) + detail
 
     def _check(self, features: Array, guide: Array) -> None:
         check_features(features, self.features)
@@ -329,6 +337,7 @@ class PCDC(nnx.Module):
         q: Float[Array, "b H W c"],
         *,
         implementation: PCDCImplementation | None = None,
+        tile: int | None = None,
     ) -> Float[Array, "b H W taps"]:
         """Scores of the K*K neighbours; a k smaller than q stands for its upsampling."""
         return pcdc(
@@ -339,6 +348,7 @@ class PCDC(nnx.Module):
             groups=self.groups,
             norm_groups=self.gn_dim,
             implementation=implementation,
+            tile=tile,
         )
 
     def _parameters(self, dtype: DTypeLike) -> PCDCParameters:

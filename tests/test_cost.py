@@ -1,0 +1,130 @@
+"""Memory and operations, by XLA's own exact counts, at the sizes of the benchmarks."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks.workloads import WORKLOADS, Workload, create, fit, is_guided
+from resfu_jax.ops._row_blocks import one_block
+
+MEMBERS = ("resfu", "sapa", "fade", "carafe", "dysample", "lda_aqu")
+
+
+def call(name, workload, direction, **options):
+    """A function, and the shapes of its arguments; nothing is computed."""
+    workload, _ = fit(name, workload)
+    module = nnx.eval_shape(lambda: create(name, workload, **options))
+    graphdef, params = nnx.split(module)
+
+    def shape(size, channels):
+        return jax.ShapeDtypeStruct((1, *size, channels), jnp.float32)
+
+    inputs = [shape(workload.size, workload.channels)]
+    if is_guided(name):
+        inputs.append(shape(workload.output_size, workload.guide))
+    y = shape(workload.output_size, workload.channels)
+
+    def forward(params, *inputs):
+        return nnx.merge(graphdef, params)(*inputs)
+
+    def both(params, cotangent, *inputs):
+        y, vjp = jax.vjp(forward, params, *inputs)
+        return y, vjp(cotangent)
+
+    if direction == "forward":
+        return forward, (params, *inputs), 4 * y.size
+    return both, (params, y, *inputs), 4 * y.size
+
+
+def temporary(name, workload, direction, **options):
+    """Bytes of temporary memory, and of the output."""
+    f, args, output = call(name, workload, direction, **options)
+    return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes, output
+
+
+@pytest.mark.parametrize(("direction", "limit"), [("forward", 0.35), ("both", 1.25)])
+def test_resfu_at_high_ratio(direction, limit):
+    """28 x 28 to 448 x 448, 384 channels: the literal form needs 33 times the output for both."""
+    used, output = temporary("resfu", WORKLOADS["dino"], direction)
+    assert used <= limit * output
+
+
+@pytest.mark.parametrize(
+    ("name", "forward", "both"),
+    [
+        ("sapa", 0.25, 1.3),
+        ("carafe", 0.25, 0.65),
+        ("dysample", 0.15, 0.35),
+        ("fade", 0.2, 1.4),
+    ],
+)
+def test_temporaries(name, forward, both):
+    """32 x 32 to 128 x 128, 384 channels, in outputs."""
+    for direction, limit in (("forward", forward), ("both", both)):
+        used, output = temporary(name, WORKLOADS["segmenter"], direction)
+        assert used <= limit * output, direction
+
+
+def test_dino_hd_fits():
+    """768 channels, 64 x 64 to 1024 x 1024, forward and backward: 24 GB with all arguments."""
+    f, args, _ = call("resfu", WORKLOADS["dino_hd"], "both")
+    memory = jax.jit(f).lower(*args).compile().memory_analysis()
+    parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
+    assert sum(getattr(memory, part) for part in parts) < 24e9
+
+
+def test_tile_needs_less():
+    """2048 x 2048."""
+    workload = Workload(64, (128, 128), 16, 32)
+    whole, _ = temporary("resfu", workload, "forward")
+    tiled, _ = temporary("resfu", workload, "forward", tile=64)
+    assert tiled < 0.7 * whole
+
+
+@functools.cache
+def both(tile, height):
+    """Output and gradients at 6 x 4 to height x 16."""
+    up = create("resfu", Workload(8, (6, 4), 4, 5), tile=tile)
+    graphdef, params = nnx.split(up)
+    x = jax.random.normal(jax.random.key(0), (2, 6, 4, 8))
+    guide = jax.random.normal(jax.random.key(1), (2, height, 16, 5))
+
+    @jax.jit
+    def run(params, x, guide):
+        out, vjp = jax.vjp(lambda p, *a: nnx.merge(graphdef, p)(*a), params, x, guide)
+        return out, vjp(jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
+
+    return run(params, x, guide)
+
+
+@pytest.mark.parametrize(("tile", "height"), [(1, 24), (8, 24), (6, 25)])
+def test_tile_equals_the_whole(tile, height):
+    """Less than a cell; two cells; a ratio that is not whole, where it bounds the scores only."""
+    chex.assert_trees_all_close(both(tile, height), both(None, height), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_cost_is_linear(name):
+    """Four times the pixels, four times the operations; twice the channels, at most twice."""
+
+    def operations(channels, side):
+        f, args, _ = call(name, Workload(channels, (side, side), 2, channels), "both")
+        with one_block():
+            return jax.jit(lambda *args: f(*args)).lower(*args).cost_analysis()["flops"]
+
+    small = operations(64, 16)
+    np.testing.assert_allclose(operations(64, 32) / small, 4, rtol=0.05)
+    assert operations(128, 16) / small < 2.2
+
+
+def test_tile_is_checked(as_users_call):
+    for tile, message in ((0, "tile must be"), (2.5, "tile must be")):
+        with pytest.raises(ValueError, match=message):
+            create("resfu", WORKLOADS["shapes"], tile=tile)
+    with pytest.raises(ValueError, match="tile does not apply"):
+        create("resfu", WORKLOADS["shapes"], tile=4, implementation="reference")
