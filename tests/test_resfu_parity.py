@@ -154,20 +154,24 @@ def test_module(name, implementation, x64):
 def test_stages(x64):
     g, inputs, _ = load("resfu_s4_k3_gf2_stages", x64)
     up = from_torch("ReSFU", g.group("param"), **g.args)
-    q, k = up.query(inputs["y"]), up.key(inputs["x"])
-    k_up = resize(k, q.shape[1:3])
-    q_gs, q_gf = up.query_blurred(q), up.query_filtered(q, k_up)
-    stages = dict(
-        q=q,
-        k=k,
-        k_up=k_up,
-        q_gs=q_gs,
-        q_gf=q_gf,
-        semantic_scores=up.semantic_scores(k_up, q_gf),
-        detail_scores=up.detail_scores(q_gs, q),
-        attn=up.attention(inputs["x"], inputs["y"]),
-    )
-    for name, value in stages.items():
+
+    @jax.jit
+    def stages(x, y):
+        q, k = up.query(y), up.key(x)
+        k_up = resize(k, q.shape[1:3])
+        q_gs, q_gf = up.query_blurred(q), up.query_filtered(q, k_up)
+        return dict(
+            q=q,
+            k=k,
+            k_up=k_up,
+            q_gs=q_gs,
+            q_gf=q_gf,
+            semantic_scores=up.semantic_scores(k_up, q_gf),
+            detail_scores=up.detail_scores(q_gs, q),
+            attn=up.attention(x, y),
+        )
+
+    for name, value in stages(inputs["x"], inputs["y"]).items():
         goldens.assert_close(value, expected(g, f"stage/{name}"), g.tol_out, name)
 
 

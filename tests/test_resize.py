@@ -130,7 +130,8 @@ def test_constant_stays_constant(sizes, method, align_corners, antialias):
         align_corners = False
     h, w, height, width = sizes
     x = jnp.full((1, h, w, 2), 3.0)
-    y = resize(x, (height, width), method=method, align_corners=align_corners, antialias=antialias)
+    options = dict(method=method, align_corners=align_corners, antialias=antialias)
+    y = jax.jit(lambda x: resize(x, (height, width), **options))(x)
     assert y.shape == (1, height, width, 2)
     np.testing.assert_allclose(y, 3, rtol=2e-6)
 

@@ -142,7 +142,8 @@ def _in_blocks_bwd(padding_mode, saved, g):
         index, weights, vjp = corners(x, p, padding_mode)
         values = _bilinear.gather(padded, index).astype(dtype)
         d_out = jnp.moveaxis(d_out, 3, 1).reshape(*weights.shape[:2], -1).astype(dtype)
-        d_weights, d_values = _bilinear.weighted_sum_bwd((weights, values), d_out)
+        _, vjp_sum = jax.vjp(_bilinear.weighted_sum, weights, values)
+        d_weights, d_values = vjp_sum(d_out)
         d_padded = _bilinear.scatter_add(d_padded, index, d_values)
         return d_padded, add(d_points, *vjp(d_weights), i, block)
 

@@ -121,7 +121,8 @@ class FADE(nnx.Module):
             return local_reassembly(kernels, x, implementation=self.implementation)
         gate = jax.nn.sigmoid(resize(apply_linear(x, self.gate), y.shape[1:3], method="nearest"))
         # The gate goes into the kernels, so that the upsampled features are never kept.
-        up = local_reassembly((1 - gate) * kernels, x, implementation=self.implementation)
+        kernels = (1 - gate).astype(kernels.dtype) * kernels
+        up = local_reassembly(kernels, x, implementation=self.implementation)
         return _scaled(gate, y) + up
 
     def kernels(
