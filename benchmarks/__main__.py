@@ -3,6 +3,7 @@
     python -m benchmarks                                       ours against the literal form
     python -m benchmarks --peer-root DIR --json results.json   and against the official modules
     python -m benchmarks --plot docs/scaling.png               how time and memory grow
+    python -m benchmarks --overhead --upsamplers carafe        what Python adds to a call
 
 DIR holds checkouts of the official repositories as owner/repository (zmhhmz/ReSFU,
 poppinace/sapa, poppinace/fade, tiny-smart/sapa, tiny-smart/dysample, duzw9311/LDA-AQU); their
@@ -28,6 +29,7 @@ import jax
 
 from benchmarks import plot
 from benchmarks.measure import DIRECTIONS, DTYPES, compare
+from benchmarks.overhead import overhead
 from benchmarks.workloads import GROUPS, WORKLOADS
 from resfu_jax import list_upsamplers
 
@@ -66,10 +68,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="writes all figures")
     parser.add_argument(
+        "--markdown",
+        metavar="FILE",
+        type=pathlib.Path,
+        help="measures nothing; prints what --json wrote as a table",
+    )
+    parser.add_argument(
         "--plot",
         metavar="FILE",
         type=pathlib.Path,
         help="measures how cost grows, instead of the workloads, and draws it",
+    )
+    parser.add_argument(
+        "--overhead", action="store_true", help="measures Python's part of a call, instead"
     )
     args = parser.parse_args(argv)
     if args.torch_compile and not args.peer_root:
@@ -125,7 +136,7 @@ _COLUMNS = (
 def table(rows: list[dict[str, Any]]) -> str:
     """The forms of one comparison under a heading."""
     head = rows[0]
-    what = " ".join(head[key] for key in ("upsampler", "workload", "dtype", "direction"))
+    what = " ".join(_comparison(head))
     if "channels" in head:
         (h, w), scale = head["size"], head["scale"]
         what += f": {head['channels']} channels, {h}x{w} to {h * scale}x{w * scale}"
@@ -142,8 +153,41 @@ def _line(row: dict[str, Any]) -> str:
     return " ".join(cells).rstrip()
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A line for each comparison with the official module, eager."""
+    lines = [
+        "| upsampler | workload | | ours ms | PyTorch ms | faster | temporaries MB | PyTorch MB "
+        "| compile s |",
+        "|---" * 9 + "|",
+    ]
+    ours = {_comparison(row): row for row in rows if row["form"] == "ours" and "ms" in row}
+    for row in rows:
+        mine = ours.get(_comparison(row))
+        if row["form"] != "torch" or mine is None:
+            continue
+        direction = row["direction"].replace("forward+", "with ")
+        direction += "" if row["dtype"] == "float32" else f", {row['dtype']}"
+        head = f"| `{row['upsampler']}` | `{row['workload']}` | {direction} | {mine['ms']:.1f} |"
+        tail = f" {mine['temporary_mb']:.1f} | - | {mine['compile_s']:.1f} |"
+        if "ms" in row:
+            factor = row["ms"] / mine["ms"]
+            head += f" {row['ms']:.1f} | {factor:.1f} |"
+            tail = tail.replace("| - |", f"| {row['temporary_mb']:.1f} |")
+        else:
+            head += f" - ({row['skipped'].split(';')[0]}) | - |"
+        lines.append(head + tail)
+    return "\n".join(lines)
+
+
+def _comparison(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[key] for key in ("upsampler", "workload", "dtype", "direction"))
+
+
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    if args.markdown:
+        print(markdown(json.loads(args.markdown.read_text())["rows"]))
+        return 0
     peers = ("torch", "torch.compile") if args.torch_compile else ("torch",)
     forms = ("ours", *(() if args.no_literal else ("literal",)), *(peers if args.peer_root else ()))
     if args.plot:
@@ -157,6 +201,12 @@ def main(argv: list[str] | None = None) -> int:
     print(", ".join(f"{package} {version}" for package, version in about["versions"].items()))
     if about["load"] > 0.5:
         print(f"the machine is busy (load {about['load']:.1f}): do not trust times")
+    if args.overhead:
+        for up in args.upsamplers:
+            print(f"{up}: microseconds of a call")
+            for way, microseconds in overhead(up).items():
+                print(f"  {microseconds:8.0f}  {way}")
+        return 0
     rows: list[dict[str, Any]] = []
     for (name, sizes), up, dtype, direction in itertools.product(
         workloads.items(), args.upsamplers, args.dtypes, args.directions

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import __main__ as cli
 from benchmarks import measure, plot
+from benchmarks.overhead import overhead
 from benchmarks.workloads import GROUPS, WORKLOADS, Skip, Workload, fit
 from resfu_jax import list_upsamplers
 
@@ -108,6 +109,30 @@ def test_command(tiny, tmp_path, capsys):
     assert results["machine"]["cores"] >= 1 and results["machine"]["versions"]["jax"]
     forms = [(row["upsampler"], row["form"]) for row in results["rows"]]
     assert forms == [(up, form) for up in ("carafe", "bilinear") for form in ("ours", "literal")]
+
+
+def test_markdown(tmp_path, capsys):
+    head = dict(upsampler="carafe", workload="tiny", dtype="float32", direction="forward+backward")
+    cost = dict(ms=2.0, temporary_mb=1.0, compile_s=0.5)
+    rows = [
+        head | dict(form="ours") | cost,
+        head | dict(form="torch", ms=5.0, temporary_mb=3.0),
+        head | dict(upsampler="resfu", form="ours") | cost,
+        head | dict(upsampler="resfu", form="torch", skipped="no checkout; see --peer-root"),
+    ]
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(dict(rows=rows)))
+    assert cli.main(["--markdown", str(file)]) == 0
+    *_, carafe, resfu = capsys.readouterr().out.strip().splitlines()
+    assert carafe == "| `carafe` | `tiny` | with backward | 2.0 | 5.0 | 2.5 | 1.0 | 3.0 | 0.5 |"
+    assert (
+        resfu == "| `resfu` | `tiny` | with backward | 2.0 | - (no checkout) | - | 1.0 | - | 0.5 |"
+    )
+
+
+def test_overhead():
+    ways = overhead("carafe", calls=20)
+    assert len(ways) == 5 and all(us > 0 for us in ways.values())
 
 
 @pytest.mark.parametrize(
