@@ -13,16 +13,19 @@ Sources: CARAFE (Wang et al., ICCV 2019) for the reassembly; SAPA (Lu et al., Ne
 similarity.
 """
 
+import functools
 import math
 from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from resfu_jax.ops import _cells
-from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops._dtypes import at_least_float32, promote
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._polyphase import whole_ratio
+from resfu_jax.ops._row_blocks import map_row_blocks
 from resfu_jax.ops.unfold import unfold
 
 Implementation = Literal["reference", "polyphase"]
@@ -89,31 +92,63 @@ def local_reassembly(
     Raises:
       ValueError: shapes that do not fit, an even K, or an `implementation` that does not apply.
     """
-    if weights.ndim != 4 or v.ndim != 4 or weights.shape[0] != v.shape[0]:
+    return _reassembly(lambda weights: weights, weights, v, groups, implementation)
+
+
+def local_attention(
+    scores: Float[Array, "b H W taps"],
+    v: Float[Array, "b h w c"],
+    *,
+    groups: int = 1,
+    implementation: Implementation | None = None,
+) -> Float[Array, "b H W c"]:
+    """`local_reassembly` with the softmax of the scores, group by group, as weights.
+
+    The weights are not kept for the gradient.
+    """
+    softmax = functools.partial(jax.nn.softmax, axis=-1)
+    return _reassembly(softmax, scores, v, groups, implementation)
+
+
+def _reassembly(weigh, scores, v, groups: int, implementation: Implementation | None) -> Array:
+    """Window sums with the weights that `weigh` makes of scores (..., groups, taps)."""
+    if scores.ndim != 4 or v.ndim != 4 or scores.shape[0] != v.shape[0]:
         raise ValueError(
             "weights (B, H, W, groups*K*K) and v (B, h, w, C) must have 4 axes and the same batch "
-            f"size, got {weights.shape} and {v.shape}"
+            f"size, got {scores.shape} and {v.shape}"
         )
-    if groups < 1 or v.shape[3] % groups or weights.shape[3] % groups:
+    if groups < 1 or v.shape[3] % groups or scores.shape[3] % groups:
         raise ValueError(
             f"groups must divide the channels of v ({v.shape[3]}) and of the weights "
-            f"({weights.shape[3]}), got {groups}"
+            f"({scores.shape[3]}), got {groups}"
         )
-    taps = weights.shape[3] // groups
+    taps = scores.shape[3] // groups
     kernel_size = math.isqrt(taps)
     if kernel_size**2 != taps:
-        raise ValueError(f"weights must have groups * K*K channels, got {weights.shape[3]}")
+        raise ValueError(f"weights must have groups * K*K channels, got {scores.shape[3]}")
     _check_odd(kernel_size)
     dtype = at_least_float32(v.dtype)
-    weights = weights.astype(dtype).reshape(*weights.shape[:3], groups, taps)
-    if _polyphase(implementation, v.shape[1:3], weights.shape[1:3]):
-        out = _cells.reassemble(weights, _pad(v.astype(dtype), kernel_size))
-    else:
-        windows = _gather(v, weights.shape[1:3], kernel_size).astype(dtype)
+
+    def weights_of(scores):
+        scores = scores.astype(promote(scores.dtype, dtype))
+        return weigh(scores.reshape(*scores.shape[:3], groups, taps)).astype(dtype)
+
+    if not _polyphase(implementation, v.shape[1:3], scores.shape[1:3]):
+        windows = _gather(v, scores.shape[1:3], kernel_size).astype(dtype)
         windows = windows.reshape(*windows.shape[:4], groups, -1)
-        out = jnp.einsum("bhwgt,bhwtgc->bhwgc", weights, windows)
-        out = out.reshape(*out.shape[:3], -1)
-    return out.astype(v.dtype)
+        out = jnp.einsum("bhwgt,bhwtgc->bhwgc", weights_of(scores), windows)
+        return out.reshape(*out.shape[:3], -1).astype(v.dtype)
+
+    def f(_, blocks):
+        scores, padded = blocks
+        return (_cells.reassemble(weights_of(scores), padded.astype(dtype)).astype(v.dtype),)
+
+    padded = _pad(v, kernel_size)
+    out_shape = (*scores.shape[:3], v.shape[3])
+    count, windows, pixels = _cells.blocks(out_shape, padded.shape, kernel_size)
+    arrays = (scores, padded)
+    (out,) = map_row_blocks(f, count, (pixels, windows), (pixels,), (), arrays, forward_whole=True)
+    return out
 
 
 def cell_index(n_in: Size, n_out: Size) -> Int[Array, " n"]:

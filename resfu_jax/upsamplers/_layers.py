@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._dtypes import at_least_float32, promote
 from resfu_jax.ops._interp import Size
+from resfu_jax.ops._row_blocks import Rows, block_rows, map_row_blocks
 from resfu_jax.ops.group_norm import group_norm
 
 EPS = 1e-5  # of every norm of the published modules
@@ -69,11 +70,36 @@ def apply_norm(
         return x
     if isinstance(norm, nnx.GroupNorm):
         return group_norm(x, norm.scale[...], norm.bias[...], groups=norm.num_groups, eps=EPS)
+    return _layer_norm(x, norm.scale[...], norm.bias[...])
+
+
+def apply_linear_of_norm(
+    x: Float[Array, "b h w c"], norm: nnx.GroupNorm | nnx.LayerNorm | None, layer: nnx.Linear
+) -> Float[Array, "b h w d"]:
+    """`layer(norm(x))`; with a LayerNorm in blocks of rows, and nothing else of x's size."""
+    if not isinstance(norm, nnx.LayerNorm):
+        return apply_linear(apply_norm(x, norm), layer)
+    bias = None if layer.bias is None else layer.bias[...]
+    params = (norm.scale[...], norm.bias[...], layer.kernel[...], bias)
+
+    def f(params, blocks):
+        scale, norm_bias, kernel, bias = params
+        y = _layer_norm(*blocks, scale, norm_bias) @ kernel.astype(x.dtype)
+        return (y if bias is None else y + bias.astype(x.dtype)[None, None, None],)
+
+    b, h, w, c = x.shape
+    rows = block_rows(h, b * w * c)
+    block = Rows(1, rows, rows)
+    (out,) = map_row_blocks(f, h // rows, (block,), (block,), params, (x,))
+    return out
+
+
+def _layer_norm(x: Array, scale: Array, bias: Array) -> Array:
     wide = at_least_float32(x.dtype)
     y = x.astype(wide)
     y = y - y.mean(axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + EPS)
-    scale, bias = (v[...].astype(wide)[None, None, None] for v in (norm.scale, norm.bias))
+    scale, bias = (v.astype(wide)[None, None, None] for v in (scale, bias))
     return (y * scale + bias).astype(x.dtype)
 
 

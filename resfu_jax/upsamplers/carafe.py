@@ -3,7 +3,7 @@
 With x the features, s the scale, K = `up_kernel` and G = `up_group`:
 
     mask = softmax over K*K (PixelShuffle_s(Conv(Linear(x))))       one kernel a pixel and group
-    out[p] = sum_uv mask[p, uv] x[floor(p / s) + (u, v) - r]        `ops.local_reassembly`
+    out[p] = sum_uv mask[p, uv] x[floor(p / s) + (u, v) - r]        `ops.local_attention`
 
 The kernels come from the features alone. Beyond the image x counts as zero, and the kernel is not
 renormalised: borders come out weaker, as in the official operator.
@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops.local_window import Implementation, local_reassembly
+from resfu_jax.ops.local_window import Implementation, local_attention
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
 from resfu_jax.upsamplers._layers import (
     XAVIER_UNIFORM,
@@ -31,7 +31,6 @@ from resfu_jax.upsamplers._layers import (
     compute_dtype,
     conv,
     need,
-    softmax,
 )
 from resfu_jax.upsamplers._registry import register
 
@@ -112,13 +111,11 @@ class CARAFE(nnx.Module):
         check_features(features, self.features)
         check_output_size("carafe", features, output_size, self.scale)
         x = features.astype(compute_dtype(self.dtype, features))
-        return local_reassembly(
-            self.kernels(x), x, groups=self.up_group, implementation=self.implementation
+        return local_attention(
+            self.scores(x), x, groups=self.up_group, implementation=self.implementation
         )
 
-    def kernels(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W g_taps"]:
-        """The K*K weights of every output pixel, group by group; those of a group sum to 1."""
+    def scores(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W g_taps"]:
+        """K*K numbers for every output pixel, group by group, whose softmax are its weights."""
         scores = apply_conv(apply_linear(x, self.compress), self.encode)
-        scores = pixel_shuffle(scores, self.scale)
-        scores = scores.reshape(*scores.shape[:3], self.up_group, self.up_kernel**2)
-        return softmax(scores).reshape(*scores.shape[:3], -1)
+        return pixel_shuffle(scores, self.scale)

@@ -4,7 +4,7 @@ With x the features (low resolution) and y the guide (high resolution):
 
     q = Linear(N(y)),  k = Linear(N(x))                             queries and keys
     attn = softmax over K*K (<q[p], k[cell(p) + (u, v) - r]>)       `ops.local_similarity`
-    out[p] = sum_uv attn[p, uv] x[cell(p) + (u, v) - r]             `ops.local_reassembly`
+    out[p] = sum_uv attn[p, uv] x[cell(p) + (u, v) - r]             `ops.local_attention`
 
 A point of the guide joins the low-resolution points that it resembles. Scores are plain inner
 products. A key beyond the image has similarity 0 and keeps its share of the softmax, so that
@@ -41,7 +41,7 @@ from resfu_jax.ops.deformable_attention import deformable_attention
 from resfu_jax.ops.local_window import (
     Implementation,
     cell_index,
-    local_reassembly,
+    local_attention,
     local_similarity,
 )
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
@@ -49,6 +49,7 @@ from resfu_jax.ops.resize import resize
 from resfu_jax.upsamplers._layers import (
     EPS,
     apply_linear,
+    apply_linear_of_norm,
     apply_norm,
     check_features,
     check_guide,
@@ -156,38 +157,45 @@ class SAPA(nnx.Module):
         dtype = compute_dtype(self.dtype, features, guide)
         x, y = features.astype(dtype), guide.astype(dtype)
         v = x if self.v is None else apply_linear(apply_norm(x, self.norm_x), self.v)
-        return local_reassembly(self.attention(x, y), v, implementation=self.implementation)
+        return local_attention(self.scores(x, y), v, implementation=self.implementation)
 
     def attention(
         self, x: Float[Array, "b h w c"], y: Float[Array, "b H W cg"]
     ) -> Float[Array, "b H W taps"]:
         """Weights of the K*K low-resolution pixels of every output pixel, which sum to 1."""
+        return softmax(self.scores(x, y))
+
+    def scores(
+        self, x: Float[Array, "b h w c"], y: Float[Array, "b H W cg"]
+    ) -> Float[Array, "b H W taps"]:
+        """Similarities to the K*K low-resolution pixels of every output pixel."""
         normed = apply_norm(x, self.norm_x)
-        scores = local_similarity(
-            self.query(x, normed, apply_norm(y, self.norm_y)),
+        return local_similarity(
+            self.query(x, normed, y),
             normed if self.k is None else apply_linear(normed, self.k),
             kernel_size=self.up_kernel_size,
             implementation=self.implementation,
         )
-        return softmax(scores)
 
     def query(
-        self, x: Float[Array, "b h w c"], normed_x: Float[Array, "b h w c"], normed_y: Array
+        self, x: Float[Array, "b h w c"], normed_x: Float[Array, "b h w c"], y: Array
     ) -> Float[Array, "b H W d"]:
-        """Queries from the raw and the normalised features and the normalised guide."""
+        """Queries from the raw and the normalised features and the guide."""
         if self.q is None:
-            return normed_y
+            return apply_norm(y, self.norm_y)
 
         def up(a):
-            return resize(a, normed_y.shape[1:3], method="nearest")
+            return resize(a, y.shape[1:3], method="nearest")
 
-        if self.q_mode == "encoder_only":
-            return apply_linear(normed_y, self.q)
         if self.q_mode == "cat":
-            return apply_linear(jnp.concatenate([normed_y, up(x)], axis=-1), self.q)
+            both = jnp.concatenate([apply_norm(y, self.norm_y), up(x)], axis=-1)
+            return apply_linear(both, self.q)
+        q = apply_linear_of_norm(y, self.norm_y, self.q)
+        if self.q_mode == "encoder_only":
+            return q
         gate = up(jax.nn.sigmoid(apply_linear(normed_x, self.gate)))
         # A linear map and nearest-neighbour upsampling commute.
-        return gate * apply_linear(normed_y, self.q) + (1 - gate) * up(apply_linear(x, self.qx))
+        return gate * q + (1 - gate) * up(apply_linear(x, self.qx))
 
 
 @register("sapa_deform")
