@@ -28,7 +28,8 @@ def sample(
     The result has the dtype of the positions.
     """
     index, weights = corners(x.shape[1:3], rows, columns)
-    return weighted_sum(weights, gather(pad(x), index).astype(weights.dtype))
+    # The map is widened, not its samples: gathers of narrow types are slow on a CPU.
+    return weighted_sum(weights, gather(pad(x.astype(weights.dtype)), index))
 
 
 def corners(

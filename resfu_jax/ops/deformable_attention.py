@@ -119,8 +119,8 @@ def _in_blocks(q, k, v, points, bias, heads):
 def _in_blocks_bwd(heads, saved, g):
     # Written out, so that what each block adds to k and v is scattered into one map.
     q, k, v, points, bias = saved
-    groups = points.shape[3]
-    padded = tuple(_bilinear.pad(by_group(a, groups)) for a in (k, v))
+    groups, dtype = points.shape[3], _bilinear.position_dtype(k, points)
+    padded = tuple(_bilinear.pad(by_group(a, groups).astype(dtype)) for a in (k, v))
     count, block = _blocks(k, v, points)
 
     def body(i, state):
@@ -130,10 +130,8 @@ def _in_blocks_bwd(heads, saved, g):
 
         def attend(q, weights, corners, bias):
             keys, values = (
-                by_pixel(_bilinear.weighted_sum(weights, a.astype(weights.dtype)), p).astype(
-                    k.dtype
-                )
-                for a in corners
+                by_pixel(_bilinear.weighted_sum(weights, c), p).astype(a.dtype)
+                for a, c in zip((k, v), corners, strict=True)
             )
             return _attend(q, keys, values, bias, heads).astype(v.dtype)
 
@@ -142,7 +140,7 @@ def _in_blocks_bwd(heads, saved, g):
         d_q = add(d_q, d_rows, i, block)
         d_points = add(d_points, *vjp_weights(d_weights), i, block)
         d_padded = tuple(
-            _bilinear.scatter_add(total, index, d.astype(total.dtype))
+            _bilinear.scatter_add(total, index, d)
             for total, d in zip(d_padded, d_corners, strict=True)
         )
         return d_q, d_points, d_padded, jax.tree.map(jnp.add, d_bias, d_bias_here)
@@ -150,7 +148,7 @@ def _in_blocks_bwd(heads, saved, g):
     zeros = (
         zeros_after(g, q.shape, q.dtype),
         zeros_after(g, points.shape, points.dtype),
-        tuple(jnp.zeros(a.shape, at_least_float32(a.dtype)) for a in padded),
+        tuple(jnp.zeros_like(a) for a in padded),
         jax.tree.map(jnp.zeros_like, bias),
     )
     d_q, d_points, d_padded, d_bias = loop(count, body, zeros)

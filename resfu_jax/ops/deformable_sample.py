@@ -133,14 +133,14 @@ def _in_blocks_bwd(padding_mode, saved, g):
     # Written out, so that what each block adds to x is scattered into one map.
     x, points = saved
     groups, dtype = points.shape[3], _bilinear.position_dtype(x, points)
-    padded = _bilinear.pad(by_group(x, groups))
+    padded = _bilinear.pad(by_group(x, groups).astype(dtype))
     count, block = _blocks(x, points)
 
     def body(i, state):
         d_padded, d_points = state
         p, d_out = cut((points, g), i, (block, block))
         index, weights, vjp = corners(x, p, padding_mode)
-        values = _bilinear.gather(padded, index).astype(dtype)
+        values = _bilinear.gather(padded, index)
         d_out = jnp.moveaxis(d_out, 3, 1).reshape(*weights.shape[:2], -1).astype(dtype)
         _, vjp_sum = jax.vjp(_bilinear.weighted_sum, weights, values)
         d_weights, d_values = vjp_sum(d_out)
