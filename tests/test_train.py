@@ -30,6 +30,8 @@ def start(data_dir, workdir, *arguments, devices=1):
         # Without optimisation programs compile in a fraction of the time.
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
         "--xla_backend_optimization_level=0",
+        # Most runs here compile the same programs.
+        "JAX_COMPILATION_CACHE_DIR": str(data_dir / "compiled"),
     }
     command = [sys.executable, "train.py", f"--config={CONFIG}", f"--workdir={workdir}"]
     return subprocess.Popen(
