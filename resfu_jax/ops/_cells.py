@@ -55,8 +55,8 @@ def correlate(y: Output, x: Padded, n: int, groups: int = 1) -> Weights:
     """Inner products of every pixel of y with the pixels of its n x n window in x."""
     count, windows, pixels = blocks(y.shape, x.shape, n)
 
-    def f(_, blocks):
-        return (_correlate(*blocks, n, groups),)
+    def f(_, rows):
+        return (_correlate(*rows, n, groups),)
 
     (out,) = map_row_blocks(f, count, (pixels, windows), (pixels,), (), (y, x))
     return out

@@ -171,8 +171,8 @@ def _map_normalised_fwd(f, finish, count, inputs, narrow, output, keep, params, 
         block = blocks[0] if keep else f(params, blocks)[0]
         return (finish(params, sums, block),), ()
 
-    again = ((narrow,), kept) if keep else (inputs, arrays)
-    (out,), _ = _run(finished, count, again[0], (output,), (params, sums), again[1])
+    rows, source = ((narrow,), kept) if keep else (inputs, arrays)
+    (out,), _ = _run(finished, count, rows, (output,), (params, sums), source)
     return out, (params, arrays, kept, sums)
 
 
@@ -209,7 +209,7 @@ _map_normalised.defvjp(_map_normalised_fwd, _map_normalised_bwd)
 
 
 def _run(f, count, inputs, outputs, params, arrays):
-    """Output arrays and sums of `f(params, blocks) -> (blocks, sums)`."""
+    """Output arrays, and sums over all blocks, of `f(params, blocks) -> (blocks, sums)`."""
     shapes, sum_shapes = jax.eval_shape(lambda p, a: f(p, cut(a, 0, inputs)), params, arrays)
     buffers = []
     for shape, rows in zip(shapes, outputs, strict=True):
