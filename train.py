@@ -25,7 +25,7 @@ from ml_collections import config_flags
 
 from resfu_jax import data, training, visualize
 from resfu_jax.data.transforms import image_size, scaled_size
-from resfu_jax.model import create_model
+from resfu_jax.model import create_model, evaluating
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="A file in configs/.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -48,28 +48,25 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
     replicated, over_batch = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
     def to_devices(batch: dict[str, np.ndarray]) -> Batch:
-        return {
-            key: jax.make_array_from_process_local_data(over_batch, value)
-            for key, value in batch.items()
-            if key != "id"
-        }
+        arrays = {key: value for key, value in batch.items() if key != "id"}
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(over_batch, x), arrays)
 
     # --------------------------------------------------------------------------------------- model
     info = data.dataset_info(config.data.name)
     schedule = training.create_schedule(config.optimizer, config.steps)
     optimizer = training.create_optimizer(config.optimizer, config.steps)
 
-    def init() -> tuple[nnx.GraphDef, State]:
+    def init(pretrained: dict[str, Any] | None = None) -> tuple[nnx.GraphDef, State]:
         model = create_model(
-            backbone=training.given(config.model.backbone),
-            head=training.given(config.model.head),
+            **training.model_arguments(config.model),
             num_classes=info.num_classes,
-            dtype=jnp.dtype(config.model.dtype),
-            remat=config.model.remat,
             rngs=nnx.Rngs(config.seed),
         )
-        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-        params, rest = nnx.as_pure(params), nnx.as_pure(rest)  # rest: batch statistics, dropout
+        if pretrained is not None:
+            nnx.update(model.backbone, pretrained)
+        # rest: batch statistics, dropout, a frozen backbone
+        graphdef, params, rest = nnx.split(model, model.trainable, ...)
+        params, rest = nnx.as_pure(params), nnx.as_pure(rest)
         state = {
             "step": jnp.zeros((), jnp.int32),
             "params": params,
@@ -82,7 +79,8 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
 
     try:
         graphdef, abstract_state = jax.eval_shape(init)
-    except ValueError as error:  # an option that the model does not have, or its value
+        pretrained = training.pretrained_backbone(config.model.backbone)
+    except (ValueError, FileNotFoundError) as error:  # an option or weights that do not fit
         raise training.ConfigError(f"config.model: {error}") from error
     abstract_state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract_state
@@ -104,10 +102,12 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         info,
         batch_size=config.eval.batch_size // jax.process_count(),
         resize_scale=config.data.resize_scale,
-        pad_to=config.eval.pad_to or 32,
+        pad_to=config.eval.pad_to or training.size_multiple(config.model.backbone),
         **process,
     )
     val_sizes = image_sizes(val_source, config.data.resize_scale)
+
+    class_weights = training.class_weights(config.loss, train_source, info)
 
     # --------------------------------------------------------------------------------- update step
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
@@ -115,20 +115,20 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         normalizer = training.pixel_weights(
             batch["label"],
             ignore_label=info.ignore_label,
-            class_weights=config.loss.class_weights,
+            class_weights=class_weights,
         ).sum()
 
         def loss_fn(params: Any, rest: Any, part: Batch) -> tuple[jax.Array, Any]:
             model = nnx.merge(graphdef, params, rest, copy=True)
             loss = training.cross_entropy(
-                model(part["image"]),
+                model(part["image"], part.get("features")),
                 part["label"],
                 ignore_label=info.ignore_label,
                 label_smoothing=config.loss.label_smoothing,
-                class_weights=config.loss.class_weights,
+                class_weights=class_weights,
                 normalizer=normalizer,
             )
-            return loss, nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
+            return loss, nnx.as_pure(nnx.state(model, nnx.Not(model.trainable)))
 
         params = state["params"]
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -162,10 +162,8 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
     # ---------------------------------------------------------------------------------- evaluation
     def eval_step(state: State, batch: Batch) -> tuple[training.SegmentationCounts, jax.Array]:
         model = nnx.merge(graphdef, state.get("ema", state["params"]), state["rest"])
-        model = nnx.view(
-            model, deterministic=True, use_running_average=True, raise_if_not_found=False
-        )
-        predictions = jnp.argmax(model(batch["image"]), axis=-1).astype(jnp.uint8)
+        logits = evaluating(model)(batch["image"], batch.get("features"))
+        predictions = jnp.argmax(logits, axis=-1).astype(jnp.uint8)
         counts = training.count(
             predictions,
             batch["label"],
@@ -178,10 +176,21 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
 
     eval_step = jax.jit(eval_step, out_shardings=replicated)
 
+    def feature_cache(state: State) -> training.FeatureCache | None:
+        if not config.model.backbone.cache_features:
+            return None
+        directory = pathlib.Path(config.data.dir or data.default_data_dir()) / "features"
+        model = nnx.merge(graphdef, state["params"], state["rest"])
+        return training.FeatureCache(directory, model)
+
+    def with_features(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        return batch if cache is None else batch | {"features": cache(batch["image"])}
+
     def evaluate(step: int, state: State) -> dict[str, float]:
         counts = training.SegmentationCounts.zeros(info.num_classes)
         drawn = 0
         for batch in val_batches:
+            batch = with_features(batch)
             sizes = np.array([val_sizes[image_id] for image_id in batch["id"]], np.int32)
             batch_counts, predictions = eval_step(state, to_devices(batch | {"size": sizes}))
             counts = counts.merge(batch_counts)
@@ -208,7 +217,9 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
     if mode == "eval":
         if start is None:
             raise training.CheckpointError(f"there is no checkpoint in {workdir / 'checkpoints'}")
-        metrics = evaluate(start, checkpoints.restore(start, abstract_state))
+        state = checkpoints.restore(start, abstract_state)
+        cache = feature_cache(state)
+        metrics = evaluate(start, state)
         checkpoints.close()
         (workdir / f"eval_{start}.json").write_text(json.dumps({"step": start} | metrics, indent=2))
         training.print_table(f"checkpoint {start}", metrics, info.class_names, {})
@@ -231,9 +242,11 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
     if start is None:
         start = 0
         quickly = {"xla_backend_optimization_level": 0}  # It runs once: compile it quickly.
-        _, state = jax.jit(init, out_shardings=replicated, compiler_options=quickly)()
+        make_state = lambda *pretrained: init(*pretrained)[1]  # noqa: E731
+        state = jax.jit(make_state, out_shardings=replicated, compiler_options=quickly)(pretrained)
     else:
         state = checkpoints.restore(start, abstract_state, train_batches)
+    cache = feature_cache(state)
     training.write_config(workdir, config)
 
     # ---------------------------------------------------------------------------------------- loop
@@ -267,17 +280,17 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
     try:
         for step in range(start + 1, config.steps + 1):
             batch = next(train_batches)
-            state, metrics = train_step(state, to_devices(batch))
+            state, metrics = train_step(state, to_devices(with_features(batch)))
             window.append((step, batch["id"], metrics))
             reporter.advance(step)
 
             last = step == config.steps
-            evaluating = last or step % config.eval.every == 0
-            saving = evaluating or stop.received or step % config.checkpoint.every == 0
+            evaluation_due = last or step % config.eval.every == 0
+            saving = evaluation_due or stop.received or step % config.checkpoint.every == 0
             if saving or step % config.log_every == 0:
                 report(step)
             metrics = None
-            if evaluating:
+            if evaluation_due:
                 metrics = evaluate(step, state)
                 reporter.evaluation(step, metrics)
             if saving:

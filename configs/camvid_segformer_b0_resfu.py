@@ -27,7 +27,7 @@ def get_config() -> Config:
         batch_size=4,
         log_every=20,
         model=ModelConfig(
-            backbone=BackboneConfig(variant="b0", drop_path=0.0),
+            backbone=BackboneConfig(variant="b0", options={"drop_path": 0.0}),
             head=HeadConfig(upsampler="resfu", width=128, dropout=0.0),
         ),
         # 480x360 images become 240x180; their crops are padded to a multiple of the stride.

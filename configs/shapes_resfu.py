@@ -26,10 +26,12 @@ def get_config() -> Config:
         log_every=20,
         model=ModelConfig(
             backbone=BackboneConfig(
-                widths=(16, 32, 64, 128),
-                depths=(1, 1, 1, 1),
-                heads=(1, 2, 4, 8),
-                drop_path=0.0,
+                options=dict(
+                    widths=(16, 32, 64, 128),
+                    depths=(1, 1, 1, 1),
+                    heads=(1, 2, 4, 8),
+                    drop_path=0.0,
+                )
             ),
             head=HeadConfig(upsampler="resfu", width=64, dropout=0.0),
         ),

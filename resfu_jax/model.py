@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
@@ -13,24 +14,28 @@ from resfu_jax.heads import create_head
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
 
+Features = tuple[Float[Array, "b _h _w _c"], ...]
+
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+def evaluating(module: nnx.Module) -> nnx.Module:
+    """The module without dropout and with the running statistics of BatchNorm; weights shared."""
+    return nnx.view(module, deterministic=True, use_running_average=True, raise_if_not_found=False)
 
 
 class SegmentationModel(nnx.Module):
     """Backbone, head, and what is around them: normalised images in, logits at their size out.
 
-    Modules are built for training. To evaluate:
-
-        model = nnx.view(
-            model, deterministic=True, use_running_average=True, raise_if_not_found=False
-        )
+    Modules are built for training; `evaluating(model)` is the model to evaluate.
 
     Args:
       backbone: images `(B, H, W, 3)` to feature maps.
-      head: feature maps to logits.
+      head: feature maps and normalised images to logits.
       mean: mean of the three colours, in 0 .. 255.
       std: their standard deviation.
+      frozen: the backbone runs as in evaluation, and no gradient reaches it; see `trainable`.
     """
 
     def __init__(
@@ -38,6 +43,7 @@ class SegmentationModel(nnx.Module):
         backbone: nnx.Module,
         head: nnx.Module,
         *,
+        frozen: bool = False,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ):
@@ -45,32 +51,50 @@ class SegmentationModel(nnx.Module):
             raise ValueError(f"mean and std must be three numbers, std > 0, got {mean} and {std}")
         self.backbone = backbone
         self.head = head
+        self.frozen = frozen
         self.mean = tuple(mean)
         self.std = tuple(std)
 
-    def __call__(self, images: Num[Array, "b h w 3"]) -> Float[Array, "b h w k"]:
+    def __call__(
+        self, images: Num[Array, "b h w 3"], features: Features | None = None
+    ) -> Float[Array, "b h w k"]:
         """Logits of every pixel, float32 at least.
 
         Args:
           images: RGB in 0 .. 255, uint8 or floating point.
+          features: what `self.features(images)` returns, if it is known already.
         """
-        logits = self.logits(images)
+        logits = self.logits(images, features)
         logits = logits.astype(at_least_float32(logits.dtype))
         return resize(logits, images.shape[1:3], method="bilinear")
 
-    def logits(self, images: Num[Array, "b h w 3"]) -> Float[Array, "b h4 w4 k"]:
+    def logits(
+        self, images: Num[Array, "b h w 3"], features: Features | None = None
+    ) -> Float[Array, "b h4 w4 k"]:
         """Logits at the head's resolution, in its compute type."""
-        return self.head(self.features(images))
+        if features is None:
+            features = self.features(images)
+        return self.head(features, self.normalise(images))
 
-    def features(self, images: Num[Array, "b h w 3"]) -> tuple[Float[Array, "b _h _w _c"], ...]:
+    def features(self, images: Num[Array, "b h w 3"]) -> Features:
         """The backbone's feature maps of the normalised images."""
+        if not self.frozen:
+            return self.backbone(self.normalise(images))
+        return jax.lax.stop_gradient(evaluating(self.backbone)(self.normalise(images)))
+
+    def trainable(self, path: tuple, variable: Any) -> bool:
+        """Filter for `nnx.split`: the parameters that learn, without those of a frozen backbone."""
+        return isinstance(variable, nnx.Param) and not (self.frozen and path[0] == "backbone")
+
+    def normalise(self, images: Num[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+        """(images - mean) / std, float32 at least."""
         if images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"images must be (batch, height, width, 3), got {images.shape}")
         if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
         x = images.astype(at_least_float32(images.dtype))
         mean, std = (jnp.asarray(v, x.dtype).reshape(1, 1, 1, 3) for v in (self.mean, self.std))
-        return self.backbone((x - mean) / std)
+        return (x - mean) / std
 
 
 def create_model(
@@ -78,6 +102,7 @@ def create_model(
     backbone: dict[str, Any],
     head: dict[str, Any],
     num_classes: int,
+    frozen: bool = False,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     dtype: Dtype | None = None,
@@ -91,6 +116,7 @@ def create_model(
       backbone: arguments of `create_backbone`, `name` among them: `{"variant": "b0"}`.
       head: arguments of `create_head`: `{"upsampler": "resfu", "width": 256}`.
       num_classes: number of logits a pixel.
+      frozen: the backbone does not learn.
       mean: mean of the three colours, in 0 .. 255.
       std: their standard deviation.
       dtype: compute type of backbone and head; float32 images compute in float32 by default.
@@ -104,4 +130,4 @@ def create_model(
     types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     pyramid = create_backbone(**backbone, remat=remat, **types)
     top = create_head(**head, in_features=pyramid.features, num_classes=num_classes, **types)
-    return SegmentationModel(pyramid, top, mean=mean, std=std)
+    return SegmentationModel(pyramid, top, frozen=frozen, mean=mean, std=std)

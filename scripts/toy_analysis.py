@@ -148,8 +148,7 @@ def encode(encoder: pathlib.Path, split: str) -> dict[str, np.ndarray]:
     config = shapes_bilinear.get_config()
     info = data.dataset_info("shapes")
     model = create_model(
-        backbone=training.given(config.model.backbone),
-        head=training.given(config.model.head),
+        **training.model_arguments(config.model),
         num_classes=info.num_classes,
         rngs=nnx.Rngs(0),
     )

@@ -20,7 +20,7 @@ from resfu_jax.training import (
     ConfigError,
     check_overrides,
     check_same_run,
-    given,
+    model_arguments,
     validate,
     write_config,
 )
@@ -62,8 +62,7 @@ def test_configs_build_a_model(name):
 
     def logits(images):
         return create_model(
-            backbone=given(config.model.backbone),
-            head=given(config.model.head),
+            **model_arguments(config.model),
             num_classes=classes,
             rngs=nnx.Rngs(0),
         )(images)
@@ -197,14 +196,17 @@ def test_known_fields_pass():
     )
 
 
-def test_given_leaves_out_none():
-    config = Config()
-    config.model.backbone.widths = (8, 16, 32, 64)
-    assert given(config.model.backbone) == {
-        "name": "mit",
-        "variant": "b0",
-        "widths": (8, 16, 32, 64),
-        "drop_path": 0.1,
+def test_model_arguments_leave_out_none():
+    config = Config().model
+    config.backbone.options = {"widths": (8, 16, 32, 64)}
+    config.head.width = 16
+    arguments = model_arguments(config)
+    assert arguments["backbone"] == {"name": "mit", "variant": "b0", "widths": (8, 16, 32, 64)}
+    assert arguments["head"] == {
+        "name": "segformer",
+        "upsampler": "resfu",
+        "upsampler_options": {},
+        "width": 16,
     }
 
 
@@ -222,7 +224,7 @@ def test_a_run_continues_with_its_own_config_only(tmp_path):
     with pytest.raises(ConfigError) as error:
         check_same_run(tmp_path, config)
     assert "config.seed: was 0, is 5" in str(error.value)
-    assert "config.model.head.width: was 256, is 32" in str(error.value)
+    assert "config.model.head.width: was None, is 32" in str(error.value)
     with pytest.raises(ConfigError) as error:
         check_same_run(tmp_path, config, only="model.")
     assert "seed" not in str(error.value)

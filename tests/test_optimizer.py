@@ -14,7 +14,7 @@ from resfu_jax.training import (
     pixel_weights,
     update_ema,
 )
-from resfu_jax.training.optimizer import decay_mask, head_mask
+from resfu_jax.training.optimizer import decay_mask, learning_rate_multiples
 
 
 class Net(nnx.Module):
@@ -59,11 +59,84 @@ def test_masks():
         "norm": {"scale": False, "bias": False},
         "head": {"kernel": True, "bias": False},
     }
-    assert nnx.to_pure_dict(head_mask(params)) == {
-        "backbone": {"kernel": False, "bias": False},
-        "norm": {"scale": False, "bias": False},
-        "head": {"kernel": True, "bias": True},
+    config = OptimizerConfig(head_learning_rate_multiple=10.0)
+    assert nnx.to_pure_dict(learning_rate_multiples(config, params)) == {
+        "backbone": {"kernel": 1.0, "bias": 1.0},
+        "norm": {"scale": 1.0, "bias": 1.0},
+        "head": {"kernel": 10.0, "bias": 10.0},
     }
+
+
+def test_upsamplers_have_a_rate_of_their_own():
+    config = OptimizerConfig(head_learning_rate_multiple=2.0, upsampler_learning_rate_multiple=5.0)
+    tree = {"head": {"upsample": {0: {"q": 0.0}}, "classify": 0.0}, "backbone": {"w": 0.0}}
+    assert learning_rate_multiples(config, tree) == {
+        "head": {"upsample": {0: {"q": 10.0}}, "classify": 2.0},
+        "backbone": {"w": 1.0},
+    }
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        (  # a plain transformer of three blocks
+            {
+                "embed": 4,
+                "positions": 4,
+                "blocks": {0: {"norm": 3}, 1: {"norm": 2}, 2: {"norm": 1}},
+                "norm": 1,
+            }
+        ),
+        (  # two stages, of two blocks and one
+            {
+                "stem": {"norm": 4},
+                "stages": {
+                    0: {"embed": 4, "blocks": {0: 3, 1: 2}, "norm": 2},
+                    1: {"embed": 1, "blocks": {0: 1}, "norm": 1},
+                },
+            }
+        ),
+    ],
+)
+def test_layers_decay_from_the_end(tree):
+    """The tree holds how many blocks, itself included, there are from each parameter to the end."""
+    config = OptimizerConfig(layer_decay=0.5)
+    multiples = learning_rate_multiples(config, {"backbone": tree, "head": {"w": 0}})
+    assert multiples["backbone"] == jax.tree.map(lambda n: 0.5 ** (n - 1), tree)
+    assert multiples["head"] == {"w": 10.0}
+
+
+def test_sgd_with_momentum_and_decay():
+    config = OptimizerConfig(
+        name="sgd",
+        learning_rate=0.1,
+        final_learning_rate=0.1,
+        warmup_steps=0,
+        beta1=0.9,
+        weight_decay=0.5,
+        head_learning_rate_multiple=2.0,
+    )
+    optimizer = create_optimizer(config, 10)
+    params = {"backbone": jnp.full((1, 1), 2.0), "head": jnp.full((1, 1), 2.0)}
+    state = optimizer.init(params)
+    grads = jax.tree.map(jnp.ones_like, params)
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+        first, state = optimizer.update(grads, state, params)
+        second, state = optimizer.update(grads, state, params)
+    # g = 1 + 0.5 p = 2; then the momentum holds 0.9 g + g.
+    np.testing.assert_allclose(first["backbone"], -0.2, rtol=1e-6)
+    np.testing.assert_allclose(second["backbone"], -0.38, rtol=1e-6)
+    np.testing.assert_allclose(first["head"], -0.4, rtol=1e-6)
+
+
+def test_schedule_ends_at_the_final_rate():
+    config = OptimizerConfig(
+        learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=0, power=0.9
+    )
+    schedule = create_schedule(config, 100)
+    np.testing.assert_allclose(
+        [schedule(s) for s in (0, 50, 100)], [1e-3, 9e-4 * 0.5**0.9 + 1e-4, 1e-4], rtol=1e-5
+    )
 
 
 def test_norms_and_biases_do_not_decay_whatever_their_shape():

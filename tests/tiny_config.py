@@ -19,7 +19,9 @@ def get_config() -> Config:
         log_every=1,
         model=ModelConfig(
             backbone=BackboneConfig(
-                widths=(8, 8, 16, 16), depths=(1, 1, 1, 1), heads=(1, 1, 2, 2), drop_path=0.1
+                options=dict(
+                    widths=(8, 8, 16, 16), depths=(1, 1, 1, 1), heads=(1, 1, 2, 2), drop_path=0.1
+                )
             ),
             head=HeadConfig(upsampler="bilinear", width=8, dropout=0.1),
         ),

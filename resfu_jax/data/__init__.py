@@ -23,6 +23,7 @@ from resfu_jax.data.load import (
     prepare,
 )
 from resfu_jax.data.pipeline import EvalBatches, eval_batches, skip_corrupt, train_batches
+from resfu_jax.data.statistics import balanced_weights, label_counts
 
 __all__ = [
     "CorruptExampleError",
@@ -31,10 +32,12 @@ __all__ = [
     "DatasetNotPrepared",
     "EvalBatches",
     "Source",
+    "balanced_weights",
     "dataset_info",
     "default_data_dir",
     "eval_batches",
     "is_prepared",
+    "label_counts",
     "list_datasets",
     "open_source",
     "prepare",

@@ -1,6 +1,7 @@
 """Heads: a pyramid of feature maps to logits.
 
-A head is called with the maps that a backbone returns and takes its upsampler by name.
+A head is called with the maps that a backbone returns and the normalised images, and takes its
+upsampler by name.
 """
 
 import inspect
@@ -10,6 +11,7 @@ from typing import Any
 from flax import nnx
 
 from resfu_jax._names import lookup
+from resfu_jax.heads.linear import LinearHead
 from resfu_jax.heads.segformer import SegFormerHead
 from resfu_jax.heads.upernet import UPerNetHead
 
@@ -18,6 +20,8 @@ HEADS: dict[str, tuple[type[nnx.Module], dict[str, Any]]] = {
     "segformer": (SegFormerHead, {}),
     "upernet": (UPerNetHead, {}),
     "fpn": (UPerNetHead, {"pool_sizes": ()}),
+    "linear": (LinearHead, {}),
+    "linear_probe": (LinearHead, {"scale": 16, "guide_stride": 1}),
 }
 
 
@@ -49,4 +53,11 @@ def check_head_options(name: str, options: Iterable[str]) -> None:
         lookup(f"option of head {name!r}:", known, option)
 
 
-__all__ = ["HEADS", "SegFormerHead", "UPerNetHead", "check_head_options", "create_head"]
+__all__ = [
+    "HEADS",
+    "LinearHead",
+    "SegFormerHead",
+    "UPerNetHead",
+    "check_head_options",
+    "create_head",
+]

@@ -34,9 +34,17 @@ def check_maps(features: Sequence[Array], in_features: tuple[int, ...]) -> None:
 
 
 def create_head_upsampler(
-    name: str, width: int, scale: int, options: dict[str, Any] | None, **types: Any
+    name: str,
+    width: int,
+    scale: int,
+    options: dict[str, Any] | None,
+    *,
+    guide_features: int | None = None,
+    **types: Any,
 ) -> nnx.Module:
     """An upsampler of maps with `width` channels whose guide, if it takes one, has as many.
+
+    `guide_features` is the guide's number of channels where it differs.
 
     Raises:
       ValueError: an unknown upsampler or option, or one that is guided by something else.
@@ -45,7 +53,12 @@ def create_head_upsampler(
     if guide not in ("none", "features"):
         raise ValueError(f"upsampler {name!r} needs a guide of kind {guide!r}, not a feature map")
     return create_upsampler(
-        name, features=width, guide_features=width, scale=scale, **types, **(options or {})
+        name,
+        features=width,
+        guide_features=guide_features or width,
+        scale=scale,
+        **types,
+        **(options or {}),
     )
 
 

@@ -122,11 +122,16 @@ class SegFormerHead(nnx.Module):
             return nnx.Linear(features, width, kernel_init=nnx.initializers.normal(0.02), **types)
         return ConvBNReLU(features, width, **types)
 
-    def __call__(self, features: Sequence[Float[Array, "b _h _w _c"]]) -> Float[Array, "b h w k"]:
+    def __call__(
+        self,
+        features: Sequence[Float[Array, "b _h _w _c"]],
+        images: Float[Array, "b H W 3"] | None = None,
+    ) -> Float[Array, "b h w k"]:
         """Logits on the grid of the finest map.
 
         Args:
           features: maps c1 .. c4 of the backbone.
+          images: not used; heads whose guide is the image take them.
 
         Raises:
           ValueError: maps that do not have `in_features` channels, or sizes between which the

@@ -111,11 +111,16 @@ class UPerNetHead(nnx.Module):
         self.dropout = nnx.Dropout(dropout, broadcast_dims=(1, 2), rngs=rngs)
         self.classify = nnx.Linear(width, num_classes, kernel_init=classifier_init, **types)
 
-    def __call__(self, features: Sequence[Float[Array, "b _h _w _c"]]) -> Float[Array, "b h w k"]:
+    def __call__(
+        self,
+        features: Sequence[Float[Array, "b _h _w _c"]],
+        images: Float[Array, "b H W 3"] | None = None,
+    ) -> Float[Array, "b h w k"]:
         """Logits on the grid of the finest map.
 
         Args:
           features: maps of the backbone, from fine to coarse.
+          images: not used; heads whose guide is the image take them.
 
         Raises:
           ValueError: maps that do not have `in_features` channels, or sizes between which the

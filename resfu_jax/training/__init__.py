@@ -14,11 +14,13 @@ from resfu_jax.training.config import (
     OptimizerConfig,
     check_overrides,
     check_same_run,
-    given,
+    model_arguments,
+    size_multiple,
     validate,
     write_config,
 )
-from resfu_jax.training.losses import cross_entropy, pixel_weights
+from resfu_jax.training.feature_cache import FeatureCache
+from resfu_jax.training.losses import class_weights, cross_entropy, pixel_weights
 from resfu_jax.training.metrics import SegmentationCounts, count
 from resfu_jax.training.optimizer import (
     accumulate_gradients,
@@ -26,6 +28,7 @@ from resfu_jax.training.optimizer import (
     create_schedule,
     update_ema,
 )
+from resfu_jax.training.pretrained import pretrained_backbone
 from resfu_jax.training.reporting import Reporter, print_table, read_metrics
 from resfu_jax.training.signals import StopSignals
 
@@ -38,6 +41,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EvalConfig",
+    "FeatureCache",
     "HeadConfig",
     "LossConfig",
     "ModelConfig",
@@ -48,14 +52,17 @@ __all__ = [
     "accumulate_gradients",
     "check_overrides",
     "check_same_run",
+    "class_weights",
     "count",
     "create_optimizer",
     "create_schedule",
     "cross_entropy",
-    "given",
+    "model_arguments",
     "pixel_weights",
+    "pretrained_backbone",
     "print_table",
     "read_metrics",
+    "size_multiple",
     "update_ema",
     "validate",
     "write_config",

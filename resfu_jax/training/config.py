@@ -2,7 +2,7 @@
 
 `train.py` reads a config file through `ml_collections.config_flags`; any field can be overridden
 as `--config.optimizer.learning_rate=1e-4`, tuples as `--config.data.crop_size="(96, 96)"` and
-`upsampler_options` as a literal, `--config.model.head.upsampler_options="{'lr_mult': 500.0}"`.
+dictionaries as literals, `--config.model.head.upsampler_options="{'lr_mult': 500.0}"`.
 """
 
 import ast
@@ -13,34 +13,33 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
 from resfu_jax import data
 from resfu_jax.heads import check_head_options
+from resfu_jax.model import IMAGENET_MEAN, IMAGENET_STD
 from resfu_jax.upsamplers._registry import upsampler_entry
 
 
 @dataclasses.dataclass
 class BackboneConfig:
-    """Arguments of `resfu_jax.backbones.create_backbone`; None keeps the variant's own value."""
+    """Arguments of `resfu_jax.backbones.create_backbone`, its weights, and whether they learn."""
 
     name: str = "mit"
-    """Architecture family."""
+    """Architecture family: "mit", "resnet" or "vit"."""
     variant: str = "b0"
-    """Published size, b0 .. b5."""
-    widths: tuple[int, ...] | None = None
-    """Channels of the four stages."""
-    depths: tuple[int, ...] | None = None
-    """Transformer blocks of the four stages."""
-    heads: tuple[int, ...] | None = None
-    """Attention heads of the four stages."""
-    mlp_ratios: tuple[int, ...] | None = None
-    """Hidden width of the feed-forward part over the stage's width."""
-    sr_ratios: tuple[int, ...] | None = None
-    """Spatial reduction of keys and values in the four stages."""
-    drop_path: float = 0.1
-    """Stochastic depth rate of the last block; it grows linearly from 0 at the first."""
+    """Published size: b0 .. b5; 18, 34, 50, 101; tiny, small, base, large."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further arguments of the family's class, for instance {"drop_path": 0.1}."""
+    pretrained: str | None = None
+    """Weights to start from: a .safetensors file, its folder, or a Hugging Face repository."""
+    frozen: bool = False
+    """The backbone runs as in evaluation and does not learn."""
+    cache_features: bool = False
+    """Frozen backbones: keep the features of every image met in `data.dir`/features. It pays where
+    the same pixels come again, that is without augmentation."""
 
 
 @dataclasses.dataclass
@@ -48,14 +47,14 @@ class HeadConfig:
     """Arguments of `resfu_jax.heads.create_head`; None keeps the head's own value."""
 
     name: str = "segformer"
-    """Architecture: "segformer", "upernet" or "fpn"."""
+    """Architecture: "segformer", "upernet", "fpn", "linear" or "linear_probe"."""
     upsampler: str = "resfu"
     """Any of `resfu_jax.list_upsamplers()`."""
     upsampler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options of that upsampler, for instance {"lr_mult": 500.0}."""
-    width: int = 256
-    """Channels that every stage is projected to."""
-    dropout: float = 0.1
+    width: int | None = None
+    """Channels of all maps in the head; linear: channels of the guide."""
+    dropout: float | None = None
     """Dropout rate before the classifier."""
     wiring: str | None = None
     """segformer: "direct" (each map to the finest grid at once) or "stagewise" (x2 by x2)."""
@@ -63,6 +62,12 @@ class HeadConfig:
     """segformer: "conv_bn_relu" or "linear", what a map goes through first."""
     pool_sizes: tuple[int, ...] | None = None
     """upernet: sides of the grids of the pyramid pooling."""
+    scale: int | None = None
+    """linear: ratio of the upsampler, the backbone's stride over `guide_stride`."""
+    guide_stride: int | None = None
+    """linear: stride of the guide and of the logits: 1, 2, 4 or 8."""
+    norm: bool | None = None
+    """linear: normalise the features before the upsampler."""
 
 
 @dataclasses.dataclass
@@ -75,6 +80,10 @@ class ModelConfig:
     """Compute type, float32 or bfloat16. Parameters, norms and the loss stay float32."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Mean of the three colours in 0 .. 255, as the pretrained weights were trained with."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Their standard deviation."""
 
 
 @dataclasses.dataclass
@@ -103,10 +112,18 @@ class DataConfig:
 
 @dataclasses.dataclass
 class OptimizerConfig:
-    """AdamW with linear warm-up and polynomial decay."""
+    """AdamW or SGD with linear warm-up and polynomial decay."""
 
+    name: str = "adamw"
+    """"adamw", or "sgd": with Nesterov-free momentum `beta1`, and decay added to the gradient."""
     learning_rate: float = 6e-5
     """Peak rate of the backbone."""
+    final_learning_rate: float = 0.0
+    """Rate of the last step."""
+    layer_decay: float = 1.0
+    """The rate of each block of the backbone is this many times that of the block after it."""
+    upsampler_learning_rate_multiple: float = 1.0
+    """Rate of the head's upsamplers over that of the rest of the head."""
     head_learning_rate_multiple: float = 10.0
     """The head learns at this multiple of the backbone's rate."""
     weight_decay: float = 0.01
@@ -137,6 +154,10 @@ class LossConfig:
     """Share of the target spread evenly over all classes."""
     class_weights: tuple[float, ...] | None = None
     """One weight per class; the mean is over the weights, as in PyTorch."""
+    class_balance: float = 0.0
+    """Exponent of class weights (median frequency / frequency)^exponent, counted on the training
+    labels: 0.5 weighs rare classes up, 1 to equal shares; 0 does not count. Times
+    `class_weights`."""
 
 
 @dataclasses.dataclass
@@ -202,7 +223,21 @@ class _DictParser(flags.ArgumentParser):
 config_flags.register_flag_parser_for_type(dict, _DictParser())
 
 
-def given(group: Any) -> dict[str, Any]:
+def model_arguments(config: ModelConfig) -> dict[str, Any]:
+    """Arguments of `resfu_jax.model.create_model`, all but the number of classes and `rngs`."""
+    backbone = config.backbone
+    return dict(
+        backbone=dict(name=backbone.name, variant=backbone.variant, **backbone.options),
+        head=_given(config.head),
+        frozen=backbone.frozen,
+        mean=config.mean,
+        std=config.std,
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+    )
+
+
+def _given(group: Any) -> dict[str, Any]:
     """Fields of a group that are not None, as keyword arguments."""
     return {
         field.name: value
@@ -246,7 +281,9 @@ def check_overrides(arguments: Sequence[str]) -> None:
         name = argument.lstrip("-").split("=", 1)[0]
         if argument.startswith("-") and name.removeprefix("no").startswith("config."):
             path = name.removeprefix("no").removeprefix("config.")
-            inside_dict = path.startswith("model.head.upsampler_options.")
+            inside_dict = path.startswith(
+                ("model.head.upsampler_options.", "model.backbone.options.")
+            )
             if path not in known and not inside_dict:
                 reason = "is a group of fields" if path in groups else "does not exist"
                 wrong.append(f"config.{path} {reason}; {did_you_mean(path, known)}")
@@ -283,7 +320,7 @@ def validate(config: Config, *, devices: int = 1) -> None:
             wrong.append(f"config.{field} is {values[field]!r}; it has to be {need}")
 
     for field in (
-        "steps batch_size log_every model.head.width optimizer.accumulate eval.every "
+        "steps batch_size log_every optimizer.accumulate eval.every "
         "eval.batch_size checkpoint.every checkpoint.keep"
     ).split():
         require(field, lambda v: v >= 1, "at least 1")
@@ -291,7 +328,10 @@ def validate(config: Config, *, devices: int = 1) -> None:
         "data.num_workers eval.pictures optimizer.weight_decay optimizer.warmup_steps"
     ).split():
         require(field, lambda v: v >= 0, "0 or more")
-    for field in "data.resize_scale optimizer.learning_rate optimizer.power".split():
+    for field in (
+        "data.resize_scale optimizer.learning_rate optimizer.power "
+        "optimizer.head_learning_rate_multiple optimizer.upsampler_learning_rate_multiple"
+    ).split():
         require(field, lambda v: v > 0, "positive")
     parts = max(config.optimizer.accumulate, 1) * devices
     require(
@@ -300,8 +340,12 @@ def validate(config: Config, *, devices: int = 1) -> None:
         f"a multiple of {parts} (devices x config.optimizer.accumulate)",
     )
     require("eval.batch_size", lambda v: v % devices == 0, f"a multiple of {devices} (the devices)")
-    is_size = lambda v: len(v) == 2 and all(side >= 32 and side % 32 == 0 for side in v)  # noqa: E731
-    size = "(height, width), multiples of 32 (the backbone's largest stride)"
+    multiple = size_multiple(config.model.backbone)
+
+    def is_size(v: tuple[int, ...]) -> bool:
+        return len(v) == 2 and all(side >= multiple and side % multiple == 0 for side in v)
+
+    size = f"(height, width), multiples of {multiple} (the backbone's largest stride)"
     require("data.crop_size", is_size, size)
     require("eval.pad_to", lambda v: v is None or is_size(v), size + ", or None")
     require(
@@ -311,6 +355,20 @@ def validate(config: Config, *, devices: int = 1) -> None:
     )
     require("data.on_corrupt", lambda v: v in ("raise", "skip"), "'raise' or 'skip'")
     require("model.dtype", lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
+    require("optimizer.name", lambda v: v in ("adamw", "sgd"), "'adamw' or 'sgd'")
+    require("optimizer.layer_decay", lambda v: 0 < v <= 1, "above 0, at most 1")
+    require(
+        "optimizer.final_learning_rate",
+        lambda v: 0 <= v <= config.optimizer.learning_rate,
+        "from 0 to config.optimizer.learning_rate",
+    )
+    require("loss.class_balance", lambda v: 0 <= v <= 1, "between 0 and 1")
+    require(
+        "model.backbone.cache_features",
+        lambda v: not v or config.model.backbone.frozen,
+        "False unless config.model.backbone.frozen is True",
+    )
+    require("model.head.width", lambda v: v is None or v >= 1, "at least 1, or None")
     require("optimizer.clip_norm", lambda v: v is None or v > 0, "positive, or None")
     require("optimizer.ema_decay", lambda v: v is None or 0 < v < 1, "between 0 and 1, or None")
     require("loss.label_smoothing", lambda v: 0 <= v < 1, "at least 0 and less than 1")
@@ -320,7 +378,7 @@ def validate(config: Config, *, devices: int = 1) -> None:
     except ValueError as error:
         wrong.append(f"config.model.head.upsampler: {error}")
     try:
-        check_head_options(config.model.head.name, given(config.model.head).keys() - {"name"})
+        check_head_options(config.model.head.name, _given(config.model.head).keys() - {"name"})
     except ValueError as error:
         wrong.append(f"config.model.head: {error}")
     try:
@@ -334,6 +392,11 @@ def validate(config: Config, *, devices: int = 1) -> None:
         wrong.append(f"config.data.name: {error}")
     if wrong:
         raise ConfigError("\n".join(wrong))
+
+
+def size_multiple(config: BackboneConfig) -> int:
+    """What the sides of images have to be multiples of."""
+    return config.options.get("patch_size", 16) if config.name == "vit" else 32
 
 
 # What may change between a run and its continuation: its length, and what no number depends on.

@@ -4,7 +4,23 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Integer
+
+from resfu_jax import data
+from resfu_jax.training.config import LossConfig
+
+
+def class_weights(
+    config: LossConfig, source: data.Source, info: data.DatasetInfo
+) -> tuple[float, ...] | None:
+    """The weights that a config asks for, counted on the labels of `source` if need be."""
+    if not config.class_balance:
+        return config.class_weights
+    weights = data.balanced_weights(data.label_counts(source, info), config.class_balance)
+    if config.class_weights is not None:
+        weights = weights * np.array(config.class_weights)
+    return tuple(weights.tolist())
 
 
 def pixel_weights(

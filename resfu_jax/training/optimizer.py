@@ -1,4 +1,4 @@
-"""AdamW as semantic segmentation uses it: warm-up, polynomial decay, a faster head."""
+"""The optimisers of semantic segmentation: warm-up, polynomial decay, a rate for every part."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +11,20 @@ from resfu_jax.training.config import OptimizerConfig
 
 
 def create_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of the backbone: linear warm-up, then lr · (1 − progress)^power down to 0.
+    """Learning rate of the backbone: linear warm-up, then polynomial decay to the final rate.
 
-    A run that is not longer than the warm-up ends within it.
+    With progress counted from the end of the warm-up, it is
+    (lr - final) · (1 - progress)^power + final. A run that is not longer than the warm-up ends
+    within it.
     """
     warmup = optax.linear_schedule(
         config.learning_rate * config.warmup_start, config.learning_rate, config.warmup_steps
     )
     decay = optax.polynomial_schedule(
-        config.learning_rate, 0.0, config.power, max(steps - config.warmup_steps, 1)
+        config.learning_rate,
+        config.final_learning_rate,
+        config.power,
+        max(steps - config.warmup_steps, 1),
     )
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
 
@@ -28,21 +33,69 @@ def decay_mask(params: Any) -> Any:
     """True for parameters that weight decay applies to: not norms, biases, or other vectors."""
 
     def decays(path: tuple, param: jax.Array) -> bool:
-        names = [str(getattr(key, "key", getattr(key, "name", key))).lower() for key in path]
-        return param.ndim > 1 and not any("norm" in name or "bias" in name for name in names)
+        names = [name.lower() for name in map(str, _keys(path))]
+        return param.ndim > 1 and not any(
+            part in name for name in names for part in ("norm", "bias", "position", "token")
+        )
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def head_mask(params: Any) -> Any:
-    """True for the parameters under the model's `head`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: getattr(path[0], "key", getattr(path[0], "name", None)) == "head", params
-    )
+def learning_rate_multiples(config: OptimizerConfig, params: Any) -> Any:
+    """Learning rate of every parameter over that of the schedule.
+
+    Under `head` it is `head_learning_rate_multiple`, times `upsampler_learning_rate_multiple`
+    under `head.upsample`. Under `backbone` it is `layer_decay` to the number of blocks from the
+    parameter's block to the end, as in BEiT (Bao et al., ICLR 2022): parameters before the first
+    block of all count as a block before it, those between blocks with the block that follows, and
+    those after the last with the last.
+    """
+    # (stage, block) of every block, in order; a backbone of one stage has (0, block).
+    blocks = sorted({block for path in _paths(params) if (block := _block(path)) is not None})
+
+    def multiple(path: tuple, _: Any) -> float:
+        keys = _keys(path)
+        if keys[0] == "head":
+            upsampler = "upsample" in keys
+            return config.head_learning_rate_multiple * (
+                config.upsampler_learning_rate_multiple if upsampler else 1.0
+            )
+        if config.layer_decay == 1.0 or not blocks:
+            return 1.0
+        block = _block(keys)
+        if block is not None:
+            depth = blocks.index(block)
+        elif "stages" in keys:
+            # The embedding of a stage belongs to its first block, its last norm to its last.
+            stage = keys[keys.index("stages") + 1]
+            inside = [i for i, (s, _) in enumerate(blocks) if s == stage]
+            depth = inside[-1] if keys[keys.index("stages") + 2] == "norm" else inside[0]
+            depth -= depth == 0
+        else:
+            depth = len(blocks) - 1 if keys[1] == "norm" else -1
+        return config.layer_decay ** (len(blocks) - 1 - depth)
+
+    return jax.tree_util.tree_map_with_path(multiple, params)
+
+
+def _keys(path: tuple) -> tuple:
+    return tuple(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in path)
+
+
+def _paths(params: Any) -> list[tuple]:
+    return [_keys(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+
+
+def _block(keys: tuple) -> tuple[int, int] | None:
+    """(stage, block) that a parameter of the backbone is in."""
+    if keys[0] != "backbone" or "blocks" not in keys:
+        return None
+    stage = keys[keys.index("stages") + 1] if "stages" in keys else 0
+    return stage, keys[keys.index("blocks") + 1]
 
 
 def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW whose updates, decay included, are scaled by the head's learning rate multiple.
+    """AdamW or SGD, whose updates, decay included, are scaled by `learning_rate_multiples`.
 
     Args:
         config: the optimiser's part of an experiment.
@@ -53,17 +106,27 @@ def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTrans
         if config.clip_norm is None
         else optax.clip_by_global_norm(config.clip_norm)
     )
-    return optax.chain(
-        clip,
-        optax.adamw(
-            create_schedule(config, steps),
+    schedule = create_schedule(config, steps)
+    if config.name == "sgd":
+        rule = optax.chain(
+            optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+            optax.sgd(schedule, momentum=config.beta1),
+        )
+    else:
+        rule = optax.adamw(
+            schedule,
             b1=config.beta1,
             b2=config.beta2,
             weight_decay=config.weight_decay,
             mask=decay_mask,
-        ),
-        optax.masked(optax.scale(config.head_learning_rate_multiple), head_mask),
-    )
+        )
+
+    def scaled(updates: Any, params: Any) -> Any:
+        del params
+        multiples = learning_rate_multiples(config, updates)
+        return jax.tree.map(lambda u, m: u if m == 1.0 else u * m, updates, multiples)
+
+    return optax.chain(clip, rule, optax.stateless(scaled))
 
 
 def update_ema(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:

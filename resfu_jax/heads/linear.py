@@ -1,0 +1,180 @@
+"""A linear classifier behind one upsampler: Segmenter's linear head, and the linear probe.
+
+Strudel et al., "Segmenter: Transformer for Semantic Segmentation", ICCV 2021, section 3.2 (linear
+decoder), with the wiring of ReSFU's Segmenter experiments: the features of a plain transformer, at
+1/16 of the image, go to 1/4 in one step, guided by a stem that sees the image only. For an image of
+H x W, patches of side P, width C and K classes, with `guide_stride` S and `scale` P / S:
+
+    image     (B, H, W, 3) -> stem -> (B, H/S, W/S, G) = guide ---------+
+                                                                        |
+    features  (B, H/P, W/P, C) -> [norm] -> upsampler, with the guide --+
+                                                                        |
+                         (B, H/S, W/S, K) <- classify <- dropout <- (B, H/S, W/S, C)
+
+    stem:  conv 3x3 -> GroupNorm(1) -> ReLU -> conv 3x3, replicated borders, strides
+           (2, 2) for S = 4, (2, 1) for S = 2, (1, 1) for S = 1
+
+`classify` is a 1x1 convolution, `norm` a GroupNorm over all channels. Upsamplers without a guide
+have no stem. Several maps of a backbone are used as their concatenation, at the size of the first.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+from jaxtyping import Array, Float
+
+from resfu_jax.heads._layers import (
+    apply_upsampler,
+    check_arguments,
+    check_maps,
+    classifier_init,
+    create_head_upsampler,
+)
+from resfu_jax.ops.group_norm import group_norm
+
+_STEM_STRIDES = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (4, 2)}
+
+
+class LinearHead(nnx.Module):
+    """Upsamples the backbone's last map and classifies every pixel with one matrix.
+
+    Args:
+      in_features: channels of the backbone's maps, all of one size; one map as a rule.
+      num_classes: number of logits a pixel.
+      upsampler: a name of `list_upsamplers()`.
+      upsampler_options: options of that upsampler.
+      scale: ratio that the upsampler is built for, the backbone's stride over `guide_stride`. With
+        16 and guide_stride 1, features go to the pixels of the image: the linear probe of the
+        literature on frozen backbones.
+      guide_stride: 1, 2, 4 or 8; the guide, and the logits, have 1 / guide_stride of the image's
+        sides, rounded up.
+      width: channels G of the guide. FADE with its gate needs those of the features.
+      stem_width: channels between the stem's convolutions.
+      norm: normalise the features before the upsampler.
+      dropout: probability with which a whole channel is dropped before `classify`.
+      dtype: compute type; that of the features by default. Norms are float32 at least.
+      param_dtype: type of the parameters.
+      rngs: source of the initial weights and of the dropout.
+
+    Raises:
+      ValueError: an unknown upsampler or option, or sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        in_features: Sequence[int],
+        num_classes: int,
+        *,
+        upsampler: str = "resfu",
+        upsampler_options: dict[str, Any] | None = None,
+        scale: int = 4,
+        guide_stride: int = 4,
+        width: int = 32,
+        stem_width: int = 64,
+        norm: bool = False,
+        dropout: float = 0.0,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if not in_features or not all(n > 0 for n in in_features):
+            raise ValueError(f"in_features must be positive integers, got {in_features}")
+        check_arguments(num_classes, width, dropout)
+        if guide_stride not in _STEM_STRIDES:
+            raise ValueError(
+                f"guide_stride must be one of {tuple(_STEM_STRIDES)}, got {guide_stride}"
+            )
+        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        features = sum(in_features)
+        self.in_features = tuple(in_features)
+        self.num_classes = num_classes
+        self.guide_stride = guide_stride
+        self.norm = GroupNorm(features, param_dtype=param_dtype) if norm else None
+        self.upsample = create_head_upsampler(
+            upsampler, features, scale, upsampler_options, guide_features=width, **types
+        )
+        self.stem = (
+            None
+            if self.upsample.guide == "none"
+            else ImageStem(stem_width, width, _STEM_STRIDES[guide_stride], **types)
+        )
+        self.dropout = nnx.Dropout(dropout, broadcast_dims=(1, 2), rngs=rngs)
+        self.classify = nnx.Linear(features, num_classes, kernel_init=classifier_init, **types)
+
+    def __call__(
+        self, features: Sequence[Float[Array, "b _h _w _c"]], images: Float[Array, "b H W 3"]
+    ) -> Float[Array, "b h w k"]:
+        """Logits at 1 / guide_stride of the image.
+
+        Args:
+          features: maps of the backbone.
+          images: the images, normalised as the backbone had them.
+
+        Raises:
+          ValueError: maps that do not have `in_features` channels, or sizes between which the
+            upsampler cannot go.
+        """
+        check_maps(features, self.in_features)
+        x = features[0] if len(features) == 1 else jnp.concatenate(features, axis=-1)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.stem is None:
+            s = self.guide_stride
+            size = tuple((n + s - 1) // s for n in images.shape[1:3])
+            x = self.upsample(x, output_size=size)
+        else:
+            x = apply_upsampler(self.upsample, x, self.stem(images.astype(x.dtype)))
+        return self.classify(self.dropout(x))
+
+
+class ImageStem(nnx.Module):
+    """Two 3x3 convolutions on the image, GroupNorm(1) and ReLU between them: ReSFU's guidance."""
+
+    def __init__(
+        self,
+        width: int,
+        features: int,
+        strides: tuple[int, int],
+        *,
+        dtype: Dtype | None,
+        param_dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        conv = lambda n, m, stride: nnx.Conv(  # noqa: E731
+            n,
+            m,
+            (3, 3),
+            strides=stride,
+            padding="VALID",
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.conv1 = conv(3, width, strides[0])
+        self.norm = GroupNorm(width, param_dtype=param_dtype)
+        self.conv2 = conv(width, features, strides[1])
+
+    def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w g"]:
+        """The guide, of the compute type."""
+
+        def padded(x: Array) -> Array:
+            return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+
+        x = jax.nn.relu(self.norm(self.conv1(padded(images))))
+        return self.conv2(padded(x))
+
+
+class GroupNorm(nnx.Module):
+    """One group of all channels, with a scale and a bias for each."""
+
+    def __init__(self, features: int, *, param_dtype: Dtype):
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """The normalised map, of the input's type."""
+        return group_norm(x, self.scale[...], self.bias[...], groups=1)

@@ -1,0 +1,100 @@
+"""Features of a frozen backbone, computed once for every image and kept on disk."""
+
+import hashlib
+import os
+import pathlib
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import UInt8
+
+from resfu_jax.model import SegmentationModel
+
+Path = str | os.PathLike[str]
+
+
+class FeatureCache:
+    """`model.features(images)`, read back instead of computed for images met before.
+
+    An image is known by its pixels, the backbone by its compiled program and its weights, so
+    nothing stale is ever found; an augmented image is another image. A file holds the maps of one
+    image.
+
+    Args:
+        directory: where features are kept.
+        model: its backbone must be frozen. Its arrays are copied.
+        batch_size: images computed at once.
+
+    Raises:
+        ValueError: the backbone is not frozen.
+    """
+
+    def __init__(self, directory: Path, model: SegmentationModel, *, batch_size: int = 4):
+        if not model.frozen:
+            raise ValueError("model.frozen must be True: features of a backbone that learns change")
+        graphdef, state = nnx.split(model)
+        state = nnx.as_pure(state)
+        # Copies: the training step donates its arrays. The head's are not needed, only its shapes.
+        self._state = {"backbone": jax.tree.map(_copy, state.pop("backbone"))}
+        head = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+
+        def features(state: dict, images: jax.Array) -> tuple[jax.Array, ...]:
+            return nnx.merge(graphdef, head | state).features(images)
+
+        self._features = jax.jit(features)
+        self._root = pathlib.Path(directory)
+        self._batch_size = batch_size
+        self._folders: dict[tuple[int, ...], pathlib.Path] = {}
+
+    def __call__(self, images: UInt8[np.ndarray, "b h w 3"]) -> tuple[np.ndarray, ...]:
+        """The feature maps of a batch, as `model.features(images)` returns them."""
+        folder = self._folder(images.shape[1:])
+        paths = [folder / f"{_digest(image)}.npz" for image in images]
+        new = [i for i, path in enumerate(paths) if not path.exists()]
+        for start in range(0, len(new), self._batch_size):
+            some = new[start : start + self._batch_size]
+            # Always the same number of images: one compilation.
+            filled = some + some[-1:] * (self._batch_size - len(some))
+            maps = jax.device_get(self._features(self._state, images[np.array(filled)]))
+            for row, i in enumerate(some):
+                _write(paths[i], [x[row] for x in maps])
+        rows = [_read(path) for path in paths]
+        return tuple(np.stack(maps) for maps in zip(*rows, strict=True))
+
+    def _folder(self, size: tuple[int, ...]) -> pathlib.Path:
+        """The folder of this backbone for images of this size."""
+        if size not in self._folders:
+            images = jax.ShapeDtypeStruct((self._batch_size, *size), jnp.uint8)
+            program = self._features.lower(self._state, images).as_text()
+            digest = hashlib.blake2b(program.encode(), digest_size=12)
+            for leaf in jax.tree.leaves(self._state):
+                if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                    digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+            self._folders[size] = self._root / digest.hexdigest()
+            self._folders[size].mkdir(parents=True, exist_ok=True)
+        return self._folders[size]
+
+
+def _copy(x: jax.Array) -> jax.Array:
+    """On this process alone; the array is the same in all."""
+    return jnp.array(x.addressable_data(0))
+
+
+def _digest(image: np.ndarray) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).hexdigest()
+
+
+def _write(path: pathlib.Path, maps: list[np.ndarray]) -> None:
+    # NumPy's files do not know bfloat16: types go into the names.
+    arrays = {f"{i} {x.dtype}": np.ascontiguousarray(x).view(np.uint8) for i, x in enumerate(maps)}
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        np.savez(file, **arrays)
+    pathlib.Path(file.name).replace(path)  # whole or not at all
+
+
+def _read(path: pathlib.Path) -> list[np.ndarray]:
+    with np.load(path) as file:
+        return [file[name].view(jnp.dtype(name.split()[1])) for name in file.files]
