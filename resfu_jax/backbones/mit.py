@@ -22,6 +22,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from resfu_jax.backbones._layers import LayerNorm, PatchConv
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops.depthwise_conv import depthwise_conv
 
@@ -45,6 +46,8 @@ VARIANTS = {
     "b4": Variant((64, 128, 320, 512), (3, 8, 27, 3)),
     "b5": Variant((64, 128, 320, 512), (3, 6, 40, 3)),
 }
+
+_EPSILON = 1e-5  # of all LayerNorms
 
 # As the official code initialises. PyTorch's trunc_normal_ cuts at the values +-2, that is 100
 # standard deviations: never.
@@ -206,14 +209,14 @@ class Stage(nnx.Module):
             kernel_init=_conv_init,
             **types,
         )
-        self.embed_norm = LayerNorm(features, **types)
+        self.embed_norm = LayerNorm(features, epsilon=_EPSILON, **types)
         self.blocks = nnx.List(
             [
                 Block(features, heads, mlp_ratio, sr_ratio, drop_path=rate, **types)
                 for rate in drop_path
             ]
         )
-        self.norm = LayerNorm(features, **types)
+        self.norm = LayerNorm(features, epsilon=_EPSILON, **types)
 
     def __call__(self, x: Float[Array, "b h w c"], *, remat: bool) -> Float[Array, "b H W d"]:
         """One level of the pyramid; with `remat`, blocks keep their inputs only."""
@@ -239,9 +242,9 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.attention_norm = LayerNorm(features, **types)
+        self.attention_norm = LayerNorm(features, epsilon=_EPSILON, **types)
         self.attention = Attention(features, heads, sr_ratio, **types)
-        self.ffn_norm = LayerNorm(features, **types)
+        self.ffn_norm = LayerNorm(features, epsilon=_EPSILON, **types)
         self.ffn = MixFFN(features, mlp_ratio * features, **types)
         # One draw per image: the branch is dropped as a whole.
         self.drop_path = nnx.Dropout(drop_path, broadcast_dims=(1, 2, 3), rngs=rngs)
@@ -273,8 +276,8 @@ class Attention(nnx.Module):
         self.out = nnx.Linear(features, features, kernel_init=_linear_init, **types)
         self.reduces = sr_ratio > 1
         if self.reduces:
-            self.reduce = PatchConv(features, sr_ratio, **types)
-            self.reduce_norm = LayerNorm(features, **types)
+            self.reduce = PatchConv(features, features, sr_ratio, kernel_init=_conv_init, **types)
+            self.reduce_norm = LayerNorm(features, epsilon=_EPSILON, **types)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Softmax(query · key / sqrt(c / heads)) · value, per head."""
@@ -294,31 +297,6 @@ class Attention(nnx.Module):
         weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5).astype(value.dtype)
         y = jnp.einsum("bhnm,bmhd->bnhd", weights, value)
         return self.out(y.reshape(x.shape))
-
-
-class PatchConv(nnx.Module):
-    """Convolution whose stride is its kernel's side; border pixels that fill no patch are unused.
-
-    It is a matrix product of the patches, and computed so: on a CPU, the input gradient of XLA's
-    convolution takes many times longer.
-    """
-
-    def __init__(
-        self, features: int, size: int, *, dtype: Dtype | None, param_dtype: Dtype, rngs: nnx.Rngs
-    ):
-        shape = (size, size, features, features)
-        self.kernel = nnx.Param(_conv_init(rngs.params(), shape, param_dtype))
-        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b hr wr c"]:
-        """One output pixel per patch."""
-        r, _, c, _ = self.kernel.shape
-        b, h, w, _ = x.shape
-        h, w = h // r, w // r
-        patches = x[:, : h * r, : w * r].reshape(b, h, r, w, r, c).swapaxes(2, 3)
-        kernel = self.kernel[...].astype(x.dtype).reshape(r * r * c, c)
-        y = patches.reshape(b, h, w, r * r * c) @ kernel
-        return y + jnp.expand_dims(self.bias[...].astype(x.dtype), (0, 1, 2))
 
 
 class MixFFN(nnx.Module):
@@ -355,22 +333,3 @@ class DepthwiseConv(nnx.Module):
         """Filter every channel."""
         y = depthwise_conv(x, self.kernel[...].astype(x.dtype))
         return y + jnp.expand_dims(self.bias[...].astype(x.dtype), (0, 1, 2))
-
-
-class LayerNorm(nnx.Module):
-    """LayerNorm over channels, in float32 at least whatever the compute type."""
-
-    def __init__(self, features: int, *, dtype: Dtype | None, param_dtype: Dtype, rngs: nnx.Rngs):
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """(x - mean) / sqrt(variance + 1e-5) * scale + bias."""
-        wide = at_least_float32(x.dtype)
-        y = x.astype(wide)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-5)
-        scale, bias = (
-            jnp.expand_dims(p[...].astype(wide), (0, 1, 2)) for p in (self.scale, self.bias)
-        )
-        return (y * scale + bias).astype(x.dtype)
