@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from resfu_jax import data
+from resfu_jax.backbones import vit
 from resfu_jax.heads import check_head_options
 from resfu_jax.model import IMAGENET_MEAN, IMAGENET_STD
 from resfu_jax.upsamplers._registry import upsampler_entry
@@ -396,7 +397,10 @@ def validate(config: Config, *, devices: int = 1) -> None:
 
 def size_multiple(config: BackboneConfig) -> int:
     """What the sides of images have to be multiples of."""
-    return config.options.get("patch_size", 16) if config.name == "vit" else 32
+    if config.name != "vit":
+        return 32
+    variant = vit.VARIANTS.get(config.variant)
+    return config.options.get("patch_size", variant.patch_size if variant else 1)
 
 
 # What may change between a run and its continuation: its length, and what no number depends on.
