@@ -160,12 +160,15 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
     train_step = jax.jit(train_step, donate_argnums=0)
 
     # ---------------------------------------------------------------------------------- evaluation
+    infer = training.create_inference(config.eval)
+
     def eval_step(state: State, batch: Batch) -> tuple[training.SegmentationCounts, jax.Array]:
         model = nnx.merge(graphdef, state.get("ema", state["params"]), state["rest"])
         model = nnx.view(
             model, deterministic=True, use_running_average=True, raise_if_not_found=False
         )
-        predictions = jnp.argmax(model(batch["image"]), axis=-1).astype(jnp.uint8)
+        logits = infer(model, batch["image"], sizes=batch["size"])
+        predictions = jnp.argmax(logits, axis=-1).astype(jnp.uint8)
         counts = training.count(
             predictions,
             batch["label"],

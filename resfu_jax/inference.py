@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer, Num
 
 from resfu_jax.model import IMAGENET_MEAN
@@ -89,7 +90,8 @@ class Inference:
         many windows they have.
 
         Args:
-          apply: images `(n, h', w', 3)` to logits `(n, h', w', k)` of any sizes: a model.
+          apply: images `(n, h', w', 3)` to logits `(n, h', w', k)` of any sizes: a model, set to
+            evaluation, or a function.
           images: RGB in 0 .. 255, uint8 or floating point.
           sizes: height and width of each image before it was padded at the bottom and right. With
             them, windows and mirroring follow the image: at scale 1, images not smaller than
@@ -161,7 +163,8 @@ def slide(
     The mean is computed in float32 at least.
 
     Args:
-      apply: images `(n, *crop, 3)` to logits `(n, *crop, k)`.
+      apply: images `(n, *crop, 3)` to logits `(n, *crop, k)`: a model, set to evaluation, or a
+        function. The state of a model does not change.
       images: RGB in 0 .. 255, uint8 or floating point.
       crop: height and width of the windows.
       stride: pixels between windows, down and across; at most `crop`.
@@ -172,6 +175,11 @@ def slide(
     Raises:
       ValueError: shapes or options that do not fit.
     """
+    if isinstance(apply, nnx.Module):
+        # Modules are bound to the trace they are in: `nnx.remat` updates them, and could not in a
+        # scan. So a copy is made there.
+        graphdef, state = nnx.split(apply)
+        apply = lambda images: nnx.merge(graphdef, state, copy=True)(images)  # noqa: E731
     _check_images(images, sizes)
     _check_pair("crop", crop)
     _check_pair("stride", stride, crop)

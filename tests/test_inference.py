@@ -239,7 +239,8 @@ class Backbone(nnx.Module):
         self.norm = nnx.BatchNorm(8, rngs=rngs)
 
     def __call__(self, images):
-        return (jnp.tanh(self.norm(self.embed(images))),)
+        embed = nnx.remat(lambda self, images: jnp.tanh(self.norm(self.embed(images))))
+        return (embed(self, images),)
 
 
 class Head(nnx.Module):
@@ -252,7 +253,7 @@ class Head(nnx.Module):
 
 
 def test_a_model_in_windows_that_do_not_overlap():
-    """With batch statistics and dropout, which may not change inside a scan."""
+    """With batch statistics, dropout and rematerialisation, which want to update the model."""
     model = SegmentationModel(Backbone(nnx.Rngs(0)), Head(nnx.Rngs(1)))
     model = nnx.view(model, deterministic=True, use_running_average=True, raise_if_not_found=False)
     graphdef, state = nnx.split(model)
@@ -260,7 +261,7 @@ def test_a_model_in_windows_that_do_not_overlap():
     images = draw((1, 32, 48))
     logits = jax.jit(lambda state, images: infer(nnx.merge(graphdef, state), images))(state, images)
     windows = images.reshape(2, 16, 3, 16, 3).transpose(0, 2, 1, 3, 4).reshape(6, 16, 16, 3)
-    expected = jax.jit(model)(windows)
+    expected = jax.jit(lambda state, windows: nnx.merge(graphdef, state)(windows))(state, windows)
     expected = expected.reshape(2, 3, 16, 16, 5).transpose(0, 2, 1, 3, 4).reshape(1, 32, 48, 5)
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
