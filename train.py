@@ -160,9 +160,15 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
     train_step = jax.jit(train_step, donate_argnums=0)
 
     # ---------------------------------------------------------------------------------- evaluation
+    infer = training.create_inference(config)
+
     def eval_step(state: State, batch: Batch) -> tuple[training.SegmentationCounts, jax.Array]:
         model = nnx.merge(graphdef, state.get("ema", state["params"]), state["rest"])
-        logits = evaluating(model)(batch["image"], batch.get("features"))
+        model = evaluating(model)
+        if "features" in batch:
+            logits = model(batch["image"], batch["features"])
+        else:
+            logits = infer(model, batch["image"], sizes=batch["size"])
         predictions = jnp.argmax(logits, axis=-1).astype(jnp.uint8)
         counts = training.count(
             predictions,
@@ -190,7 +196,8 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         counts = training.SegmentationCounts.zeros(info.num_classes)
         drawn = 0
         for batch in val_batches:
-            batch = with_features(batch)
+            if infer.plain:
+                batch = with_features(batch)
             sizes = np.array([val_sizes[image_id] for image_id in batch["id"]], np.int32)
             batch_counts, predictions = eval_step(state, to_devices(batch | {"size": sizes}))
             counts = counts.merge(batch_counts)

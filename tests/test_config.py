@@ -14,12 +14,14 @@ from flax import nnx
 from ml_collections import config_flags
 
 from resfu_jax import data
+from resfu_jax.inference import Inference
 from resfu_jax.model import create_model
 from resfu_jax.training import (
     Config,
     ConfigError,
     check_overrides,
     check_same_run,
+    create_inference,
     model_arguments,
     validate,
     write_config,
@@ -248,3 +250,38 @@ def test_every_field_is_documented_or_self_evident():
                 if not following.startswith('"""'):
                     undocumented.append(f"{type(group).__name__}.{name}")
     assert undocumented == []
+
+
+def test_evaluation_in_windows_on_the_command_line():
+    config = parse(
+        "shapes_resfu.py",
+        "--config.eval.mode=slide",
+        "--config.eval.crop=(64, 96)",
+        "--config.eval.stride=(48, 96)",
+        "--config.eval.scales=(0.5, 1, 1.75)",
+        "--config.eval.flip",
+    )
+    validate(config)
+    assert create_inference(config) == Inference(
+        "slide", (64, 96), (48, 96), scales=(0.5, 1.0, 1.75), flip=True
+    )
+    assert create_inference(Config()) == Inference()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "need"),
+    [
+        ("mode", "tile", "'whole' or 'slide'"),
+        ("mode", "slide", "when mode is 'slide'"),
+        ("crop", (64,), "(height, width)"),
+        ("stride", (0, 64), "at least 1"),
+        ("scales", (), "at least one"),
+        ("windows_per_step", 0, "at least 1"),
+    ],
+)
+def test_wrong_ways_to_evaluate(as_users_call, field, value, need):
+    with pytest.raises(ConfigError) as error:
+        validate(runnable(**{f"eval.{field}": value}))
+    shown = "crop" if value == "slide" else field
+    assert str(error.value).startswith(f"config.eval.{shown} must be")
+    assert need in str(error.value)

@@ -154,6 +154,11 @@ def test_every_option_together(data_dir, tmp_path):
         "--config.data.crop_size=(64, 32)",
         "--config.data.on_corrupt=skip",
         "--config.model.head.upsampler_options={}",
+        "--config.eval.mode=slide",
+        "--config.eval.crop=(32, 32)",
+        "--config.eval.stride=(32, 16)",
+        "--config.eval.scales=(2.0,)",
+        "--config.eval.flip",
     )
     assert [step for step, _ in losses(tmp_path)] == [1, 2, 3, 4]
     assert all(np.isfinite(loss) for _, loss in losses(tmp_path))

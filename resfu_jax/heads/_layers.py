@@ -63,7 +63,7 @@ def create_head_upsampler(
 
 
 def apply_upsampler(
-    upsampler: nnx.Module, x: Float[Array, "b _h _w c"], guide: Float[Array, "b h w c"]
+    upsampler: nnx.Module, x: Float[Array, "b _h _w c"], guide: Float[Array, "b h w _g"]
 ) -> Float[Array, "b h w c"]:
     """`x` at the size of `guide`, and guided by it if the upsampler takes a guide."""
     if upsampler.guide == "none":

@@ -20,6 +20,7 @@ from ml_collections import config_flags
 from resfu_jax import data
 from resfu_jax.backbones import vit
 from resfu_jax.heads import check_head_options
+from resfu_jax.inference import Inference
 from resfu_jax.model import IMAGENET_MEAN, IMAGENET_STD
 from resfu_jax.upsamplers._registry import upsampler_entry
 
@@ -170,7 +171,19 @@ class EvalConfig:
     batch_size: int = 8
     """Images evaluated at once, over all devices and hosts."""
     pad_to: tuple[int, ...] | None = None
-    """Height and width that images are padded to; None pads to the next multiples of 32."""
+    """Height and width that images are padded to; None pads to what the backbone takes."""
+    mode: str = "whole"
+    """An image in one pass, "whole", or in overlapping windows, "slide"; see `Inference`."""
+    crop: tuple[int, ...] | None = None
+    """Height and width of the windows of "slide"."""
+    stride: tuple[int, ...] | None = None
+    """Pixels between them, down and across; at most `crop`."""
+    windows_per_step: int = 1
+    """Windows of each image that pass through the model at once."""
+    scales: tuple[float, ...] = (1.0,)
+    """Sizes at which an image is seen, over its own; the probabilities are averaged."""
+    flip: bool = False
+    """See it mirrored, too, at every scale."""
     dilation_ratio: float = 0.02
     """Width of the boundary in boundary IoU, as a share of the image diagonal."""
     pictures: int = 4
@@ -245,6 +258,17 @@ def _given(group: Any) -> dict[str, Any]:
         for field in dataclasses.fields(group)
         if (value := getattr(group, field.name)) is not None
     }
+
+
+def create_inference(config: Config) -> Inference:
+    """The test protocol of a config.
+
+    Raises:
+        ValueError: a field is out of range. The message starts with its name.
+    """
+    names = {field.name for field in dataclasses.fields(Inference)} - {"multiple"}
+    options = {name: getattr(config.eval, name) for name in names}
+    return Inference(**options, multiple=size_multiple(config.model.backbone))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -374,6 +398,10 @@ def validate(config: Config, *, devices: int = 1) -> None:
     require("optimizer.ema_decay", lambda v: v is None or 0 < v < 1, "between 0 and 1, or None")
     require("loss.label_smoothing", lambda v: 0 <= v < 1, "at least 0 and less than 1")
     require("eval.dilation_ratio", lambda v: 0 < v < 1, "between 0 and 1")
+    try:
+        create_inference(config)
+    except ValueError as error:
+        wrong.append(f"config.eval.{error}")
     try:
         upsampler_entry(config.model.head.upsampler)
     except ValueError as error:

@@ -1,0 +1,304 @@
+"""From a model of one image size to logits of any image: windows, mirrored and rescaled views."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Integer, Num
+
+from resfu_jax.model import IMAGENET_MEAN
+from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops.resize import resize
+
+Apply = Callable[[Array], Array]  # images (b, h, w, 3) to logits (b, h, w, k), as a model does
+Mode = Literal["whole", "slide"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inference:
+    """How images become logits, the test protocols of the field (MMSegmentation's, exactly).
+
+        infer = Inference(mode="slide", crop=(512, 512), stride=(480, 480), flip=True)
+        logits = jax.jit(lambda images: infer(model, images))(images)
+
+    A view of an image is the image at one of `scales`, mirrored or not. Its logits, from one pass
+    (`"whole"`) or from overlapping windows (`"slide"`, see the function `slide`), are brought back
+    to the size of the image. The probabilities of n views are averaged, not their logits:
+
+        result = log( (softmax(logits_1) + ... + softmax(logits_n)) / n )
+
+    A single view returns its logits as they are, hence the defaults are `apply(images)`.
+
+    Scaled images have sides round(scale * side / multiple) * multiple. They are resampled
+    bilinearly, antialiased when shrinking like the images of `resfu_jax.data` (MMSegmentation's are
+    not); logits are resampled bilinearly.
+
+    Args:
+      mode: `"whole"` or `"slide"`.
+      crop: height and width of the windows; `"slide"` needs it, `"whole"` ignores it.
+      stride: pixels between windows, down and across; at most `crop`. As `crop`.
+      scales: sizes of the views over the size of the image.
+      flip: also a mirrored view (left-right) at every scale.
+      multiple: sides of scaled images are multiples of this, for the backbone's sake. Scale 1 keeps
+        the size of the image.
+      windows_per_step: windows of each image that pass through the model at once. More keep a
+        large device busy when the batch is small; memory grows with them.
+
+    Raises:
+      ValueError: an option is out of range. The message starts with its name.
+    """
+
+    mode: Mode = "whole"
+    crop: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    multiple: int = 32
+    windows_per_step: int = 1
+
+    def __post_init__(self):
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"mode must be 'whole' or 'slide', got {self.mode!r}")
+        for name in ("crop", "stride"):
+            if getattr(self, name) is None and self.mode == "slide":
+                raise ValueError(f"{name} must be (height, width) when mode is 'slide', got None")
+        if self.crop is not None:
+            _check_pair("crop", self.crop)
+        if self.stride is not None:
+            _check_pair("stride", self.stride, self.crop)
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+            raise ValueError(f"scales must be positive, at least one, got {self.scales}")
+        for name in ("multiple", "windows_per_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def plain(self) -> bool:
+        """Whether the result is `apply(images)`, one pass over the image as it is."""
+        return self.mode == "whole" and tuple(self.scales) == (1.0,) and not self.flip
+
+    def __call__(
+        self,
+        apply: Apply,
+        images: Num[Array, "b h w 3"],
+        *,
+        sizes: Integer[Array, "b 2"] | None = None,
+    ) -> Float[Array, "b h w k"]:
+        """Logits of every pixel, or log-probabilities if there are several views.
+
+        Works inside `jit`; the number of compiled copies of `apply` is that of the views, however
+        many windows they have.
+
+        Args:
+          apply: images `(n, h', w', 3)` to logits `(n, h', w', k)` of any sizes: a model, set to
+            evaluation, or a function.
+          images: RGB in 0 .. 255, uint8 or floating point.
+          sizes: height and width of each image before it was padded at the bottom and right. With
+            them, windows and mirroring follow the image: at scale 1, images not smaller than
+            `crop` get the logits that they get alone, whatever the padding. The result means
+            nothing in the padding. None: the arrays hold nothing but the images.
+
+        Raises:
+          ValueError: shapes that do not fit.
+        """
+        _check_images(images, sizes)
+        views = [(s, mirrored) for s in self.scales for mirrored in (False, True)[: 1 + self.flip]]
+        if len(views) == 1:
+            return self._view(apply, images, sizes, *views[0])
+        total = None
+        for view in views:
+            logits = self._view(apply, images, sizes, *view)
+            if logits.shape[3] < 2:
+                raise ValueError("averaging views takes logits of 2 or more classes, got 1")
+            logits = jax.nn.log_softmax(logits.astype(at_least_float32(logits.dtype)))
+            total = logits if total is None else jnp.logaddexp(total, logits)
+        return total - math.log(len(views))
+
+    def _view(self, apply, images, sizes, scale: float, mirrored: bool) -> Array:
+        if mirrored:
+            images = _mirror(images, sizes)
+        size = images.shape[1:3]
+        scaled, scaled_sizes = size, sizes
+        if scale != 1:
+            scaled = tuple(max(1, round(scale * n / self.multiple)) * self.multiple for n in size)
+            images = resize(
+                images.astype(at_least_float32(images.dtype)), scaled, antialias=scale < 1
+            )
+            if sizes is not None:
+                ratio = [jnp.array(n, sizes.dtype)[None, :] for n in (scaled, size)]
+                scaled_sizes = -(-sizes * ratio[0] // ratio[1])
+        if self.mode == "slide":
+            logits = slide(
+                apply,
+                images,
+                crop=self.crop,
+                stride=self.stride,
+                windows_per_step=self.windows_per_step,
+                sizes=scaled_sizes,
+            )
+        else:
+            logits = apply(images)
+            _check_logits(logits, images.shape)
+        if scale != 1:
+            logits = resize(logits.astype(at_least_float32(logits.dtype)), size)
+        return _mirror(logits, sizes) if mirrored else logits
+
+
+def slide(
+    apply: Apply,
+    images: Num[Array, "b h w 3"],
+    *,
+    crop: tuple[int, int],
+    stride: tuple[int, int],
+    windows_per_step: int = 1,
+    sizes: Integer[Array, "b 2"] | None = None,
+) -> Float[Array, "b h w k"]:
+    """Logits from overlapping windows: the mean of all windows that cover a pixel.
+
+    Along an axis of n pixels there are ceil((n - crop) / stride) + 1 windows, starting at
+    0, stride, 2 stride, ..., the last moved back to end at the border, as in MMSegmentation. An
+    image smaller than the window is padded at the bottom and right with the mean colour.
+
+    `apply` is compiled once, for `b * windows_per_step` windows; a scan takes it over the image.
+    The mean is computed in float32 at least.
+
+    Args:
+      apply: images `(n, *crop, 3)` to logits `(n, *crop, k)`: a model, set to evaluation, or a
+        function. The state of a model does not change.
+      images: RGB in 0 .. 255, uint8 or floating point.
+      crop: height and width of the windows.
+      stride: pixels between windows, down and across; at most `crop`.
+      windows_per_step: windows of each image that pass through `apply` at once.
+      sizes: height and width of each image before it was padded at the bottom and right: each has
+        windows of its own, and padding beyond all of them gets zeros. None: no padding.
+
+    Raises:
+      ValueError: shapes or options that do not fit.
+    """
+    if isinstance(apply, nnx.Module):
+        # Modules are bound to the trace they are in: `nnx.remat` updates them, and could not in a
+        # scan. So a copy is made there.
+        graphdef, state = nnx.split(apply)
+        apply = lambda images: nnx.merge(graphdef, state, copy=True)(images)  # noqa: E731
+    _check_images(images, sizes)
+    _check_pair("crop", crop)
+    _check_pair("stride", stride, crop)
+    if windows_per_step < 1:
+        raise ValueError(f"windows_per_step must be at least 1, got {windows_per_step}")
+    batch, height, width, _ = images.shape
+    if sizes is None:
+        sizes = jnp.broadcast_to(jnp.array([[height, width]]), (batch, 2))
+    images = _pad(images, crop)
+    (y, y_used), (x, x_used) = (
+        _starts(sizes[:, a], images.shape[a + 1], crop[a], stride[a]) for a in (0, 1)
+    )
+
+    # The grid of windows in equal steps; numbers beyond the grid repeat its last window, unused.
+    grid = y.shape[1] * x.shape[1]
+    steps = -(-grid // windows_per_step)
+    n = -(-grid // steps)
+    numbers = np.arange(steps * n, dtype=np.int32).reshape(steps, n)
+    rows, columns = np.divmod(np.minimum(numbers, grid - 1), np.int32(x.shape[1]))
+
+    windows = jax.ShapeDtypeStruct((batch * n, *crop, 3), images.dtype)
+    logits = jax.eval_shape(apply, windows)
+    _check_logits(logits, windows.shape)
+    dtype = at_least_float32(logits.dtype)
+
+    def step(total: Array, window: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        row, column, exists = window
+        tops, lefts = jnp.take(y, row, axis=1), jnp.take(x, column, axis=1)
+        used = jnp.take(y_used, row, axis=1) & jnp.take(x_used, column, axis=1) & exists[None, :]
+        of_image = jax.vmap(_cut, in_axes=(None, 0, 0, None))
+        cut = jax.vmap(of_image, in_axes=(0, 0, 0, None))(images, tops, lefts, crop)
+        logits = apply(cut.reshape(windows.shape)).astype(dtype)
+        logits = logits.reshape(batch, n, *logits.shape[1:])
+        logits = jnp.where(used[:, :, None, None, None], logits, jnp.zeros((), dtype))
+
+        def add(i: Array, total: Array) -> Array:
+            take = lambda values: jax.lax.dynamic_index_in_dim(values, i, 1, keepdims=False)  # noqa: E731
+            return jax.vmap(_add)(total, take(logits), take(tops), take(lefts))
+
+        return jax.lax.fori_loop(0, n, add, total), None
+
+    total = jnp.zeros((*images.shape[:3], logits.shape[3]), dtype)
+    total, _ = jax.lax.scan(step, total, (rows, columns, numbers < grid))
+    down = _coverage(y, y_used, crop[0], images.shape[1])
+    across = _coverage(x, x_used, crop[1], images.shape[2])
+    windows_there = (down[:, :, None] * across[:, None, :])[..., None]
+    mean = total / jnp.maximum(windows_there, 1).astype(dtype)
+    return mean[:, :height, :width]
+
+
+def _starts(
+    sizes: Integer[Array, "b"], n: int, crop: int, stride: int
+) -> tuple[Int[Array, "b m"], Bool[Array, "b m"]]:
+    """First pixels of the windows along an axis of n pixels, and which of them an image needs."""
+    start = stride * jnp.arange(-(-(n - crop) // stride) + 1, dtype=jnp.int32)[None, :]
+    last = jnp.maximum(sizes.astype(jnp.int32) - crop, 0)[:, None]
+    return jnp.minimum(start, last), start - last < stride
+
+
+def _coverage(
+    starts: Int[Array, "b m"], used: Bool[Array, "b m"], crop: int, n: int
+) -> Int[Array, "b {n}"]:
+    """Number of used windows over each of n pixels."""
+    distance = jnp.arange(n, dtype=jnp.int32)[None, None, :] - starts[:, :, None]
+    inside = (distance >= 0) & (distance < crop) & used[:, :, None]
+    return inside.sum(axis=1, dtype=jnp.int32)
+
+
+def _cut(image: Array, top: Array, left: Array, crop: tuple[int, int]) -> Array:
+    return jax.lax.dynamic_slice(image, (top, left, 0), (*crop, image.shape[2]))
+
+
+def _add(total: Array, window: Array, top: Array, left: Array) -> Array:
+    """`total` with `window` added at (top, left)."""
+    there = _cut(total, top, left, window.shape[:2])
+    return jax.lax.dynamic_update_slice(total, there + window, (top, left, 0))
+
+
+def _pad(images: Array, size: tuple[int, int]) -> Array:
+    """Images that are smaller get the mean colour at the bottom and right, as in training."""
+    batch, height, width, _ = images.shape
+    if height >= size[0] and width >= size[1]:
+        return images
+    colour = jnp.asarray(np.round(IMAGENET_MEAN), images.dtype)
+    size = max(height, size[0]), max(width, size[1])
+    return jnp.broadcast_to(colour, (batch, *size, 3)).at[:, :height, :width].set(images)
+
+
+def _mirror(x: Array, sizes: Array | None) -> Array:
+    """Left-right. With sizes, each image within its own width, its padding left as it is."""
+    if sizes is None:
+        return jnp.flip(x, axis=2)
+    column = jnp.arange(x.shape[2], dtype=jnp.int32)[None, :]
+    widths = sizes[:, 1:].astype(jnp.int32)
+    source = jnp.where(column < widths, widths - 1 - column, column)
+    return jnp.take_along_axis(x, source[:, None, :, None], axis=2)
+
+
+def _check_pair(name: str, value: tuple[int, int], largest: tuple[int, int] | None = None) -> None:
+    if len(value) != 2 or min(value) < 1:
+        raise ValueError(f"{name} must be (height, width), at least 1, got {value}")
+    if largest is not None and (value[0] > largest[0] or value[1] > largest[1]):
+        raise ValueError(f"{name} must be at most the crop {largest}, got {value}")
+
+
+def _check_images(images: Array, sizes: Array | None) -> None:
+    if images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"images must be (batch, height, width, 3), got {images.shape}")
+    if sizes is not None and sizes.shape != (images.shape[0], 2):
+        raise ValueError(f"sizes must be ({images.shape[0]}, 2), got {sizes.shape}")
+
+
+def _check_logits(logits: Array | jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> None:
+    if len(logits.shape) != 4 or logits.shape[:3] != shape[:3]:
+        raise ValueError(
+            f"apply must return logits {(*shape[:3], 'k')} for images {shape}, got {logits.shape}"
+        )
