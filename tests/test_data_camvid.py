@@ -111,7 +111,7 @@ def test_a_manual_dir_without_files(tmp_path, exists):
 
 
 def test_no_network_says_at_once_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(camvid, "_ARCHIVE", "http://127.0.0.1:9/camvid.zip")
+    monkeypatch.setattr(camvid.Camvid, "URLS", ("http://127.0.0.1:9/camvid.zip",))
     with pytest.raises(ConnectionError, match="(?s)refused.*clone .* --manual-dir DIR"):
         prepare("camvid", tmp_path)
     assert not is_prepared("camvid", tmp_path)
@@ -145,7 +145,7 @@ def test_the_archive_is_downloaded(tmp_path, archive, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/camvid.zip"
-        monkeypatch.setattr(camvid, "_ARCHIVE", url)
+        monkeypatch.setattr(camvid.Camvid, "URLS", (url,))
         prepare("camvid", tmp_path / "data")
         server.shutdown()
     assert _ids("camvid", "validation", tmp_path / "data") == sorted(VAL)
