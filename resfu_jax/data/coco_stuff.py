@@ -47,12 +47,12 @@ _THINGS = {
 # The ids 91 to 181 of stuff follow the alphabet.
 _STUFF = {
     "ceiling": "ceiling-other, ceiling-tile",
-    "floor": "floor-marble, floor-other, floor-stone, floor-tile, floor-wood",
+    "floor": "carpet, floor-marble, floor-other, floor-stone, floor-tile, floor-wood",
     "food-stuff": "food-other, fruit, salad, vegetable",
     "furniture-stuff": "cabinet, counter, cupboard, desk-stuff, door-stuff, furniture-other, "
     "light, mirror-stuff, shelf, stairs, table",
     "raw-material": "cardboard, metal, paper, plastic",
-    "textile": "banner, blanket, carpet, cloth, clothes, curtain, mat, napkin, pillow, rug, "
+    "textile": "banner, blanket, cloth, clothes, curtain, mat, napkin, pillow, rug, "
     "textile-other, towel",
     "wall": "wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood",
     "window": "window-blind, window-other",

@@ -12,7 +12,6 @@ a warning names it.
 
 import io
 import logging
-import warnings
 
 import numpy as np
 from jaxtyping import Int16
@@ -89,12 +88,13 @@ where DIR holds both archives, or their folders images and annotations."""
     def read_image(self, data: bytes, path: RawPath) -> bytes | None:
         """RGB JPEG files as they are, others as RGB PNG."""
         try:
-            with warnings.catch_warnings(action="ignore"):  # of odd palettes and metadata
-                image = Image.open(io.BytesIO(data))
-                image.load()
-                if image.format == "JPEG" and image.mode == "RGB":
-                    return data
-                image = image.convert("RGB")
+            image = Image.open(io.BytesIO(data))
+            image.load()
+            if image.format == "JPEG" and image.mode == "RGB":
+                return data
+            if image.has_transparency_data:
+                image = image.convert("RGBA")  # PIL warns where it drops transparency directly
+            image = image.convert("RGB")
         except UNDECODABLE as error:
             logging.warning("leaving out %s, which cannot be decoded: %s", path, error)
             return None

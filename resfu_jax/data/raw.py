@@ -159,7 +159,7 @@ class RawFiles:
         """Folders that lie in one place, or None.
 
         Args:
-            folders: their paths.
+            folders: their paths; `""` is the place itself.
             below: folders that they may lie below, beside the places that are always looked at.
             suffix: the first file of each has to have it.
         """
@@ -262,7 +262,7 @@ def map_label(
 
 
 def _ranges(values: np.ndarray) -> str:
-    """ "0 to 20 and 255" for 0, 1, ..., 20, 255."""
+    """0, 1, ..., 20, 255 as "0 to 20 and 255"."""
     runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
     texts = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
     return ", ".join(texts[:-1]) + (" and " if texts[1:] else "") + texts[-1]

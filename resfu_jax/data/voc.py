@@ -120,18 +120,15 @@ benchmark_RELEASE."""
             ],
         )
         if found is None:
-            raise self.missing(
-                files, "folder VOC2012 with JPEGImages, SegmentationClass, ImageSets"
-            )
+            raise self.missing(files, "JPEGImages, SegmentationClass and ImageSets")
         images, labels, lists = found
         train, validation = (_read_ids(lists / name) for name in ("train.txt", "val.txt"))
         files_of_labels = {name: labels / f"{name}.png" for name in (*train, *validation)}
         if self.builder_config.sbd:
-            sbd = files.find("cls", below=["dataset", "benchmark_RELEASE/dataset"], suffix=".mat")
-            root = files.find("dataset", below=["benchmark_RELEASE"])
-            if sbd is None or root is None:
+            sbd = files.find("cls", "", below=["dataset", "benchmark_RELEASE/dataset"])
+            if sbd is None:
                 raise self.missing(files, "folder benchmark_RELEASE/dataset with cls (SBD)")
-            more = {*_read_ids(root[0] / "train.txt"), *_read_ids(root[0] / "val.txt")}
+            more = {*_read_ids(sbd[1] / "train.txt"), *_read_ids(sbd[1] / "val.txt")}
             for name in sorted(more.difference(train, validation)):
                 train.append(name)
                 files_of_labels[name] = sbd[0] / f"{name}.mat"
