@@ -171,9 +171,11 @@ def test_command_line(tmp_path):
     done = run("prepare", "camvid/clean", "--manual-dir", raw)
     assert done.returncode == 0, done.stderr
     assert "camvid/clean: 3 train, 3 validation" in done.stdout
+    assert "warning: published are 163 and 305; files missing?" in done.stdout
     listed = run("list").stdout.splitlines()
-    states = {line.split()[0]: " ".join(line.split()[3:]) for line in listed}
-    assert states["camvid/clean"] == "prepared" and states["camvid"] == "not prepared"
+    states = {line.split()[0]: line.split()[1:5] for line in listed}
+    assert states["camvid/clean"] == ["11", "163", "305", "yes"]
+    assert states["camvid"] == ["11", "367", "101", "no"]
     failed = run("prepare", "camvit")
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: There is no dataset 'camvit'. Did you mean 'camvid'")

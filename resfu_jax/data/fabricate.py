@@ -50,7 +50,8 @@ def fabricate(
     if base not in _WRITERS:
         known = [n for n in list_datasets() if n.partition("/")[0] in _WRITERS]
         raise ValueError(
-            f"{name!r} has no raw files to fabricate; {', '.join(known)} and image_folder/NAME have."
+            f"{name!r} has no raw files to fabricate; {', '.join(known)} have, and "
+            "image_folder/NAME."
         )
     if examples < 1 or min(size) < 8:
         raise ValueError(f"examples and size must be at least 1 and 8, got {examples} and {size}.")
@@ -148,8 +149,8 @@ def _oxford_pet(folder: Path, draw: Draw, examples: int) -> None:
             images[f"images/{name}.jpg"] = buffer.getvalue()
             annotations[f"annotations/trimaps/{name}.png"] = _encode(label)
             annotations[f"annotations/trimaps/._{name}.png"] = b"\0\5\x16\7"  # left by macOS
-            lines.append(f"{name} {index % 2 + 1} {index % 2 + 1} 1\n")
-        annotations[f"annotations/{split}.txt"] = "".join(lines).encode()
+            lines.append(f"{name} {index % 2 + 1} {index % 2 + 1} 1")
+        annotations[f"annotations/{split}.txt"] = _lines(lines)
     images["images/Abyssinian_1.mat"] = b""  # the original has stray files, too
     annotations["annotations/list.txt"] = b"#Image CLASS-ID SPECIES BREED ID\n"
     _write_tar(folder / "images.tar.gz", images)
@@ -194,7 +195,7 @@ def _voc(folder: Path, draw: Draw, examples: int) -> None:
         "val": [*others[examples:], ids["train"][-1], ids["val"][-1]],
     }
     for split, names in lists.items():
-        sbd[f"{split}.txt"] = "".join(f"{name}\n" for name in names).encode()
+        sbd[f"{split}.txt"] = _lines(names)
         for name in names:
             add_sbd(name, add_image(name, values) if name in others else draw(values)[1])
     _write_tar(folder / "VOCtrainval_11-May-2012.tar", files)
@@ -230,6 +231,10 @@ def _encode(array: np.ndarray, encoding: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, encoding)
     return buffer.getvalue()
+
+
+def _lines(lines: Sequence[str]) -> bytes:
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
 def _write_zip(path: Path, files: Files) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 from jaxtyping import Int16
 
 from resfu_jax.data.info import DataError, DatasetInfo
@@ -107,6 +108,14 @@ names) into DIR/labels, and the names of the classes, one a line, into DIR/class
             features=info.features,
             metadata=tfds.core.MetadataDict(),  # filled by find_examples
         )
+
+    def __init__(self, **kwargs: object) -> None:
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)  # tfds would warn of every NAME that it does not know
+        try:
+            super().__init__(**kwargs)
+        finally:
+            logging.set_verbosity(verbosity)
 
     @property
     def table(self) -> Int16[np.ndarray, "256"]:

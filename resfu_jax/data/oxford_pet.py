@@ -6,8 +6,8 @@ between them (raw 1, 2, 3 become 0, 1, 2). To leave the border out, as some do, 
 weight 0 and read the IoU of the two others.
 
 Some of the images are not what their name says: PNG, GIF or BMP files called .jpg, or in other
-colours than RGB. They are converted to RGB PNG. One that cannot be decoded at all is left out, and
-a warning names it.
+colours than RGB. They are converted to RGB PNG. An example that cannot be used at all is left out,
+and a warning names it.
 """
 
 import io
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int16
 from PIL import Image
 
-from resfu_jax.data.info import DatasetInfo
+from resfu_jax.data.info import DataError, DatasetInfo
 from resfu_jax.data.raw import (
     RawBuilder,
     RawExample,
@@ -85,19 +85,24 @@ where DIR holds both archives, or their folders images and annotations."""
             )
         return splits
 
-    def read_image(self, data: bytes, path: RawPath) -> bytes | None:
+    def read_image(self, data: bytes, path: RawPath) -> bytes:
         """RGB JPEG files as they are, others as RGB PNG."""
         try:
             image = Image.open(io.BytesIO(data))
             image.load()
-            if image.format == "JPEG" and image.mode == "RGB":
-                return data
-            if image.has_transparency_data:
-                image = image.convert("RGBA")  # PIL warns where it drops transparency directly
-            image = image.convert("RGB")
         except UNDECODABLE as error:
-            logging.warning("leaving out %s, which cannot be decoded: %s", path, error)
-            return None
+            raise DataError(f"Cannot decode the image {path}: {error}") from error
+        if image.format == "JPEG" and image.mode == "RGB":
+            return data
+        if image.has_transparency_data:
+            image = image.convert("RGBA")  # PIL warns where it drops transparency directly
         buffer = io.BytesIO()
-        image.save(buffer, "PNG")
+        image.convert("RGB").save(buffer, "PNG")
         return buffer.getvalue()
+
+    def _convert(self, files: tuple[RawExample, bytes, bytes]) -> tuple[str, dict | None]:
+        try:
+            return super()._convert(files)
+        except DataError as error:
+            logging.warning("leaving out %s: %s", files[0].id, error)
+            return files[0].id, None

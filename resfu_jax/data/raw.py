@@ -86,14 +86,14 @@ class _Tar:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file = path.open("rb")
-        if self.file.read(2) == b"\x1f\x8b":
-            self.file.close()
-            self.file = tempfile.TemporaryFile()
-            with gzip.open(path) as compressed:
-                shutil.copyfileobj(compressed, self.file, 1 << 20)
-        self.file.seek(0)
+        with path.open("rb") as file:
+            compressed = file.read(2) == b"\x1f\x8b"
+        self.file = tempfile.TemporaryFile() if compressed else path.open("rb")
         weakref.finalize(self, self.file.close)
+        if compressed:
+            with gzip.open(path) as content:
+                shutil.copyfileobj(content, self.file, 1 << 20)
+            self.file.seek(0)
         self.files: dict[str, tuple[int, int]] = {}
         self.folders: dict[str, dict[str, None]] = {"": {}}
         with tarfile.open(fileobj=self.file, mode="r:") as archive:
@@ -314,8 +314,8 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder):
         """The examples of `"train"` and `"validation"`."""
         raise NotImplementedError
 
-    def read_image(self, data: bytes, path: RawPath) -> bytes | None:
-        """The image file to store; None leaves the example out."""
+    def read_image(self, data: bytes, path: RawPath) -> bytes:
+        """The image file to store."""
         return data
 
     def read_label(self, data: bytes, path: RawPath) -> Integer[np.ndarray, "h w"]:
@@ -386,10 +386,9 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder):
                         yield example_id, converted
 
     def _convert(self, files: tuple[RawExample, bytes, bytes]) -> tuple[str, dict | None]:
+        """The features of an example; None leaves it out."""
         example, image, label = files
         image = self.read_image(image, example.image)
-        if image is None:
-            return example.id, None
         raw = self.read_label(label, example.label)
         classes = map_label(raw, self.table, example.label, self.TITLE)
         try:
