@@ -7,8 +7,8 @@ the ids of COCO-Stuff's list less one, 0 to 181, and 255 for unlabelled pixels, 
 `coco_stuff` has 171 classes: those ids in order without the eleven things of COCO that were never
 labelled (they would be ignored). `coco_stuff/27` has the 27 supercategories, twelve of things and
 fifteen of stuff, in the order of PiCIE (Cho et al., CVPR 2021), which STEGO and the linear probes
-of feature upsamplers (FeatUp, LoftUp, JAFAR) keep. Those validate on parts of the images and at
-sizes of their own; here all images are in.
+of feature upsamplers such as LoftUp and JAFAR keep. PiCIE and STEGO use a subset of the images;
+here all are in.
 """
 
 from dataclasses import dataclass

@@ -378,8 +378,8 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, examples: Sequence[RawExample]) -> Iterator[tuple[str, dict]]:
         workers = os.cpu_count() or 1
         with ThreadPoolExecutor(workers) as pool:  # PIL leaves Python's lock while it works
-            for start in range(0, len(examples), 16 * workers):
-                chunk = examples[start : start + 16 * workers]
+            for start in range(0, len(examples), 4 * workers):
+                chunk = examples[start : start + 4 * workers]
                 files = [(e, e.image.read_bytes(), e.label.read_bytes()) for e in chunk]
                 for example_id, converted in pool.map(self._convert, files):
                     if converted is not None:
