@@ -24,7 +24,6 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
 from resfu_jax import data, training, visualize
-from resfu_jax.data.transforms import image_size, scaled_size
 from resfu_jax.model import create_model, evaluating
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="A file in configs/.")
@@ -52,7 +51,7 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(over_batch, x), arrays)
 
     # --------------------------------------------------------------------------------------- model
-    info = data.dataset_info(config.data.name)
+    info = data.dataset_info(config.data.name, config.data.dir)
     schedule = training.create_schedule(config.optimizer, config.steps)
     optimizer = training.create_optimizer(config.optimizer, config.steps)
 
@@ -105,7 +104,6 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         pad_to=config.eval.pad_to or training.size_multiple(config.model.backbone),
         **process,
     )
-    val_sizes = image_sizes(val_source, config.data.resize_scale)
 
     class_weights = training.class_weights(config.loss, train_source, info)
 
@@ -196,10 +194,9 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         counts = training.SegmentationCounts.zeros(info.num_classes)
         drawn = 0
         for batch in val_batches:
-            if infer.plain:
-                batch = with_features(batch)
-            sizes = np.array([val_sizes[image_id] for image_id in batch["id"]], np.int32)
-            batch_counts, predictions = eval_step(state, to_devices(batch | {"size": sizes}))
+            sizes = batch["size"]
+            batch = with_features(batch) if infer.plain else batch
+            batch_counts, predictions = eval_step(state, to_devices(batch))
             counts = counts.merge(batch_counts)
             for i in range(min(config.eval.pictures - drawn, np.count_nonzero(sizes[:, 0]))):
                 height, width = sizes[i]
@@ -326,15 +323,6 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
             "workdir": str(workdir),
         },
     )
-
-
-def image_sizes(source: data.Source, scale: float) -> dict[bytes, tuple[int, int]]:
-    """Image id -> (height, width) before padding, read from the headers of the files."""
-    sizes = {b"": (0, 0)}  # the rows that fill up the last batch
-    for example in (source[i] for i in range(len(source))):
-        size = image_size(example["image"], source.where(example))
-        sizes[example["id"]] = scaled_size(size, scale)[::-1]
-    return sizes
 
 
 # ------------------------------------------------------------------------------------ command line

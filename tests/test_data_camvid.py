@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from resfu_jax.data import DataError, camvid, dataset_info, is_prepared, open_source, prepare
+from resfu_jax.data.__main__ import main
 
 TRAIN = ("0001TP_1", "0006R0_1", "0006R0_2", "0016E5_1")
 VAL = ("0016E5_7", "0016E5_8")
@@ -111,7 +112,7 @@ def test_a_manual_dir_without_files(tmp_path, exists):
 
 
 def test_no_network_says_at_once_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(camvid, "_ARCHIVE", "http://127.0.0.1:9/camvid.zip")
+    monkeypatch.setattr(camvid.Camvid, "URLS", ("http://127.0.0.1:9/camvid.zip",))
     with pytest.raises(ConnectionError, match="(?s)refused.*clone .* --manual-dir DIR"):
         prepare("camvid", tmp_path)
     assert not is_prepared("camvid", tmp_path)
@@ -145,7 +146,7 @@ def test_the_archive_is_downloaded(tmp_path, archive, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/camvid.zip"
-        monkeypatch.setattr(camvid, "_ARCHIVE", url)
+        monkeypatch.setattr(camvid.Camvid, "URLS", (url,))
         prepare("camvid", tmp_path / "data")
         server.shutdown()
     assert _ids("camvid", "validation", tmp_path / "data") == sorted(VAL)
@@ -161,19 +162,21 @@ def test_a_full_disk_is_said_plainly(tmp_path, monkeypatch):
     assert not is_prepared("camvid", tmp_path)
 
 
-def test_command_line(tmp_path):
-    raw = _fabricate(tmp_path / "raw")
-
-    def run(*arguments):
-        command = [sys.executable, "-m", "resfu_jax.data", "--data-dir", tmp_path, *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    done = run("prepare", "camvid/clean", "--manual-dir", raw)
+def test_command_line(tmp_path, monkeypatch, capsys):
+    arguments = ["--data-dir", str(tmp_path), "prepare", "camvid/clean", "--manual-dir"]
+    arguments.append(str(_fabricate(tmp_path / "raw")))
+    command = [sys.executable, "-m", "resfu_jax.data", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "camvid/clean: 3 train, 3 validation" in done.stdout
-    listed = run("list").stdout.splitlines()
-    states = {line.split()[0]: " ".join(line.split()[3:]) for line in listed}
-    assert states["camvid/clean"] == "prepared" and states["camvid"] == "not prepared"
-    failed = run("prepare", "camvit")
-    assert failed.returncode == 1
-    assert failed.stderr.startswith("error: There is no dataset 'camvit'. Did you mean 'camvid'")
+    assert "warning: published are 163 and 305; files missing?" in done.stdout
+
+    monkeypatch.setattr("sys.argv", ["data", "--data-dir", str(tmp_path), "list"])
+    main()
+    listed = capsys.readouterr().out.splitlines()
+    states = {line.split()[0]: line.split()[1:5] for line in listed}
+    assert states["camvid/clean"] == ["11", "163", "305", "yes"]
+    assert states["camvid"] == ["11", "367", "101", "no"]
+    monkeypatch.setattr("sys.argv", ["data", "prepare", "camvit"])
+    with pytest.raises(SystemExit, match="^error: There is no dataset 'camvit'. Did you mean 'cam"):
+        main()

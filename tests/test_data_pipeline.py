@@ -62,7 +62,7 @@ def _take(iterator, count):
 
 def _assert_equal(first, second):
     for one, two in zip(first, second, strict=True):
-        assert one.keys() == two.keys() == {"image", "label", "id"}
+        assert one.keys() == two.keys() >= {"image", "label", "id"}
         for key in one:
             np.testing.assert_array_equal(one[key], two[key])
 
@@ -277,11 +277,12 @@ def test_evaluation_drops_nothing_and_pads_whole_rows(batch_size):
     batches = eval_batches(source, INFO, batch_size=batch_size, pad_to=(24, 32))
     rows = [row for batch in batches for row in zip(*batch.values(), strict=True)]
     assert len(batches) == -(-7 // batch_size) and len(rows) == len(batches) * batch_size
-    for index, (image, label, name) in enumerate(rows):
-        assert image.shape == (24, 32, 3) and label.shape == (24, 32)
+    for index, (image, label, name, size) in enumerate(rows):
+        assert image.shape == (24, 32, 3) and label.shape == (24, 32) and size.dtype == np.int32
         if index >= len(source):
-            assert name == b"" and np.all(label == 255)
+            assert name == b"" and np.all(label == 255) and tuple(size) == (0, 0)
             continue
+        assert tuple(size) == (20, 28)
         assert name == source[index]["id"]
         expected = np.asarray(Image.open(io.BytesIO(source[index]["image"])))
         np.testing.assert_array_equal(image[:20, :28], expected)
@@ -295,8 +296,10 @@ def test_pad_to_a_multiple_fits_the_largest_image():
     source = dataclasses.replace(small, records=small.records + large.records)
     (batch,) = eval_batches(source, INFO, batch_size=4, pad_to=16)
     assert batch["image"].shape == (4, 48, 64, 3)
+    assert batch["size"].tolist() == 2 * [[20, 50]] + 2 * [[40, 10]]
     (batch,) = eval_batches(source, INFO, batch_size=4, pad_to=16, resize_scale=0.5)
     assert batch["image"].shape == (4, 32, 32, 3)
+    assert batch["size"].tolist() == 2 * [[10, 25]] + 2 * [[20, 5]]
 
 
 def test_evaluation_at_half_resolution():
@@ -433,11 +436,28 @@ def test_what_an_interrupted_build_leaves_is_not_taken_for_a_dataset(tmp_path):
 def test_unknown_names():
     with pytest.raises(ValueError, match=r"no dataset 'shape'\. Did you mean 'shapes'"):
         dataset_info("shape")
-    with pytest.raises(ValueError, match=r"no dataset 'zzzz'\. Available: camvid, camvid/clean"):
+    with pytest.raises(ValueError, match=r"no dataset 'zzzz'\. Available: ade20k, camvid"):
         open_source("zzzz", "train")
     with pytest.raises(ValueError, match="shapes has no split 'test'"):
         open_source("shapes", "test")
-    assert list_datasets() == ["camvid", "camvid/clean", "shapes", "shapes/outline_ignored"]
+    with pytest.raises(ValueError, match="no dataset 'image_folder'. Your own images are image_fo"):
+        dataset_info("image_folder")
+
+
+def test_names(tmp_path):
+    assert list_datasets(tmp_path) == [
+        "ade20k",
+        "camvid",
+        "camvid/clean",
+        "cityscapes",
+        "coco_stuff",
+        "coco_stuff/27",
+        "oxford_pet",
+        "shapes",
+        "shapes/outline_ignored",
+        "voc",
+        "voc/train_aug",
+    ]
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def test_ignored_outlines_surround_shapes_and_hide_none():
         np.testing.assert_array_equal(outlined == 255, next_to_shape & (plain == 0))
 
 
-@pytest.mark.parametrize("name", ["shapes", "shapes/outline_ignored", "camvid", "camvid/clean"])
+@pytest.mark.parametrize("name", sorted(load._DATASETS))
 def test_infos(name):
     info = dataset_info(name)
     assert info.name == name

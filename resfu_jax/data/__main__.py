@@ -22,29 +22,44 @@ def main() -> None:
         "--data-dir", help=f"where datasets are kept (default: {default_data_dir()})"
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="names, number of classes, and which are prepared")
+    commands.add_parser("list", help="names, classes, sizes, terms of use, and which are prepared")
     build = commands.add_parser("prepare", help="download if need be, and build a dataset")
-    build.add_argument("name", help=f"one of: {', '.join(list_datasets())}")
+    build.add_argument(
+        "name",
+        help=f"one of: {', '.join(list_datasets())}; or image_folder/NAME for your own images",
+    )
     build.add_argument("--manual-dir", help="folder of raw files that were fetched by hand")
     build.add_argument("--data-dir", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     try:
         if args.command == "list":
-            for name in list_datasets():
-                state = "prepared" if is_prepared(name, args.data_dir) else "not prepared"
-                print(f"{name:24} {dataset_info(name).num_classes:3} classes   {state}")
+            _print_list(args.data_dir)
         else:
             if not sys.stderr.isatty():
                 tfds.disable_progress_bar()  # in a log its lines would pile up
             path = prepare(args.name, args.data_dir, args.manual_dir)
-            counts = {
-                split: len(open_source(args.name, split, args.data_dir))
+            counts = tuple(
+                len(open_source(args.name, split, args.data_dir))
                 for split in ("train", "validation")
-            }
-            print(f"{args.name}: {counts['train']} train, {counts['validation']} validation")
+            )
+            print(f"{args.name}: {counts[0]} train, {counts[1]} validation")
+            published = dataset_info(args.name, args.data_dir).examples
+            if published not in (None, counts):
+                print(f"warning: published are {published[0]} and {published[1]}; files missing?")
             print(f"prepared in {path}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def _print_list(data_dir: str | None) -> None:
+    form = "{:24} {:>7} {:>8} {:>10}  {:9} {:32} {}"
+    titles = ("name", "classes", "train", "validation", "prepared", "download", "terms")
+    print(form.format(*titles))
+    for name in list_datasets(data_dir):
+        info = dataset_info(name, data_dir)
+        state = "yes" if is_prepared(name, data_dir) else "no"
+        counts = info.examples or ("?", "?")
+        print(form.format(name, info.num_classes, *counts, state, info.download, info.terms))
 
 
 if __name__ == "__main__":

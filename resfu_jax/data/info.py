@@ -13,6 +13,9 @@ class DatasetInfo:
         palette: an (R, G, B) colour for every class.
         ignore_label: label value of pixels that count neither in the loss nor in the metrics.
         embedded: True if `prepare` needs neither a download nor files from elsewhere.
+        examples: number of training and validation images as published; None if unknown.
+        download: size of the raw archives, in words.
+        terms: licence or terms of use in short.
     """
 
     name: str
@@ -20,6 +23,9 @@ class DatasetInfo:
     palette: tuple[tuple[int, int, int], ...]
     ignore_label: int = 255
     embedded: bool = False
+    examples: tuple[int, int] | None = None
+    download: str = "none"
+    terms: str = ""
 
     @property
     def num_classes(self) -> int:

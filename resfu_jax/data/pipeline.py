@@ -141,7 +141,7 @@ class EvalBatches:
         if slot >= len(self.source):
             empty = Image.new("RGB", (0, 0)), Image.new("L", (0, 0))
             image, label = transforms.pad(*empty, height, width, self.info.ignore_label)
-            return {"image": image, "label": label, "id": b""}
+            return {"image": image, "label": label, "id": b"", "size": np.zeros(2, np.int32)}
         example = self.source[slot]
         where = self.source.where(example)
         image, label = transforms.decode(example, self.info, where)
@@ -152,8 +152,9 @@ class EvalBatches:
                 f"{self.resize_scale}) and does not fit pad_to=({height}, {width}). Evaluation "
                 "crops nothing: give a larger pad_to, or a single number to round up to."
             )
+        size = np.array([image.height, image.width], np.int32)
         image, label = transforms.pad(image, label, height, width, self.info.ignore_label)
-        return {"image": image, "label": label, "id": example["id"]}
+        return {"image": image, "label": label, "id": example["id"], "size": size}
 
 
 def eval_batches(
@@ -183,7 +184,8 @@ def eval_batches(
 
     Returns:
         An iterable, with a length, of `{"image": uint8 (B, h, w, 3), "label": uint8 (B, h, w),
-        "id": bytes (B,)}`. It can be iterated any number of times.
+        "id": bytes (B,), "size": int32 (B, 2)}`; `size` is the height and width of each image
+        before padding, (0, 0) for the rows that fill up. It can be iterated any number of times.
 
     Raises:
         ValueError: an argument is out of range.

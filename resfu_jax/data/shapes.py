@@ -9,6 +9,7 @@ coarsely has to be brought to the outlines, which the image shows.
 """
 
 import colorsys
+import dataclasses
 import io
 import math
 from collections.abc import Iterator
@@ -32,8 +33,15 @@ PALETTE = (
     (60, 205, 210),
     (245, 140, 190),
 )
-INFO = DatasetInfo("shapes", CLASS_NAMES, PALETTE, embedded=True)
-OUTLINE_IGNORED_INFO = DatasetInfo("shapes/outline_ignored", CLASS_NAMES, PALETTE, embedded=True)
+INFO = DatasetInfo(
+    "shapes",
+    CLASS_NAMES,
+    PALETTE,
+    embedded=True,
+    examples=(2000, 200),
+    terms="drawn by this library",
+)
+OUTLINE_IGNORED_INFO = dataclasses.replace(INFO, name="shapes/outline_ignored")
 
 _SUPERSAMPLE = 4  # masks are drawn this much larger and box-filtered down: antialiased edges
 _MIN_CONTRAST = 60.0  # smallest distance between two base colours of one image, in RGB units

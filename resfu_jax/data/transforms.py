@@ -16,7 +16,7 @@ from resfu_jax.data.info import CorruptExampleError, DataError, DatasetInfo
 
 PAD_COLOUR = (124, 116, 104)  # the mean colour of ImageNet: after normalisation about zero
 # What PIL raises for broken files: beside OSError, its PNG reader raises the other two.
-_UNDECODABLE = (OSError, SyntaxError, ValueError)
+UNDECODABLE = (OSError, SyntaxError, ValueError)
 
 
 def decode(
@@ -66,7 +66,7 @@ def _open(data: bytes, what: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
-    except _UNDECODABLE as error:
+    except UNDECODABLE as error:
         raise CorruptExampleError(f"Cannot decode {what}: {error}") from error
     return image
 
@@ -75,7 +75,7 @@ def image_size(data: bytes, where: str) -> tuple[int, int]:
     """(width, height) of an encoded image, from its header alone."""
     try:
         return Image.open(io.BytesIO(data)).size
-    except _UNDECODABLE as error:
+    except UNDECODABLE as error:
         raise CorruptExampleError(f"Cannot decode the image of {where}: {error}") from error
 
 

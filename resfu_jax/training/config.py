@@ -411,7 +411,7 @@ def validate(config: Config, *, devices: int = 1) -> None:
     except ValueError as error:
         wrong.append(f"config.model.head: {error}")
     try:
-        classes = data.dataset_info(config.data.name).num_classes
+        classes = data.dataset_info(config.data.name, config.data.dir).num_classes
         require(
             "loss.class_weights",
             lambda v: v is None or len(v) == classes,

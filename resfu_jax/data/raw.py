@@ -1,0 +1,405 @@
+"""Raw files of published datasets: finding them, also inside archives, and mapping their labels.
+
+A raw file is a `pathlib.Path`, or a file in a zip or tar archive that is read in place.
+"""
+
+import gzip
+import io
+import os
+import shutil
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import weakref
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Int16, Integer
+from PIL import Image
+
+from resfu_jax.data.info import DataError
+from resfu_jax.data.transforms import UNDECODABLE
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
+
+
+class TarPath:
+    """A file or folder in a tar archive, with the methods of `zipfile.Path` that are used here.
+
+    A compressed archive is first decompressed into an unnamed temporary file ($TMPDIR), because
+    reading its files in any order would decompress it over and over.
+    """
+
+    def __init__(self, archive: "_Tar", at: str = "") -> None:
+        self._archive = archive
+        self._at = at
+
+    def __truediv__(self, other: str) -> "TarPath":
+        return TarPath(self._archive, "/".join(filter(None, (self._at, other.strip("/")))))
+
+    def __str__(self) -> str:
+        return f"{self._archive.path}/{self._at}"
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return PurePosixPath(self._at).name
+
+    @property
+    def stem(self) -> str:
+        """The name without its suffix."""
+        return PurePosixPath(self._at).stem
+
+    @property
+    def suffix(self) -> str:
+        """The name's last suffix, with the dot."""
+        return PurePosixPath(self._at).suffix
+
+    def is_dir(self) -> bool:
+        """Whether it is a folder of the archive."""
+        return self._at in self._archive.folders
+
+    def is_file(self) -> bool:
+        """Whether it is a file of the archive."""
+        return self._at in self._archive.files
+
+    def iterdir(self) -> Iterator["TarPath"]:
+        """What is in the folder."""
+        return (self / name for name in self._archive.folders[self._at])
+
+    def read_bytes(self) -> bytes:
+        """Content of the file."""
+        offset, size = self._archive.files[self._at]
+        self._archive.file.seek(offset)
+        return self._archive.file.read(size)
+
+
+class _Tar:
+    """Where the files of an archive begin and end: one pass over it finds them all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            compressed = file.read(2) == b"\x1f\x8b"
+        self.file = tempfile.TemporaryFile() if compressed else path.open("rb")
+        weakref.finalize(self, self.file.close)
+        if compressed:
+            with gzip.open(path) as content:
+                shutil.copyfileobj(content, self.file, 1 << 20)
+            self.file.seek(0)
+        self.files: dict[str, tuple[int, int]] = {}
+        self.folders: dict[str, dict[str, None]] = {"": {}}
+        with tarfile.open(fileobj=self.file, mode="r:") as archive:
+            for member in archive:
+                at = member.name.removeprefix("./").strip("/")
+                if member.isfile():
+                    self.files[at] = (member.offset_data, member.size)
+                elif not member.isdir() or at in ("", "."):
+                    continue
+                else:
+                    self.folders.setdefault(at, {})
+                while at:
+                    parent, _, name = at.rpartition("/")
+                    self.folders.setdefault(parent, {})[name] = None
+                    at = parent
+
+
+RawPath = Path | zipfile.Path | TarPath
+
+
+def open_archive(path: Path) -> RawPath:
+    """The top folder of a zip or tar archive.
+
+    Raises:
+        DataError: the file is neither, or is damaged.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            return zipfile.Path(path)
+        return TarPath(_Tar(path))
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, gzip.BadGzipFile) as error:
+        raise DataError(
+            f"{path} cannot be read as an archive ({error}); download it again."
+        ) from error
+
+
+class RawFiles:
+    """Folders and archives in which the raw files of a dataset are looked for.
+
+    Looked at are a root, its folders, the archives in it and the folders in those.
+
+    Args:
+        roots: folders, or archives from `open_archive`.
+    """
+
+    def __init__(self, roots: Iterable[RawPath]) -> None:
+        self.roots = list(roots)
+        self._bases: list[RawPath] = []
+        for root in self.roots:
+            children = visible(root)
+            self._bases += [root, *(child for child in children if child.is_dir())]
+            for child in children:
+                if isinstance(child, Path) and child.name.lower().endswith(_ARCHIVE_SUFFIXES):
+                    archive = open_archive(child)
+                    self._bases += [archive, *(c for c in visible(archive) if c.is_dir())]
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self.roots))
+
+    def find(
+        self, *folders: str, below: Sequence[str] = (), suffix: str = ""
+    ) -> list[RawPath] | None:
+        """Folders that lie in one place, or None.
+
+        Args:
+            folders: their paths; `""` is the place itself.
+            below: folders that they may lie below, beside the places that are always looked at.
+            suffix: the first file of each has to have it.
+        """
+        for base in self._bases:
+            for prefix in ("", *below):
+                found = [base / f"{prefix}/{folder}".strip("/") for folder in folders]
+                if all(folder.is_dir() and _holds(folder, suffix) for folder in found):
+                    return found
+        return None
+
+
+def _holds(folder: RawPath, suffix: str) -> bool:
+    if not suffix:
+        return True
+    first = next((c for c in folder.iterdir() if not c.name.startswith(".")), None)
+    return first is not None and first.name.endswith(suffix)
+
+
+def visible(folder: RawPath) -> list[RawPath]:
+    """Children in alphabetical order, without hidden ones and what macOS adds to archives."""
+    children = (c for c in folder.iterdir() if not c.name.startswith((".", "__MACOSX")))
+    return sorted(children, key=lambda child: child.name)
+
+
+class RawExample(NamedTuple):
+    """The two files of one example."""
+
+    id: str
+    image: RawPath
+    label: RawPath
+
+
+def pair_files(
+    images: RawPath, labels: RawPath, *, image_end: str = "", label_end: str = ".png"
+) -> list[RawExample]:
+    """Examples of a folder of images and one of label maps.
+
+    Args:
+        images: folder of images; files with other suffixes than `IMAGE_SUFFIXES` are ignored.
+        labels: folder of label maps.
+        image_end: what follows the id in the names of images, before the suffix; files without
+            it are ignored.
+        label_end: what follows the id in the names of label maps, with the suffix.
+
+    Raises:
+        FileNotFoundError: images without a label map; names the first five.
+    """
+    found = [path for path in visible(images) if path.suffix.lower() in IMAGE_SUFFIXES]
+    ids = [path.stem.removesuffix(image_end) for path in found if path.stem.endswith(image_end)]
+    found = [path for path in found if path.stem.endswith(image_end)]
+    examples = [
+        RawExample(example_id, image, labels / f"{example_id}{label_end}")
+        for example_id, image in zip(ids, found, strict=True)
+    ]
+    check_files([e.label for e in examples], f"{labels} lacks", f"label maps of images in {images}")
+    return examples
+
+
+def check_files(paths: Sequence[RawPath], lacks: str, what: str) -> None:
+    """Raises a FileNotFoundError with `lacks`, a number, `what` and five names of missing files."""
+    if missing := [path.name for path in paths if not path.is_file()]:
+        more = ", ..." if len(missing) > 5 else ""
+        raise FileNotFoundError(f"{lacks} {len(missing)} {what}: {', '.join(missing[:5])}{more}")
+
+
+# ------------------------------------------------------------------------------------------ labels
+def label_table(classes: Mapping[int, int], default: int = -1) -> Int16[np.ndarray, "256"]:
+    """A table of 256 entries: raw label to class; -1 marks raw labels that must not occur."""
+    table = np.full(256, default, np.int16)
+    table[list(classes)] = list(classes.values())
+    return table
+
+
+def decode_label(data: bytes, path: RawPath) -> Integer[np.ndarray, "h w"]:
+    """Raw labels of an encoded single-channel image; of a palette image the indices."""
+    try:
+        label = Image.open(io.BytesIO(data))
+        label.load()
+    except UNDECODABLE as error:
+        raise DataError(f"Cannot decode the label map {path}: {error}") from error
+    if label.mode not in ("L", "P"):
+        raise DataError(
+            f"{path} has PIL mode {label.mode!r}; class indices need mode 'L' or 'P' (one 8-bit "
+            "channel)."
+        )
+    return np.asarray(label)
+
+
+def map_label(
+    raw: Integer[np.ndarray, "h w"], table: Int16[np.ndarray, "256"], path: RawPath, name: str
+) -> Integer[np.ndarray, "h w"]:
+    """Classes of raw labels; a raw label that the table does not allow is a `DataError`."""
+    classes = table[raw]
+    if classes.min() < 0:
+        raise DataError(
+            f"{path} holds the label {raw[classes < 0].min()}; those of {name} are "
+            f"{_ranges(np.flatnonzero(table >= 0))}."
+        )
+    return classes.astype(np.uint8)
+
+
+def _ranges(values: np.ndarray) -> str:
+    """0, 1, ..., 20, 255 as "0 to 20 and 255"."""
+    runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
+    texts = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return ", ".join(texts[:-1]) + (" and " if texts[1:] else "") + texts[-1]
+
+
+def palette(count: int) -> tuple[tuple[int, int, int], ...]:
+    """Distinct colours by the rule of Pascal VOC: the bits of the index, dealt to R, G, B."""
+    return tuple(
+        tuple(
+            sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
+            for channel in range(3)
+        )
+        for index in range(count)
+    )
+
+
+# ----------------------------------------------------------------------------------------- builder
+class RawBuilder(tfds.core.GeneratorBasedBuilder):
+    """Base of the builders that convert raw files.
+
+    A subclass says where its files are (`find_examples`) and what its raw labels mean (`table`).
+
+    Attributes:
+        TITLE: name of the dataset in messages.
+        URLS: archives to download when there is no manual folder; none if that needs a login.
+        HOMEPAGE: page of the dataset.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    TITLE: str
+    URLS: tuple[str, ...] = ()
+    HOMEPAGE: str | None = None
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        # tfds has a registry of its own, with other datasets of the same names.
+        super().__init_subclass__(skip_registration=True, **kwargs)
+
+    @property
+    def table(self) -> Int16[np.ndarray, "256"]:
+        """Raw label to class, from `label_table`."""
+        raise NotImplementedError
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """What to download for the chosen configuration."""
+        return self.URLS
+
+    def find_examples(self, files: RawFiles) -> dict[str, list[RawExample]]:
+        """The examples of `"train"` and `"validation"`."""
+        raise NotImplementedError
+
+    def read_image(self, data: bytes, path: RawPath) -> bytes:
+        """The image file to store."""
+        return data
+
+    def read_label(self, data: bytes, path: RawPath) -> Integer[np.ndarray, "h w"]:
+        """Raw labels of a label file."""
+        return decode_label(data, path)
+
+    def missing(self, files: RawFiles, what: str) -> FileNotFoundError:
+        """The error to raise if `find_examples` does not find something."""
+        return FileNotFoundError(
+            f"{files} does not hold {self.TITLE}'s raw files: no {what}.\n"
+            f"{self.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+        )
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            homepage=self.HOMEPAGE,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, 3)),
+                    "label": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
+                    "id": tfds.features.Text(),
+                }
+            ),
+        )
+
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterator[tuple[str, dict]]]:
+        try:
+            files = RawFiles([Path(dl_manager.manual_dir)])
+        except AssertionError:  # tfds: no manual folder, or nothing in it
+            files = RawFiles(self._download(dl_manager))
+        splits = self.find_examples(files)
+        for split, examples in splits.items():
+            if not examples:
+                raise DataError(f"{self.name}: {files} holds no image of the {split} split.")
+        return {split: self._generate_examples(examples) for split, examples in splits.items()}
+
+    def _download(self, dl_manager: tfds.download.DownloadManager) -> list[RawPath]:
+        """Fetches the archives, after a quick look whether the network is there."""
+        if not self.urls:
+            raise FileNotFoundError(
+                f"{self.TITLE} is not downloaded for you.\n{self.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+            )
+        for url in self.urls:
+            try:
+                # tfds alone would retry for minutes before it says that there is no network.
+                request = urllib.request.Request(url, method="HEAD")
+                urllib.request.urlopen(request, timeout=10).close()
+            except OSError as error:
+                reason = error.reason if isinstance(error, urllib.error.URLError) else error
+                raise ConnectionError(
+                    f"Cannot download {url} ({reason}).\n{self.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+                ) from error
+        # Read in place: tfds would need TensorFlow to unpack them.
+        return [open_archive(Path(dl_manager.download(url))) for url in self.urls]
+
+    def _generate_examples(self, examples: Sequence[RawExample]) -> Iterator[tuple[str, dict]]:
+        workers = os.cpu_count() or 1
+        with ThreadPoolExecutor(workers) as pool:  # PIL leaves Python's lock while it works
+            for start in range(0, len(examples), 4 * workers):
+                chunk = examples[start : start + 4 * workers]
+                files = [(e, e.image.read_bytes(), e.label.read_bytes()) for e in chunk]
+                for example_id, converted in pool.map(self._convert, files):
+                    if converted is not None:
+                        yield example_id, converted
+
+    def _convert(self, files: tuple[RawExample, bytes, bytes]) -> tuple[str, dict | None]:
+        """The features of an example; None leaves it out."""
+        example, image, label = files
+        image = self.read_image(image, example.image)
+        raw = self.read_label(label, example.label)
+        classes = map_label(raw, self.table, example.label, self.TITLE)
+        try:
+            size = Image.open(io.BytesIO(image)).size
+        except UNDECODABLE as error:
+            raise DataError(f"Cannot decode the image {example.image}: {error}") from error
+        if size != classes.shape[::-1]:
+            raise DataError(
+                f"{example.image} and {example.label} differ in size: {size[0]}x{size[1]} against "
+                f"{classes.shape[1]}x{classes.shape[0]} (width x height)."
+            )
+        buffer = io.BytesIO()
+        Image.fromarray(classes).save(buffer, "PNG")
+        return example.id, {"image": image, "label": buffer.getvalue(), "id": example.id}
