@@ -10,8 +10,9 @@ from flax import nnx
 
 from resfu_jax._names import lookup
 from resfu_jax.backbones.mit import MiT
+from resfu_jax.backbones.resnet import ResNet
 
-BACKBONES = {"mit": MiT}
+BACKBONES = {"mit": MiT, "resnet": ResNet}
 
 
 def create_backbone(name: str = "mit", **options: Any) -> nnx.Module:
@@ -27,4 +28,4 @@ def create_backbone(name: str = "mit", **options: Any) -> nnx.Module:
     return lookup("backbone", BACKBONES, name)(**options)
 
 
-__all__ = ["BACKBONES", "MiT", "create_backbone"]
+__all__ = ["BACKBONES", "MiT", "ResNet", "create_backbone"]
