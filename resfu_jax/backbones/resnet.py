@@ -9,15 +9,15 @@ where f is two 3x3 convolutions (18 and 34 layers) or 1x1, 3x3, 1x1 with a quart
 inside (50 and 101: bottlenecks), each convolution followed by BatchNorm and all but the last by
 ReLU, and the shortcut is the identity, or a 1x1 convolution with BatchNorm where the shape changes.
 
-Details that the paper leaves open or that have changed since, as torchvision and timm have them: the
-stride of a bottleneck is in its 3x3 convolution ("v1.5"). Where strides are exchanged for dilation,
-the first block of a stage has the dilation of the stage before it (1 in the first stage), and all
-convolutions after that of the stage itself. For bottlenecks with `dilations=(1, 1, 2, 4)` this also
-is what MMSegmentation's models have, by its `contract_dilation=True`.
+Details that the paper leaves open or that have changed since are as torchvision and timm have them:
+the stride of a bottleneck is in its 3x3 convolution ("v1.5"). Where strides are exchanged for
+dilation, the first block of a stage has the dilation of the stage before it (1 in the first stage),
+and all convolutions after that of the stage itself. For bottlenecks with `dilations=(1, 1, 2, 4)`
+this also is what MMSegmentation's models have, by its `contract_dilation=True`.
 
-The deep stem has three 3x3 convolutions in place of the 7x7 one: He et al., "Bag of Tricks for Image
-Classification with Convolutional Neural Networks", CVPR 2019, section 4.2, model C. MMSegmentation
-calls ResNet-50 with it R50-V1c, timm `resnet50c`.
+The deep stem has three 3x3 convolutions in place of the 7x7 one: He et al., "Bag of Tricks for
+Image Classification with Convolutional Neural Networks", CVPR 2019, section 4.2, model C.
+MMSegmentation calls ResNet-50 with it R50-V1c, timm `resnet50c`.
 """
 
 import dataclasses

@@ -26,7 +26,7 @@ _LOADERS: tuple[tuple[type[nnx.Module], Loader], ...] = (
 )
 
 _REPOSITORY = re.compile(
-    r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
     r"(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+))?"
 )
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pth.tar")
@@ -123,15 +123,15 @@ def _local(path: pathlib.Path) -> pathlib.Path:
     return file
 
 
-def _fetch(id: str, revision: str | None, file: str | None) -> pathlib.Path:
+def _fetch(repo: str, revision: str | None, file: str | None) -> pathlib.Path:
     file = file or "model.safetensors"
-    site = f"https://huggingface.co/{id}"
+    site = f"https://huggingface.co/{repo}"
     by_hand = (
         f"Or download {site}/resolve/{revision or 'main'}/{file} by hand and give its path. If "
         f"{site}/tree/{revision or 'main'} has no {file}, name another safetensors file as "
-        f"'{id}:FILE', or convert what it has. {_CONVERT.format('pytorch_model.bin')}"
+        f"'{repo}:FILE', or convert what it has. {_CONVERT.format('pytorch_model.bin')}"
     )
-    what = f"{id!r} is no path here; {file} of the Hugging Face repository of that name"
+    what = f"{repo!r} is no path here; {file} of the Hugging Face repository of that name"
     try:
         import huggingface_hub
     except ImportError as error:
@@ -140,7 +140,7 @@ def _fetch(id: str, revision: str | None, file: str | None) -> pathlib.Path:
             f"pip install 'resfu_jax[hub]'. {by_hand}"
         ) from error
     try:
-        return pathlib.Path(huggingface_hub.hf_hub_download(id, file, revision=revision))
+        return pathlib.Path(huggingface_hub.hf_hub_download(repo, file, revision=revision))
     except (OSError, ValueError) as error:  # of HTTP, too; which classes depends on the version
         raise FileNotFoundError(
             f"{what} could not be fetched: {type(error).__name__}: {str(error).strip()}\n"
