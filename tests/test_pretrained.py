@@ -8,10 +8,9 @@ import types
 import jax
 import numpy as np
 import pytest
-import safetensors.numpy
 from flax import nnx
 
-from resfu_jax.backbones import MiT, ResNet
+from resfu_jax.backbones import ResNet
 from resfu_jax.convert import load_pretrained
 from resfu_jax.model import create_model
 
@@ -115,7 +114,7 @@ def test_unknown_repository_or_offline(hub):
 def test_pickles_are_not_read(hub, tmp_path, name):
     for suffix in ("bin", "pth"):
         (tmp_path / f"net.{suffix}").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"is not a safetensors file.*torch\.load\('[\w:.]+'"):
+    with pytest.raises(ValueError, match=r"(?s)is not a safetensors file.*torch\.load\('\w+\.\w+'"):
         load_pretrained(name.format(tmp_path), resnet())
     assert not hub.calls
 
@@ -123,7 +122,7 @@ def test_pickles_are_not_read(hub, tmp_path, name):
 def test_other_content(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"no such header")
     with pytest.raises(
-        ValueError, match="model.safetensors is not a safetensors file .*torch.load"
+        ValueError, match="(?s)model.safetensors is not a safetensors file .*torch.load"
     ):
         load_pretrained(tmp_path, resnet())
 
@@ -146,12 +145,3 @@ def test_models_without_a_loader(hub):
     with pytest.raises(ValueError, match="model.backbone must be a MiT .*got ResNet"):
         load_pretrained("owner/net.a1", model)
     assert not hub.calls  # before anything is fetched
-
-
-def test_mit_by_repository(hub, monkeypatch):
-    file = HERE / "goldens_mit" / "model.safetensors"
-    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: str(file))
-    mit = MiT(widths=(8, 16, 24, 32), depths=(2, 1, 1, 1), heads=(1, 2, 3, 4), rngs=nnx.Rngs(0))
-    assert len(load_pretrained("nvidia/mit-b1", mit)) == 16
-    wanted = safetensors.numpy.load_file(file)["segformer.encoder.layer_norm.3.weight"]
-    np.testing.assert_array_equal(mit.stages[3].norm.scale[...], wanted)

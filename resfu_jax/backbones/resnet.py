@@ -271,7 +271,8 @@ class ConvNorm(nnx.Module):
         """The normalised map, of the compute type."""
         if self.pointwise and self.stride > 1:
             # Before a matrix product: the gradient of XLA's strided convolution is slow on a CPU.
-            x = x[:, :: self.stride, :: self.stride]
+            # Indexing would do the same, but its symbolic sizes do not match those of the others.
+            x = jax.lax.slice(x, (0, 0, 0, 0), x.shape, (1, self.stride, self.stride, 1))
         return self.norm(self.conv(x))
 
 

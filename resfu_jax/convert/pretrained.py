@@ -106,7 +106,9 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
 def _resolve(path_or_repo: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(path_or_repo)
     if str(path).endswith(_PICKLES) and not path.is_dir():
-        raise ValueError(f"{path} is not a safetensors file. {_CONVERT.format(path.name)}")
+        raise ValueError(
+            f"{path} is not a safetensors file. {_CONVERT.format(path.name.rpartition(':')[2])}"
+        )
     if path.exists() or path.suffix == ".safetensors" and ":" not in str(path):
         return _local(path)
     match = _REPOSITORY.fullmatch(path_or_repo) if isinstance(path_or_repo, str) else None
