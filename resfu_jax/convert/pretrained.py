@@ -31,11 +31,11 @@ _REPOSITORY = re.compile(
 )
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pth.tar")
 _CONVERT = (
-    "A checkpoint in PyTorch's pickle format becomes safetensors, where torch is installed, with\n"
+    "A checkpoint in PyTorch's format becomes safetensors with transformers, "
+    "AutoModel.from_pretrained(...).save_pretrained(...), or with torch:\n"
     "    import torch, safetensors.torch; state = torch.load({0!r}, map_location='cpu')\n"
     "    safetensors.torch.save_file({{k: v.contiguous().clone() for k, v in "
-    "state.get('state_dict', state).items()}}, 'model.safetensors')\n"
-    "or, of transformers, with AutoModel.from_pretrained(...).save_pretrained(...)"
+    "state.get('state_dict', state).items()}}, 'model.safetensors')"
 )
 
 
