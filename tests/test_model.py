@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from resfu_jax.backbones import MiT
-from resfu_jax.convert.segformer import load_pretrained
+from resfu_jax.convert import load_pretrained
 from resfu_jax.heads import SegFormerHead
 from resfu_jax.model import IMAGENET_MEAN, IMAGENET_STD, SegmentationModel, create_model
 from resfu_jax.ops.resize import resize

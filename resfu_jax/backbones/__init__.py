@@ -1,7 +1,7 @@
 """Backbones: images to a pyramid of feature maps.
 
 A backbone is called with images `(B, H, W, 3)`, has `features`, the channel counts of its maps, and
-returns those maps from the finest to the coarsest.
+returns those maps from the finest to the coarsest; those of a ViT are all of one size.
 """
 
 from typing import Any
@@ -10,9 +10,10 @@ from flax import nnx
 
 from resfu_jax._names import lookup
 from resfu_jax.backbones.mit import MiT
+from resfu_jax.backbones.resnet import ResNet
 from resfu_jax.backbones.vit import ViT
 
-BACKBONES = {"mit": MiT, "vit": ViT}
+BACKBONES = {"mit": MiT, "resnet": ResNet, "vit": ViT}
 
 
 def create_backbone(name: str = "mit", **options: Any) -> nnx.Module:
@@ -28,4 +29,4 @@ def create_backbone(name: str = "mit", **options: Any) -> nnx.Module:
     return lookup("backbone", BACKBONES, name)(**options)
 
 
-__all__ = ["BACKBONES", "MiT", "ViT", "create_backbone"]
+__all__ = ["BACKBONES", "MiT", "ResNet", "ViT", "create_backbone"]

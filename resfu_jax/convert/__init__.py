@@ -11,9 +11,9 @@ from resfu_jax.convert.classic import conv_pixel_shuffle, conv_transpose
 from resfu_jax.convert.dysample import dysample
 from resfu_jax.convert.fade import fade, fade_lite, semi_shift_up
 from resfu_jax.convert.lda_aqu import lda_aqu
+from resfu_jax.convert.pretrained import load_pretrained
 from resfu_jax.convert.resfu import pcdc_block, resfu
 from resfu_jax.convert.sapa import sapa, sapa_base, sapa_deform, sapa_exp
-from resfu_jax.convert.segformer import load_pretrained
 
 __all__ = ["from_torch", "load_pretrained"]
 

@@ -1,11 +1,9 @@
 """SegFormer checkpoints of Hugging Face transformers -> MiT and SegFormerHead."""
 
-import os
-import pathlib
 import re
 
 import jax.numpy as jnp
-import safetensors.numpy
+import numpy as np
 from flax import nnx
 
 from resfu_jax.backbones.mit import MiT
@@ -33,66 +31,67 @@ _RENAMES = (
 )
 
 
-def load_pretrained(path: str | os.PathLike, model: SegmentationModel | MiT) -> list[str]:
-    """Load a SegFormer checkpoint of Hugging Face transformers into a model, in place.
+def load_mit(state: dict[str, np.ndarray], mit: MiT, source: str) -> list[str]:
+    """Load the encoder of a SegFormer checkpoint into a `MiT`, in place.
 
-    Into a `MiT`: the weights of the encoder, from a file saved by `SegformerModel`,
-    `SegformerForImageClassification` or `SegformerForSemanticSegmentation`; classifier and decoder
-    in the file are left out. Into a `SegmentationModel`: those of encoder and decoder, from
-    `SegformerForSemanticSegmentation`; its head must be a `SegFormerHead` with `project="linear"`.
-    The head's upsamplers, which such files do not have, stay as they are.
-
-    Args:
-      path: a `.safetensors` file, or a directory with `model.safetensors`.
-      model: `MiT` or `SegmentationModel` of the sizes of the checkpoint. To start from a pretrained
-        backbone with another head, pass `model.backbone`.
+    The entries are those of `SegformerModel`, `SegformerForImageClassification` or
+    `SegformerForSemanticSegmentation`; classifier and decoder are left out. `source` names the
+    checkpoint in errors.
 
     Returns:
-      The entries of the file that were not used, sorted.
+      The entries that were not used, sorted.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: missing, unexpected or misshapen entries, all named; `model` is then unchanged.
+      ValueError: missing, unexpected or misshapen entries, all named.
     """
-    path = _find(pathlib.Path(path))
-    whole = isinstance(model, SegmentationModel)
-    if whole and not (isinstance(model.head, SegFormerHead) and model.head.linear):
+    return _load(state, mit, None, source)
+
+
+def load_segformer(
+    state: dict[str, np.ndarray], model: SegmentationModel, source: str
+) -> list[str]:
+    """Load encoder and decoder of `SegformerForSemanticSegmentation`, in place, as `load_mit`.
+
+    The head's upsamplers, which such checkpoints do not have, stay as they are.
+    """
+    return _load(state, model.backbone, model.head, source)
+
+
+def check_segformer(model: SegmentationModel) -> None:
+    """Raises a `ValueError` unless encoder and decoder are those of SegFormer."""
+    if not isinstance(model.backbone, MiT):
+        raise ValueError(
+            f"model.backbone must be a MiT to hold a SegFormer checkpoint, got "
+            f"{type(model.backbone).__name__}; pass model.backbone to load a checkpoint of its kind"
+        )
+    if not (isinstance(model.head, SegFormerHead) and model.head.linear):
         raise ValueError(
             "model.head must be a SegFormerHead with project='linear' to hold a SegFormer decoder; "
             "pass model.backbone to load the encoder only"
         )
+
+
+def _load(
+    state: dict[str, np.ndarray], mit: MiT, head: SegFormerHead | None, source: str
+) -> list[str]:
     ignored, entries = [], {}
-    for name, value in safetensors.numpy.load_file(path).items():
+    for name, value in state.items():
         key = name
         for pattern, replacement in _RENAMES:
             key = re.sub(pattern, replacement, key)
-        used = key.startswith("encoder.") or (whole and key.startswith("decode_head."))
+        used = key.startswith("encoder.") or (head is not None and key.startswith("decode_head."))
         known = used or key.startswith(("decode_head.", "classifier."))
         if key.endswith(".num_batches_tracked") or (known and not used):
             ignored.append(name)
         else:
             entries[key] = value
 
-    # Into a copy, so that an error leaves the model whole.
-    loaded = nnx.clone(model)
-    state = StateDict(entries, str(path))
-    _mit(state, loaded.backbone if whole else loaded)
-    if whole:
-        _head(state, loaded.head)
-    state.done()
-    nnx.update(model, nnx.state(loaded))
+    s = StateDict(entries, source)
+    _mit(s, mit)
+    if head is not None:
+        _head(s, head)
+    s.done()
     return sorted(ignored)
-
-
-def _find(path: pathlib.Path) -> pathlib.Path:
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        others = ", ".join(sorted(p.name for p in file.parent.glob("*"))) or "nothing"
-        raise FileNotFoundError(
-            f"{file} does not exist (there is {others}). A checkpoint in another format becomes "
-            "safetensors with transformers: AutoModel.from_pretrained(...).save_pretrained(...)"
-        )
-    return file
 
 
 def _mit(state: StateDict, mit: MiT) -> None:

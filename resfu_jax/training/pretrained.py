@@ -21,12 +21,5 @@ def pretrained_backbone(config: BackboneConfig) -> dict[str, Any] | None:
     options = dict(name=config.name, variant=config.variant, **config.options)
     # Abstract: no random weights are drawn only to be replaced.
     backbone = nnx.eval_shape(lambda: create_backbone(**options, rngs=nnx.Rngs(0)))
-    if config.name == "vit":
-        import safetensors.numpy
-
-        from resfu_jax.convert.vit import load_vit
-
-        load_vit(safetensors.numpy.load_file(config.pretrained), backbone, config.pretrained)
-    else:
-        load_pretrained(config.pretrained, backbone)
+    load_pretrained(config.pretrained, backbone)
     return nnx.as_pure(nnx.state(backbone, nnx.Any(nnx.Param, nnx.BatchStat)))
