@@ -93,9 +93,9 @@ class ViT(nnx.Module):
       mlp_ratio: hidden width of the feed-forward part over the width.
       positions: `"learned"`, or `"rope"`, which rotates queries and keys.
       antialias: interpolate learned positions by the antialiased bicubic rule, as timm and DINOv2
-        with registers do, or by the plain one, as ViT and DINOv2 of transformers do. They
-        differ for smaller and for larger grids (PyTorch's antialiased kernel has a = -1/2, the
-        plain one a = -3/4).
+        with registers do, or by the plain one, as ViT and DINOv2 of transformers do (and their
+        authors, but for a ratio of (n + 0.1) / m from m to n patches). The rules differ for
+        larger grids, too: PyTorch's antialiased kernel has a = -1/2, the plain one a = -3/4.
       registers: number of register tokens.
       layer_scale: multiply every branch by a learned factor per channel, initially 1e-5.
       key_bias: give the keys a bias, as queries and values have.
@@ -296,8 +296,8 @@ class ViT(nnx.Module):
 
 def _check(sizes: Variant, image_size, layers, num_classes, drop_path) -> None:
     """Raises a `ValueError` for what no ViT can be built with."""
-    for name in ("width", "depth", "heads", "patch_size"):
-        if getattr(sizes, name) < 1:
+    for name in ("width", "depth", "heads", "mlp_ratio", "patch_size"):
+        if getattr(sizes, name) <= 0:
             raise ValueError(f"{name} must be positive, got {getattr(sizes, name)}")
     if sizes.width % sizes.heads:
         raise ValueError(f"heads must divide width, got heads={sizes.heads}, width={sizes.width}")
@@ -310,7 +310,8 @@ def _check(sizes: Variant, image_size, layers, num_classes, drop_path) -> None:
             "positions='rope' needs heads of 4, 8, 12, .. channels, "
             f"got width={sizes.width}, heads={sizes.heads}"
         )
-    if len(image_size) != 2 or any(n < 1 or n % sizes.patch_size for n in image_size):
+    fits = len(image_size) == 2 and all(n > 0 and n % sizes.patch_size == 0 for n in image_size)
+    if sizes.positions == "learned" and not fits:
         raise ValueError(
             f"image_size must be one or two multiples of the patch size {sizes.patch_size}, "
             f"got {image_size}"
@@ -332,7 +333,8 @@ def _rotation(h, w, prefix: int, size: int, dtype: Dtype) -> tuple[Array, Array]
 
     A patch whose centre is (y, x), in -1 .. 1 from border to border whatever the number of patches,
     has the angles 2 pi y / 100^(4 k / size), then those of x, for k = 0 .. size / 4 - 1. Each
-    rotates channel i with channel i + size / 2. The tokens before the patches are not rotated.
+    rotates channel i with channel i + size / 2. The tokens before the patches are not rotated. The
+    random shifts and scales of the centres in DINOv3's pre-training are left out.
     """
     period = _ROPE_BASE ** (np.arange(size // 4) * 4 / size)
     frequencies = jnp.asarray(2 * math.pi / period, dtype)
