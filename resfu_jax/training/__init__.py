@@ -1,4 +1,4 @@
-"""The parts that `train.py` composes: config, loss, metrics, optimiser, checkpoints, reporting."""
+"""The parts that `train.py` composes: config, devices, loss, metrics, optimiser, checkpoints, logs."""
 
 from resfu_jax.training.checkpoint import CheckpointError, Checkpoints
 from resfu_jax.training.config import (
@@ -12,11 +12,26 @@ from resfu_jax.training.config import (
     LossConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
+    ProfileConfig,
     check_overrides,
     check_same_run,
     given,
     validate,
     write_config,
+)
+from resfu_jax.training.devices import (
+    Layout,
+    Profile,
+    agreed_stop,
+    check_shared,
+    count_flops,
+    initialize_distributed,
+    is_main_process,
+    local_rows,
+    one_after_another,
+    peak_flops,
+    peak_memory,
 )
 from resfu_jax.training.losses import cross_entropy, pixel_weights
 from resfu_jax.training.metrics import SegmentationCounts, count
@@ -39,20 +54,33 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "HeadConfig",
+    "Layout",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ParallelConfig",
+    "Profile",
+    "ProfileConfig",
     "Reporter",
     "SegmentationCounts",
     "StopSignals",
     "accumulate_gradients",
+    "agreed_stop",
     "check_overrides",
     "check_same_run",
+    "check_shared",
     "count",
+    "count_flops",
     "create_optimizer",
     "create_schedule",
     "cross_entropy",
     "given",
+    "initialize_distributed",
+    "is_main_process",
+    "local_rows",
+    "one_after_another",
+    "peak_flops",
+    "peak_memory",
     "pixel_weights",
     "print_table",
     "read_metrics",
