@@ -1,4 +1,4 @@
-"""The parts that `train.py` composes: config, devices, loss, metrics, optimiser, checkpoints, logs."""
+"""The parts of `train.py`: config, devices, loss, metrics, optimiser, checkpoints, reporting."""
 
 from resfu_jax.training.checkpoint import CheckpointError, Checkpoints
 from resfu_jax.training.config import (
