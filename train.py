@@ -51,7 +51,7 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
     training.validate(config, devices=jax.device_count(), processes=jax.process_count())
     layout = training.Layout(config.parallel)
     main_process = training.is_main_process()
-    training.check_shared(workdir)
+    training.check_together(workdir, config)
 
     # --------------------------------------------------------------------------------------- model
     info = data.dataset_info(config.data.name)

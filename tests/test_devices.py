@@ -210,7 +210,7 @@ def test_flags_of_both_kinds_or_of_none():
 
 
 def test_one_process_needs_no_agreement(tmp_path):
-    training.check_shared(tmp_path / "new" / "run")
+    training.check_together(tmp_path / "new" / "run", training.Config())
     assert list((tmp_path / "new" / "run").iterdir()) == []
     assert training.agreed_stop(15, ask=False) == 15 and training.agreed_stop(0, ask=True) == 0
     calls = []

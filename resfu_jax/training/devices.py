@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from resfu_jax.ops._row_blocks import one_block
-from resfu_jax.training.config import ConfigError, ParallelConfig, ProfileConfig
+from resfu_jax.training.config import (
+    Config,
+    ConfigError,
+    ParallelConfig,
+    ProfileConfig,
+    flatten,
+    to_dict,
+)
 
 
 # -------------------------------------------------------------------------------------- processes
@@ -100,30 +108,36 @@ def one_after_another(function: Callable[[], Any]) -> None:
             multihost_utils.sync_global_devices(f"turn {index}")
 
 
-def check_shared(workdir: pathlib.Path) -> None:
-    """Makes the directory, and checks that all processes see the same one.
+def check_together(workdir: pathlib.Path, config: Config) -> None:
+    """Makes the directory; checks that all processes have the same config and directory.
 
     Raises:
-        ConfigError: in all processes: one of them does not see what process 0 writes.
+        ConfigError: in all processes: one has another config, but for the place of the dataset, or
+            does not see what process 0 writes.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_count() == 1:
         return
-    path = workdir / ".shared"
-    token = int.from_bytes(os.urandom(4), "big") >> 1
-    token = int(multihost_utils.broadcast_one_to_all(np.int32(token)))
+    fields = {name: value for name, value in flatten(to_dict(config)).items() if name != "data.dir"}
+    path, mine = workdir / ".together", zlib.crc32(json.dumps(fields).encode())
+    mark = multihost_utils.broadcast_one_to_all(np.uint32([mine, int.from_bytes(os.urandom(4))]))
     if is_main_process():
-        path.write_text(json.dumps(token))
+        path.write_text(str(mark[1]))
     multihost_utils.sync_global_devices("written")
-    seen = path.exists() and path.read_text() == json.dumps(token)
-    all_seen = multihost_utils.process_allgather(np.int32(seen))
+    seen = path.exists() and path.read_text() == str(mark[1])
+    same, sees = multihost_utils.process_allgather(np.bool_([mine == mark[0], seen])).T
     if is_main_process():
         path.unlink()
-    if not all_seen.all():
+    if not same.all():
         raise ConfigError(
-            f"--workdir {workdir} is not one directory for all processes: processes "
-            f"{', '.join(map(str, np.flatnonzero(all_seen == 0)))} do not see what process 0 "
-            "writes. Checkpoints need a file system that all hosts share"
+            "all processes have to be given the same config; another one than process 0 have: "
+            f"{', '.join(map(str, np.flatnonzero(~same)))}"
+        )
+    if not sees.all():
+        raise ConfigError(
+            f"--workdir={workdir} has to be on a file system that all hosts share, for the "
+            "checkpoints; what process 0 writes there is not seen by: "
+            f"{', '.join(map(str, np.flatnonzero(~sees)))}"
         )
 
 
