@@ -209,6 +209,16 @@ def test_flags_of_both_kinds_or_of_none():
     assert jax.process_count() == 1 and training.is_main_process()
 
 
+def test_nothing_to_ask_is_explained(monkeypatch):
+    def initialize(*args, **kwargs):
+        assert args == (None, None, None)
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ConfigError, match="neither a TPU pod nor Slurm.*--coordinator_address"):
+        training.initialize_distributed(detect=True)
+
+
 def test_one_process_needs_no_agreement(tmp_path):
     training.check_together(tmp_path / "new" / "run", training.Config())
     assert list((tmp_path / "new" / "run").iterdir()) == []

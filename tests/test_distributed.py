@@ -11,10 +11,28 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
+
+from resfu_jax.data import prepare
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """A few small images in CamVid's layout: quicker to make than `shapes`."""
+    raw, rng = tmp_path_factory.mktemp("raw"), np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 5)):
+        for kind, shape, high in (("", (32, 40, 3), 256), ("annot", (32, 40), 12)):
+            (raw / f"{split}{kind}").mkdir()
+            for i in range(count):
+                pixels = rng.integers(0, high, shape, np.uint8)
+                Image.fromarray(pixels).save(raw / f"{split}{kind}" / f"0001TP_{split}{i}.png")
+    directory = tmp_path_factory.mktemp("data")
+    prepare("camvid", directory, raw)
+    return directory
 
 
 def start(data_dir, workdir, *arguments):
@@ -25,8 +43,9 @@ def start(data_dir, workdir, *arguments):
         "JAX_COMPILATION_CACHE_DIR": str(data_dir / "compiled"),
     }
     command = [sys.executable, "train.py", "--config=tests/tiny_config.py", f"--workdir={workdir}"]
+    camvid = ["--config.data.name=camvid", "--config.data.resize_scale=1.0"]
     return subprocess.Popen(
-        [*command, *arguments],
+        [*command, *camvid, "--config.eval.batch_size=4", *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -49,7 +68,7 @@ def end(*processes):
     """Return codes and outputs."""
     try:
         outputs = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
+    finally:  # A process whose peer has ended waits for it.
         for process in processes:
             process.kill()
     return [process.returncode for process in processes], outputs
@@ -64,10 +83,8 @@ def values(workdir, *names):
     return [[line[name] for name in names] for line in lines(workdir) if names[0] in line]
 
 
-def test_two_processes_train_stop_and_hand_over(tmp_path):
-    data_dir, workdir, alone = tmp_path / "data", tmp_path / "together", tmp_path / "alone"
-
-    # Both build the dataset, one after the other; what they train is in parts.
+def test_two_processes_train_stop_and_hand_over(data_dir, tmp_path):
+    workdir, alone = tmp_path / "together", tmp_path / "alone"
     processes = start_two(
         data_dir,
         workdir,
@@ -79,8 +96,8 @@ def test_two_processes_train_stop_and_hand_over(tmp_path):
     )
     deadline = time.monotonic() + 200
     while not values(workdir, "val/miou"):
-        assert all(process.poll() is None for process in processes), end(*processes)
-        assert time.monotonic() < deadline
+        if any(process.poll() is not None for process in processes) or time.monotonic() > deadline:
+            pytest.fail(str(end(*processes)))
         time.sleep(0.01)
     processes[1].send_signal(signal.SIGTERM)  # to the one that does not report
     codes, (output, silent) = end(*processes)
@@ -113,8 +130,8 @@ def test_two_processes_train_stop_and_hand_over(tmp_path):
     assert {f"val/{k}": v for k, v in again.items() if k != "step"} == last
 
 
-def test_another_config_in_one_process_is_told_by_all(tmp_path):
-    processes = start_two(tmp_path, tmp_path, each=("--config.seed=0", "--config.seed=1"))
+def test_another_config_in_one_process_is_told_by_all(data_dir, tmp_path):
+    processes = start_two(data_dir, tmp_path, each=("--config.seed=0", "--config.seed=1"))
     codes, outputs = end(*processes)
     assert codes == [1, 1]
     for output in outputs:
