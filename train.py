@@ -6,6 +6,9 @@
 Any field of the config can be overridden: `--config.optimizer.learning_rate=1e-4`. The same
 command again continues where the run stopped, also after a kill. In the workdir: `config.json`,
 `metrics.jsonl`, TensorBoard events, `checkpoints/` (newest and best) and `predictions/`.
+
+Several hosts run the same command, with `--distributed` on a TPU pod or under Slurm, or else with
+`--coordinator_address`, `--num_processes` and `--process_id`: docs/scaling.md.
 """
 
 import json
@@ -19,8 +22,6 @@ import numpy as np
 import optax
 from absl import app, flags, logging
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
 from resfu_jax import data, training, visualize
@@ -30,6 +31,10 @@ CONFIG = config_flags.DEFINE_config_file("config", help_string="A file in config
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "For --mode eval: best, latest or a step.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several processes: ask TPU pod or Slurm.")
+COORDINATOR = flags.DEFINE_string("coordinator_address", None, "By hand: host:port of process 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "By hand: how many there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "By hand: which one this is, from 0.")
 
 State = dict[str, Any]  # everything that a checkpoint holds, as a pytree of arrays
 Batch = dict[str, jax.Array]
@@ -42,13 +47,10 @@ class NonFiniteError(RuntimeError):
 def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: str) -> None:
     """Trains to `config.steps`, or evaluates a checkpoint."""
     # ------------------------------------------------------------------------------------- devices
-    training.validate(config, devices=jax.device_count())
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    replicated, over_batch = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-
-    def to_devices(batch: dict[str, np.ndarray]) -> Batch:
-        arrays = {key: value for key, value in batch.items() if key != "id"}
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(over_batch, x), arrays)
+    training.validate(config, devices=jax.device_count(), processes=jax.process_count())
+    layout = training.Layout(config.parallel)
+    main_process = training.is_main_process()
+    training.check_together(workdir, config)
 
     # --------------------------------------------------------------------------------------- model
     info = data.dataset_info(config.data.name, config.data.dir)
@@ -81,15 +83,12 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         pretrained = training.pretrained_backbone(config.model.backbone)
     except (ValueError, FileNotFoundError) as error:  # an option or weights that do not fit
         raise training.ConfigError(f"config.model: {error}") from error
-    abstract_state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract_state
-    )
+    abstract_state = layout.abstract(abstract_state)
     parameters = sum(p.size for p in jax.tree.leaves(abstract_state["params"]))
 
     # ---------------------------------------------------------------------------------------- data
-    if info.embedded and not data.is_prepared(config.data.name, config.data.dir):
-        print(f"building the dataset {config.data.name} (once)", file=sys.stderr)
-        data.prepare(config.data.name, config.data.dir)
+    if info.embedded:
+        training.one_after_another(lambda: build_once(config.data.name, config.data.dir))
     train_source = data.open_source(config.data.name, "train", config.data.dir)
     val_source = data.open_source(config.data.name, "validation", config.data.dir)
     if config.data.on_corrupt == "skip":
@@ -108,7 +107,9 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
     class_weights = training.class_weights(config.loss, train_source, info)
 
     # --------------------------------------------------------------------------------- update step
-    def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    def train_step(
+        state: State, batch: Batch, *, parts: int = config.optimizer.accumulate
+    ) -> tuple[State, dict[str, jax.Array]]:
         # The parts of an accumulated batch divide by the weight of the whole.
         normalizer = training.pixel_weights(
             batch["label"],
@@ -117,7 +118,7 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         ).sum()
 
         def loss_fn(params: Any, rest: Any, part: Batch) -> tuple[jax.Array, Any]:
-            model = nnx.merge(graphdef, params, rest, copy=True)
+            model = nnx.merge(graphdef, layout.gather(params), rest, copy=True)
             loss = training.cross_entropy(
                 model(part["image"], part.get("features")),
                 part["label"],
@@ -130,11 +131,11 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
 
         params = state["params"]
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        if config.optimizer.accumulate == 1:
+        if parts == 1:
             (loss, rest), grads = grad_fn(params, state["rest"], batch)
         else:
             loss, rest, grads = training.accumulate_gradients(
-                grad_fn, params, state["rest"], batch, parts=config.optimizer.accumulate
+                grad_fn, params, state["rest"], batch, parts=parts
             )
         updates, optimizer_state = optimizer.update(grads, state["optimizer"], params)
         params = optax.apply_updates(params, updates)
@@ -155,14 +156,20 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
             )
         return new_state, metrics
 
-    train_step = jax.jit(train_step, donate_argnums=0)
+    shardings = layout.of(abstract_state)
+    compiled_step = jax.jit(
+        train_step,
+        in_shardings=(shardings, layout.over_batch),
+        out_shardings=(shardings, layout.replicated),
+        donate_argnums=0,
+    )
 
     # ---------------------------------------------------------------------------------- evaluation
     infer = training.create_inference(config)
 
     def eval_step(state: State, batch: Batch) -> tuple[training.SegmentationCounts, jax.Array]:
-        model = nnx.merge(graphdef, state.get("ema", state["params"]), state["rest"])
-        model = evaluating(model)
+        params = layout.gather(state.get("ema", state["params"]))
+        model = evaluating(nnx.merge(graphdef, params, state["rest"]))
         if "features" in batch:
             logits = model(batch["image"], batch["features"])
         else:
@@ -178,13 +185,14 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         )
         return counts, predictions
 
-    eval_step = jax.jit(eval_step, out_shardings=replicated)
+    eval_step = jax.jit(eval_step, out_shardings=(layout.replicated, layout.over_batch))
 
     def feature_cache(state: State) -> training.FeatureCache | None:
         if not config.model.backbone.cache_features:
             return None
         directory = pathlib.Path(config.data.dir or data.default_data_dir()) / "features"
-        model = nnx.merge(graphdef, state["params"], state["rest"])
+        whole = jax.jit(lambda x: x, out_shardings=layout.replicated)
+        model = nnx.merge(graphdef, *whole((state["params"], state["rest"])))
         return training.FeatureCache(directory, model)
 
     def with_features(batch: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -192,24 +200,25 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
 
     def evaluate(step: int, state: State) -> dict[str, float]:
         counts = training.SegmentationCounts.zeros(info.num_classes)
-        drawn = 0
+        left = config.eval.pictures if main_process else 0
         for batch in val_batches:
             sizes = batch["size"]
             batch = with_features(batch) if infer.plain else batch
-            batch_counts, predictions = eval_step(state, to_devices(batch))
+            batch_counts, predictions = eval_step(state, layout.to_devices(batch))
             counts = counts.merge(batch_counts)
-            for i in range(min(config.eval.pictures - drawn, np.count_nonzero(sizes[:, 0]))):
+            drawn = min(left, np.count_nonzero(sizes[:, 0]))
+            for i, classes in enumerate(training.local_rows(predictions)[:drawn] if drawn else []):
                 height, width = sizes[i]
                 picture = visualize.side_by_side(
                     batch["image"][i, :height, :width],
                     batch["label"][i, :height, :width],
-                    np.asarray(predictions[i, :height, :width]),
+                    classes[:height, :width],
                     info.palette,
                     ignore_label=info.ignore_label,
                 )
-                name = f"step{step:07d}_{drawn}.png"
+                name = f"step{step:07d}_{config.eval.pictures - left}.png"
                 visualize.save_png(workdir / "predictions" / name, picture)
-                drawn += 1
+                left -= 1
         return counts.compute(info.class_names)
 
     # ------------------------------------------------------------------------------ resume or start
@@ -225,8 +234,10 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         cache = feature_cache(state)
         metrics = evaluate(start, state)
         checkpoints.close()
-        (workdir / f"eval_{start}.json").write_text(json.dumps({"step": start} | metrics, indent=2))
-        training.print_table(f"checkpoint {start}", metrics, info.class_names, {})
+        if main_process:
+            text = json.dumps({"step": start} | metrics, indent=2)
+            (workdir / f"eval_{start}.json").write_text(text)
+            training.print_table(f"checkpoint {start}", metrics, info.class_names, {})
         return
 
     train_batches = data.train_batches(
@@ -246,23 +257,47 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
     if start is None:
         start = 0
         quickly = {"xla_backend_optimization_level": 0}  # It runs once: compile it quickly.
-        make_state = lambda *pretrained: init(*pretrained)[1]  # noqa: E731
-        state = jax.jit(make_state, out_shardings=replicated, compiler_options=quickly)(pretrained)
+        make_state = jax.jit(
+            lambda *pretrained: init(*pretrained)[1],
+            out_shardings=shardings,
+            compiler_options=quickly,
+        )
+        state = make_state(pretrained)
     else:
         state = checkpoints.restore(start, abstract_state, train_batches)
     cache = feature_cache(state)
-    training.write_config(workdir, config)
+    if main_process:
+        training.write_config(workdir, config)
 
     # ---------------------------------------------------------------------------------------- loop
+    peak, flops = training.peak_flops(config.parallel), None
+    if peak is not None:  # Without it there is nothing to compare with, and it takes seconds.
+        image = (config.batch_size, *config.data.crop_size, 3)
+        whole = {
+            "image": jax.ShapeDtypeStruct(image, jnp.uint8, sharding=layout.over_batch),
+            "label": jax.ShapeDtypeStruct(image[:-1], jnp.uint8, sharding=layout.over_batch),
+        }
+        flops = training.count_flops(
+            lambda state, batch: train_step(state, batch, parts=1), abstract_state, whole
+        )
     reporter = training.Reporter(
-        workdir, steps=config.steps, batch_size=config.batch_size, start=start
+        workdir,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        start=start,
+        utilisation=flops / peak if flops else None,
+        silent=not main_process,
     )
     reporter.message(
         f"{config.data.name}: {len(train_source)} training and {len(val_source)} validation "
-        f"images; {parameters:,} parameters; {jax.device_count()} x {jax.default_backend()}; "
+        f"images; {parameters:,} parameters; "
+        f"{f'{flops / 1e9:,.1f} Gflop a step; ' if flops else ''}"
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        f"{f' in {jax.process_count()} processes' if jax.process_count() > 1 else ''}; "
         f"{f'continuing from step {start}' if start else 'starting'}, to step {config.steps}"
     )
     stop = training.StopSignals()
+    profile = training.Profile(config.profile, workdir / "profile")
     window = []  # (step, ids, metrics on the device) since the last report
 
     def report(step: int) -> None:
@@ -278,19 +313,24 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
                         f"checkpoint is {checkpoints.find('latest')}, in {checkpoints.directory}"
                     )
         means = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
-        reporter.train(step, means | {"learning_rate": float(metrics[-1]["learning_rate"])})
+        means["learning_rate"] = float(metrics[-1]["learning_rate"])
+        reporter.train(step, means | training.peak_memory())
         window.clear()
 
     try:
         for step in range(start + 1, config.steps + 1):
-            batch = next(train_batches)
-            state, metrics = train_step(state, to_devices(with_features(batch)))
+            profile.before(step, state)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                batch = next(train_batches)
+                inputs = layout.to_devices(with_features(batch))
+                state, metrics = compiled_step(state, inputs)
             window.append((step, batch["id"], metrics))
             reporter.advance(step)
 
             last = step == config.steps
+            stopping = training.agreed_stop(stop.received, ask=step % config.log_every == 0)
             evaluation_due = last or step % config.eval.every == 0
-            saving = evaluation_due or stop.received or step % config.checkpoint.every == 0
+            saving = evaluation_due or stopping or step % config.checkpoint.every == 0
             if saving or step % config.log_every == 0:
                 report(step)
             metrics = None
@@ -299,15 +339,18 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
                 reporter.evaluation(step, metrics)
             if saving:
                 checkpoints.save(step, state, train_batches, metrics)
-            if stop.received and not last:
+            if stopping and not last:
                 reporter.message(f"stopped at step {step}; the same command continues")
-                sys.exit(128 + stop.received)
+                sys.exit(128 + stopping)
     finally:
+        profile.close()
         checkpoints.close()
         train_batches.close()
         reporter.close()
 
     # --------------------------------------------------------------------------------------- table
+    if not main_process:
+        return
     history = training.read_metrics(workdir / "metrics.jsonl")
     evaluations = [line for line in history if "val/miou" in line]
     best = max(evaluations, key=lambda line: (line["val/miou"], line["step"]))
@@ -323,6 +366,13 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
             "workdir": str(workdir),
         },
     )
+
+
+def build_once(name: str, directory: str | None) -> None:
+    """Builds an embedded dataset where it is missing."""
+    if not data.is_prepared(name, directory):
+        print(f"building the dataset {name} (once)", file=sys.stderr)
+        data.prepare(name, directory)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -341,6 +391,12 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         sys.exit(f"error: unknown arguments: {' '.join(argv[1:])}")
     try:
+        training.initialize_distributed(
+            detect=DISTRIBUTED.value,
+            coordinator_address=COORDINATOR.value,
+            num_processes=NUM_PROCESSES.value,
+            process_id=PROCESS_ID.value,
+        )
         run(CONFIG.value, pathlib.Path(WORKDIR.value).resolve(), MODE.value, CHECKPOINT.value)
     except (
         training.ConfigError,

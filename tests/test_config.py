@@ -149,6 +149,10 @@ def test_twins_differ_in_the_upsampler_alone(pair):
         ("loss.label_smoothing", 1.0, "less than 1"),
         ("loss.class_weights", (1.0, 2.0), "one weight for each"),
         ("checkpoint.keep", 0, "at least 1"),
+        ("parallel.shard_at_least", 0, "at least 1"),
+        ("parallel.peak_tflops", 0.0, "positive, or None"),
+        ("profile.start", 0, "at least 1"),
+        ("profile.steps", -1, "0 or more"),
     ],
 )
 def test_wrong_values_are_named_with_what_they_need(field, value, need):
@@ -169,6 +173,18 @@ def test_accumulation_divides_the_batch():
     validate(runnable(**{"batch_size": 12, "optimizer.accumulate": 3}))
     with pytest.raises(ConfigError, match="multiple of 24"):
         validate(runnable(**{"batch_size": 12, "optimizer.accumulate": 3}), devices=8)
+
+
+def test_batches_are_divided_among_processes():
+    config = runnable(**{"batch_size": 8, "eval.batch_size": 4})
+    validate(config, devices=4, processes=2)
+    with pytest.raises(ConfigError) as error:
+        validate(config, devices=16, processes=2)
+    for field, value in (("batch_size", 8), ("eval.batch_size", 4)):
+        assert f"config.{field} is {value}; it has to be a multiple of 16" in str(error.value)
+    assert "16 devices of 2 processes" in str(error.value)
+    with pytest.raises(ConfigError, match="as many devices as the others"):
+        validate(config, devices=3, processes=2)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +236,7 @@ def test_a_run_continues_with_its_own_config_only(tmp_path):
     check_same_run(tmp_path, config)
 
     config.eval.every, config.log_every, config.checkpoint.keep, config.steps = 7, 3, 2, 5000
+    config.parallel.shard_parameters, config.profile.steps = True, 3
     check_same_run(tmp_path, config)
 
     config.seed, config.model.head.width = 5, 32

@@ -38,6 +38,26 @@ def test_lines_after_the_restored_step_are_replaced(tmp_path):
     assert steps == [1, 2, 3, 4, 4]
 
 
+def test_utilisation_is_the_rate_of_steps_over_that_of_the_peak(tmp_path, capsys):
+    reporter = Reporter(tmp_path, steps=10, batch_size=4, utilisation=0.5)
+    reporter.train(2, {"loss": 1.0})
+    reporter.close()
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["mfu"] == pytest.approx(0.5 * line["images_per_second"] / 4)
+    assert "MFU" in capsys.readouterr().err
+
+
+def test_silent(tmp_path, capsys):
+    reporter = Reporter(tmp_path / "absent", steps=10, batch_size=2, silent=True)
+    reporter.message("text")
+    reporter.advance(1)
+    reporter.train(1, {"loss": 1.0})
+    reporter.evaluation(1, SCORES)
+    reporter.close()
+    assert not (tmp_path / "absent").exists()
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_missing_file_has_no_lines(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 

@@ -41,8 +41,8 @@ def train_batches(
 
     Every epoch is shuffled anew; batches run across the ends of epochs. All randomness comes from
     a generator that grain derives from `seed` and the position of the record in the stream, so
-    the batches do not depend on `num_workers`, and the shards of one step hold the same examples
-    as the unsharded batch of that step.
+    the batches do not depend on `num_workers`, and the shards of one step, one after the other, are
+    the unsharded batch of that step.
 
     Args:
         source: from `open_source`.
@@ -87,7 +87,7 @@ def train_batches(
         .repeat(None)
         .random_map(functools.partial(_augmented, source=source, info=info, augment=augment))
     )
-    batches = dataset[index::count].batch(batch_size, drop_remainder=True, batch_fn=_stack)
+    batches = dataset.batch(batch_size, drop_remainder=True, batch_fn=_stack)[index::count]
     threads = 1 if num_workers else os.cpu_count() or 1
     iterable = batches.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -131,9 +131,9 @@ class EvalBatches:
         slots = grain.MapDataset.range(len(self) * self.batch_size * count).map(self._row)
         threads = os.cpu_count() or 1
         return iter(
-            slots[index::count]
-            .batch(self.batch_size, batch_fn=_stack)
-            .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+            slots.batch(self.batch_size, batch_fn=_stack)[index::count].to_iter_dataset(
+                grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+            )
         )
 
     def _row(self, slot: int) -> dict[str, Any]:

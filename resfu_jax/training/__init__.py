@@ -1,4 +1,4 @@
-"""The parts that `train.py` composes: config, loss, metrics, optimiser, checkpoints, reporting."""
+"""The parts of `train.py`: config, devices, loss, metrics, optimiser, checkpoints, reporting."""
 
 from resfu_jax.training.checkpoint import CheckpointError, Checkpoints
 from resfu_jax.training.config import (
@@ -12,6 +12,8 @@ from resfu_jax.training.config import (
     LossConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
+    ProfileConfig,
     check_overrides,
     check_same_run,
     create_inference,
@@ -19,6 +21,19 @@ from resfu_jax.training.config import (
     size_multiple,
     validate,
     write_config,
+)
+from resfu_jax.training.devices import (
+    Layout,
+    Profile,
+    agreed_stop,
+    check_together,
+    count_flops,
+    initialize_distributed,
+    is_main_process,
+    local_rows,
+    one_after_another,
+    peak_flops,
+    peak_memory,
 )
 from resfu_jax.training.feature_cache import FeatureCache
 from resfu_jax.training.losses import class_weights, cross_entropy, pixel_weights
@@ -44,22 +59,35 @@ __all__ = [
     "EvalConfig",
     "FeatureCache",
     "HeadConfig",
+    "Layout",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ParallelConfig",
+    "Profile",
+    "ProfileConfig",
     "Reporter",
     "SegmentationCounts",
     "StopSignals",
     "accumulate_gradients",
+    "agreed_stop",
     "check_overrides",
     "check_same_run",
+    "check_together",
     "class_weights",
     "count",
+    "count_flops",
     "create_inference",
     "create_optimizer",
     "create_schedule",
     "cross_entropy",
+    "initialize_distributed",
+    "is_main_process",
+    "local_rows",
     "model_arguments",
+    "one_after_another",
+    "peak_flops",
+    "peak_memory",
     "pixel_weights",
     "pretrained_backbone",
     "print_table",

@@ -1,8 +1,9 @@
 """Checkpoints of a run: the newest and the best by mIoU, each complete enough to resume from.
 
 A checkpoint holds the whole training state (a pytree of arrays) and the position of the data
-iterator. Orbax writes it beside the older ones and renames it when it is complete, so a process
-that is killed at any moment leaves a checkpoint to continue from.
+iterator; neither depends on the number of devices and processes, so a run may continue on others.
+Orbax writes it beside the older ones and renames it when it is complete, so a process that is
+killed at any moment leaves a checkpoint to continue from.
 """
 
 import errno
@@ -44,7 +45,8 @@ class Checkpoints:
             self.directory,
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
-                "data": grain.checkpoint.CheckpointHandler(),
+                # All processes are at the same position: the main one's is enough for any number.
+                "data": ocp.JsonCheckpointHandler("iterator.json"),
             },
             options=ocp.CheckpointManagerOptions(
                 create=True,
@@ -122,7 +124,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data)
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data.get_state())
         )
         metrics = None if metrics is None else {"miou": float(metrics["miou"])}
         try:
@@ -144,8 +146,12 @@ class Checkpoints:
         self._check_structure(step, state)
         items = {"state": ocp.args.StandardRestore(state)}
         if data is not None:
-            items["data"] = grain.checkpoint.CheckpointRestore(data)
-        return self._manager.restore(step, args=ocp.args.Composite(**items))["state"]
+            items["data"] = ocp.args.JsonRestore()
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        if data is not None:
+            data.set_state(restored["data"])
+            data.start_prefetch()
+        return restored["state"]
 
     def close(self) -> None:
         """Waits until everything is on disk.

@@ -201,6 +201,28 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass
+class ParallelConfig:
+    """How a run uses its devices; no result depends on it, up to rounding."""
+
+    shard_parameters: bool = False
+    """Each device keeps a part of parameters, averages and moments: less memory, more traffic."""
+    shard_at_least: int = 2**16
+    """Arrays with fewer values than this stay whole on every device."""
+    peak_tflops: float | None = None
+    """Peak of one device for `mfu` in the logs; None looks up the device, if it is a known one."""
+
+
+@dataclasses.dataclass
+class ProfileConfig:
+    """A `jax.profiler` trace of some training steps, in `profile/` of the workdir."""
+
+    start: int = 10
+    """First step of the trace; the first steps of a run compile."""
+    steps: int = 0
+    """Number of steps traced; 0 traces none."""
+
+
+@dataclasses.dataclass
 class Config:
     """One experiment."""
 
@@ -218,6 +240,8 @@ class Config:
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
 
 
 class ConfigError(ValueError):
@@ -327,12 +351,13 @@ def _fields(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return pairs
 
 
-def validate(config: Config, *, devices: int = 1) -> None:
+def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
     """Checks everything that can be known before data are read or a program is compiled.
 
     Args:
         config: the experiment.
         devices: number of devices that share a batch.
+        processes: number of processes that share the devices.
 
     Raises:
         ConfigError: naming every field that is wrong, what it is and what it has to be.
@@ -345,12 +370,12 @@ def validate(config: Config, *, devices: int = 1) -> None:
             wrong.append(f"config.{field} is {values[field]!r}; it has to be {need}")
 
     for field in (
-        "steps batch_size log_every optimizer.accumulate eval.every "
-        "eval.batch_size checkpoint.every checkpoint.keep"
+        "steps batch_size log_every optimizer.accumulate eval.every eval.batch_size "
+        "checkpoint.every checkpoint.keep parallel.shard_at_least profile.start"
     ).split():
         require(field, lambda v: v >= 1, "at least 1")
     for field in (
-        "data.num_workers eval.pictures optimizer.weight_decay optimizer.warmup_steps"
+        "data.num_workers eval.pictures optimizer.weight_decay optimizer.warmup_steps profile.steps"
     ).split():
         require(field, lambda v: v >= 0, "0 or more")
     for field in (
@@ -358,13 +383,20 @@ def validate(config: Config, *, devices: int = 1) -> None:
         "optimizer.head_learning_rate_multiple optimizer.upsampler_learning_rate_multiple"
     ).split():
         require(field, lambda v: v > 0, "positive")
+    require("parallel.peak_tflops", lambda v: v is None or v > 0, "positive, or None")
+    if devices % processes:
+        wrong.append(
+            f"{devices} devices are not {processes} equal parts: every process has to have as "
+            "many devices as the others"
+        )
+    them = f"{devices} devices of {processes} processes" if processes > 1 else "devices"
     parts = max(config.optimizer.accumulate, 1) * devices
     require(
         "batch_size",
         lambda v: v % parts == 0,
-        f"a multiple of {parts} (devices x config.optimizer.accumulate)",
+        f"a multiple of {parts} ({them} x config.optimizer.accumulate)",
     )
-    require("eval.batch_size", lambda v: v % devices == 0, f"a multiple of {devices} (the devices)")
+    require("eval.batch_size", lambda v: v % devices == 0, f"a multiple of {devices} (the {them})")
     multiple = size_multiple(config.model.backbone)
 
     def is_size(v: tuple[int, ...]) -> bool:
@@ -432,7 +464,10 @@ def size_multiple(config: BackboneConfig) -> int:
 
 
 # What may change between a run and its continuation: its length, and what no number depends on.
-_FREE_TO_CHANGE = ("steps", "log_every", "eval.", "checkpoint.", "data.dir")
+_FREE_TO_CHANGE = (
+    *("steps", "log_every", "eval.", "checkpoint.", "data.dir"),
+    *("parallel.", "profile."),
+)
 
 
 def check_same_run(workdir: pathlib.Path, config: Config, *, only: str = "") -> None:
@@ -446,7 +481,7 @@ def check_same_run(workdir: pathlib.Path, config: Config, *, only: str = "") -> 
     Raises:
         ConfigError: naming every field that differs. The number of steps may (the learning rate
             then follows the new schedule from here on), and how often things are logged, evaluated
-            and saved, and where the dataset lies.
+            and saved, where the dataset lies, and how the devices are used.
     """
     path = workdir / "config.json"
     before = flatten(json.loads(path.read_text())) if path.exists() else {}

@@ -27,9 +27,25 @@ class Reporter:
         batch_size: images per step, for the images per second.
         start: step that the run continues from. Later lines of `metrics.jsonl` are of steps that
             will be done again, so they are removed.
+        utilisation: share of the devices' peak that one step per second would be; with it the
+            metrics have `mfu`, the model flop/s over the peak flop/s.
+        silent: report nothing, as all processes of a run but one do.
     """
 
-    def __init__(self, workdir: Path, *, steps: int, batch_size: int, start: int = 0):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        steps: int,
+        batch_size: int,
+        start: int = 0,
+        utilisation: float | None = None,
+        silent: bool = False,
+    ):
+        self._silent = silent
+        if silent:
+            return
+        self._utilisation = utilisation
         self._path = pathlib.Path(workdir) / "metrics.jsonl"
         kept = [line for line in read_metrics(self._path) if line["step"] <= start]
         text = "".join(json.dumps(line) + "\n" for line in kept)
@@ -52,30 +68,43 @@ class Reporter:
 
     def message(self, text: str) -> None:
         """A line for the person, above the bar if there is one."""
+        if self._silent:
+            return
         self._bar.write(text, file=sys.stderr)
 
     def advance(self, step: int) -> None:
         """Moves the bar; metrics come with `train`."""
+        if self._silent:
+            return
         self._bar.update(step - self._bar.n)
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Reports training metrics, with `loss`, of the steps since the last report."""
+        if self._silent:
+            return
         now = time.perf_counter()
         seconds = max(now - self._time, 1e-9)
         rate = (step - self._step) * self._batch_size / seconds
+        speed = {"images_per_second": rate, "seconds": seconds}
+        shown = f"{rate:.1f} images/s"
+        if self._utilisation is not None:
+            speed["mfu"] = (step - self._step) / seconds * self._utilisation
+            shown += f"  MFU {speed['mfu']:.1%}"
         self._step, self._time = step, now
-        self._write(step, dict(metrics) | {"images_per_second": rate, "seconds": seconds})
-        self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {rate:.1f} images/s")
+        self._write(step, dict(metrics) | speed)
+        self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {shown}")
         if self._bar.disable:
             first, since = self._start
             left = (now - since) / max(step - first, 1) * (self._steps - step)
             self.message(
                 f"step {step}/{self._steps}  loss {metrics['loss']:.4f}  "
-                f"{rate:.1f} images/s  {_duration(left)} left"
+                f"{shown}  {_duration(left)} left"
             )
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Reports validation metrics under `val/`."""
+        if self._silent:
+            return
         self._write(step, {f"val/{name}": value for name, value in metrics.items()})
         self.message(
             f"step {step}/{self._steps}  validation: mIoU {metrics['miou']:.4f}  "
@@ -86,6 +115,8 @@ class Reporter:
 
     def close(self) -> None:
         """Ends the bar and closes the files."""
+        if self._silent:
+            return
         self._bar.close()
         self._file.close()
         self._events.close()
