@@ -1,0 +1,147 @@
+"""Segmenter's linear head with ReSFU's wiring, and models whose backbone is frozen."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from heads import evaluating
+
+from resfu_jax import list_upsamplers
+from resfu_jax.heads import LinearHead, create_head
+from resfu_jax.model import create_model
+from resfu_jax.ops.resize import resize
+
+IMAGE = (2, 32, 48, 3)
+
+
+def normal(shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def count(module):
+    return sum(p.size for p in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+def test_published_sizes():
+    """Segmenter-S with ReSFU: the stem has 20,384 parameters, the upsampler 44,306."""
+    head = nnx.eval_shape(lambda: LinearHead((384,), 150, rngs=nnx.Rngs(0)))
+    assert count(head.stem) == 20_384
+    assert count(head.upsample) == 44_306
+    assert count(head) == 20_384 + 44_306 + 384 * 150 + 150
+
+
+def literal_stem(x, stem, strides):
+    """Convolutions as sums over taps of the replicated image, in float64."""
+
+    def conv(x, layer, stride):
+        kernel, bias = (np.asarray(v[...], np.float64) for v in (layer.kernel, layer.bias))
+        x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+        h, w = ((n - 3) // stride + 1 for n in x.shape[1:3])
+        y = np.zeros((len(x), h, w, kernel.shape[-1]))
+        for i in range(3):
+            for j in range(3):
+                rows = x[:, i : i + stride * (h - 1) + 1 : stride]
+                y += rows[:, :, j : j + stride * (w - 1) + 1 : stride] @ kernel[i, j]
+        return y + bias
+
+    x = conv(np.asarray(x, np.float64), stem.conv1, strides[0])
+    mean, var = x.mean((1, 2, 3), keepdims=True), x.var((1, 2, 3), keepdims=True)
+    scale, bias = (np.asarray(v[...], np.float64) for v in (stem.norm.scale, stem.norm.bias))
+    x = (x - mean) / np.sqrt(var + 1e-5) * scale + bias
+    return conv(np.maximum(x, 0), stem.conv2, strides[1])
+
+
+@pytest.mark.parametrize(
+    ("guide_stride", "strides", "size"), [(2, (2, 1), (9, 12)), (4, (2, 2), (13, 18))]
+)
+def test_stem(guide_stride, strides, size):
+    head = LinearHead((8,), 3, width=5, stem_width=6, guide_stride=guide_stride, rngs=nnx.Rngs(0))
+    stem = head.stem
+    for i, norm in enumerate((stem.norm.scale, stem.norm.bias, stem.conv1.bias, stem.conv2.bias)):
+        norm.set_value(normal(norm.shape, i))
+    x = normal((2, *size, 3))
+    y = jax.jit(lambda stem, x: stem(x))(stem, x)
+    assert y.shape == (2, *(-(-n // guide_stride) for n in size), 5)
+    np.testing.assert_allclose(y, literal_stem(x, stem, strides), atol=2e-5)
+
+
+def test_bilinear_probe_written_out():
+    head = create_head(
+        "linear_probe", in_features=(8,), num_classes=3, upsampler="bilinear", rngs=nnx.Rngs(0)
+    )
+    assert head.stem is None
+    x, images = normal((2, 2, 3, 8)), normal(IMAGE)
+    expected = resize(x, (32, 48), method="bilinear") @ head.classify.kernel[...]
+    np.testing.assert_allclose(head((x,), images), expected, atol=1e-6)
+
+
+def test_several_maps_and_norm():
+    head = create_head(
+        "linear", in_features=(4, 8), num_classes=3, upsampler="nearest", norm=True,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    maps, images = (normal((2, 2, 3, 4)), normal((2, 2, 3, 8), 1)), normal(IMAGE)
+    x = np.concatenate(maps, axis=-1)
+    x = (x - x.mean((1, 2, 3), keepdims=True)) / np.sqrt(x.var((1, 2, 3), keepdims=True) + 1e-5)
+    x = x.repeat(4, axis=1).repeat(4, axis=2) @ np.asarray(head.classify.kernel[...])
+    np.testing.assert_allclose(head(maps, images), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("upsampler", list_upsamplers())
+def test_every_upsampler(upsampler):
+    head = nnx.eval_shape(
+        lambda: create_head(
+            "linear",
+            in_features=(32,),
+            num_classes=3,
+            upsampler=upsampler,
+            width=32,
+            rngs=nnx.Rngs(0),
+        )
+    )
+    run = lambda head, x, images: head((x,), images)  # noqa: E731
+    assert jax.eval_shape(run, head, normal((2, 2, 3, 32)), normal(IMAGE)).shape == (2, 8, 12, 3)
+
+
+def test_errors(as_users_call):
+    with pytest.raises(ValueError, match="guide_stride must be one of"):
+        LinearHead((8,), 3, guide_stride=3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="in_features must be positive"):
+        LinearHead((), 3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="project the guide"):
+        LinearHead((8,), 3, upsampler="fade", rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return create_model(
+        backbone=dict(name="vit", width=16, depth=2, heads=2, drop_path=0.5),
+        head=dict(name="linear", upsampler="bilinear", dropout=0.5),
+        num_classes=3,
+        frozen=True,
+        mean=(127.5,) * 3,
+        std=(127.5,) * 3,
+        rngs=nnx.Rngs(0),
+    )
+
+
+def test_frozen_backbones_do_not_learn(frozen):
+    _, params, rest = nnx.split(frozen, frozen.trainable, ...)
+    assert set(nnx.to_pure_dict(params)) == {"head"}
+    assert "backbone" in nnx.to_pure_dict(rest)
+    model = nnx.clone(frozen)
+    model.frozen = False
+    assert set(nnx.to_pure_dict(nnx.split(model, model.trainable, ...)[1])) == {"backbone", "head"}
+
+    grads = jax.jit(nnx.grad(lambda model, x: model(x).sum()))(evaluating(frozen), normal(IMAGE))
+    assert not any(np.any(g) for g in jax.tree.leaves(nnx.to_pure_dict(grads)["backbone"]))
+    assert any(np.any(g) for g in jax.tree.leaves(nnx.to_pure_dict(grads)["head"]))
+
+
+def test_frozen_backbones_run_as_in_evaluation(frozen):
+    x = normal(IMAGE)
+    first, second = frozen.features(x), frozen.features(x)
+    np.testing.assert_array_equal(first[0], second[0])  # no dropped path
+    assert np.any(frozen(x) != frozen(x))  # the head's dropout is on
+    model = evaluating(frozen)
+    np.testing.assert_allclose(model(x), model(x, first), atol=1e-6)
