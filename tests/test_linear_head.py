@@ -140,8 +140,14 @@ def test_frozen_backbones_do_not_learn(frozen):
 
 def test_frozen_backbones_run_as_in_evaluation(frozen):
     x = normal(IMAGE)
-    first, second = frozen.features(x), frozen.features(x)
-    np.testing.assert_array_equal(first[0], second[0])  # no dropped path
-    assert np.any(frozen(x) != frozen(x))  # the head's dropout is on
-    model = evaluating(frozen)
-    np.testing.assert_allclose(model(x), model(x, first), atol=1e-6)
+
+    @jax.jit
+    def run(model, x):
+        first, second = model.features(x), model.features(x)
+        clean = evaluating(model)
+        return first[0], second[0], model(x), model(x), clean(x), clean(x, first)
+
+    first, second, noisy, other, clean, given = run(frozen, x)
+    np.testing.assert_array_equal(first, second)  # no dropped path
+    assert np.any(noisy != other)  # the head's dropout is on
+    np.testing.assert_allclose(clean, given, atol=1e-6)

@@ -1,9 +1,13 @@
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from resfu_jax.training import cross_entropy, pixel_weights
+from resfu_jax import data
+from resfu_jax.training import LossConfig, class_weights, cross_entropy, pixel_weights
 
 K = 5
 
@@ -79,3 +83,38 @@ def test_wrong_shape_is_named():
     logits, labels = example()
     with pytest.raises(ValueError, match=r"labels have shape \(2, 3, 7\).*need \(2, 6, 7\)"):
         cross_entropy(jnp.asarray(logits), jnp.asarray(labels[:, :3]))
+
+
+def source_of(*labels):
+    def png(label):
+        buffer = io.BytesIO()
+        Image.fromarray(np.array(label, np.uint8)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    return data.Source("x", "train", [{"label": png(label)} for label in labels])
+
+
+INFO = data.DatasetInfo("x", ("a", "b", "c", "d"), ((0, 0, 0),) * 4)
+
+
+def test_label_counts_leave_out_the_ignore_label():
+    source = source_of([[0, 0, 1], [255, 2, 0]], [[2], [2]])
+    np.testing.assert_array_equal(data.label_counts(source, INFO), [3, 1, 3, 0])
+
+
+@pytest.mark.parametrize(
+    ("exponent", "expected"), [(1.0, [2.0, 1.0, 0.5, 1.0]), (0.5, [2**0.5, 1.0, 0.5**0.5, 1.0])]
+)
+def test_balanced_weights(exponent, expected):
+    """The classes that occur 2, 4 and 8 times have the median 4; one does not occur."""
+    np.testing.assert_allclose(data.balanced_weights(np.array([2, 4, 8, 0]), exponent), expected)
+
+
+def test_class_weights_of_a_config():
+    source = source_of([[0, 1, 1, 2, 2, 2, 2]])
+    weights = lambda **options: class_weights(LossConfig(**options), source, INFO)  # noqa: E731
+    assert weights() is None
+    assert weights(class_weights=(1.0, 2.0, 3.0, 4.0)) == (1.0, 2.0, 3.0, 4.0)
+    np.testing.assert_allclose(weights(class_balance=1.0), (2.0, 1.0, 0.5, 1.0))
+    both = weights(class_balance=1.0, class_weights=(1.0, 2.0, 3.0, 4.0))
+    np.testing.assert_allclose(both, (2.0, 2.0, 1.5, 4.0))
