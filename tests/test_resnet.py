@@ -177,7 +177,7 @@ def test_parameter_count(variant, stem, widest, parameters):
 
 
 def test_initial_weights():
-    net = tiny(variant="50", widths=(2, 2, 64, 2), stem_width=64)
+    net = nnx.jit(lambda: tiny(variant="50", widths=(2, 2, 64, 2), stem_width=64))()
     stds = {
         (2 / (49 * 64)) ** 0.5: net.stem[0].conv.kernel,
         (2 / (9 * 64)) ** 0.5: net.stages[2][0].layers[1].conv.kernel,

@@ -114,7 +114,7 @@ def _resolve(path_or_repo: str | os.PathLike) -> pathlib.Path:
         raise ValueError(
             f"{path} is not a safetensors file. {_CONVERT.format(path.name.rpartition(':')[2])}"
         )
-    if path.exists() or path.suffix == ".safetensors" and ":" not in str(path):
+    if path.exists() or (path.suffix == ".safetensors" and ":" not in str(path)):
         return _local(path)
     match = _REPOSITORY.fullmatch(path_or_repo) if isinstance(path_or_repo, str) else None
     return _fetch(**match.groupdict()) if match else _local(path)
