@@ -67,7 +67,7 @@ def start_two(data_dir, workdir, *arguments, each=("", "")):
 def end(*processes):
     """Return codes and outputs."""
     try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:  # A process whose peer has ended waits for it.
         for process in processes:
             process.kill()
@@ -85,17 +85,17 @@ def values(workdir, *names):
 
 def test_two_processes_train_stop_and_hand_over(data_dir, tmp_path):
     workdir, alone = tmp_path / "together", tmp_path / "alone"
+    reference = start(data_dir, alone, "--config.eval.every=8")
     processes = start_two(
         data_dir,
         workdir,
-        "--config.eval.every=2",
         "--config.parallel.shard_parameters",
-        "--config.parallel.shard_at_least=64",
-        "--config.profile.start=2",
+        "--config.parallel.shard_at_least=256",
+        "--config.profile.start=1",
         "--config.profile.steps=1",
     )
-    deadline = time.monotonic() + 200
-    while not values(workdir, "val/miou"):
+    deadline = time.monotonic() + 300
+    while not values(workdir, "loss"):
         if any(process.poll() is not None for process in processes) or time.monotonic() > deadline:
             pytest.fail(str(end(*processes)))
         time.sleep(0.01)
@@ -105,15 +105,16 @@ def test_two_processes_train_stop_and_hand_over(data_dir, tmp_path):
     assert "2 x cpu in 2 processes" in output and "stopped at step" in output
     assert "step" not in silent
     stopped = lines(workdir)[-1]["step"]
-    assert 2 <= stopped < 8
+    assert 1 <= stopped < 8
+    assert (workdir / "checkpoints" / str(stopped)).is_dir()
     assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 1
 
     # One process goes on with whole parameters, and ends where one alone does.
     utilisation = "--config.parallel.peak_tflops=0.001"
-    (code, other), (output, other_output) = end(
-        start(data_dir, workdir, "--config.eval.every=4", utilisation), start(data_dir, alone)
-    )
-    assert (code, other) == (0, 0), (output, other_output)
+    codes, outputs = end(reference)  # It leaves its compiled programs to the next.
+    assert codes == [0], outputs
+    codes, (output,) = end(start(data_dir, workdir, "--config.eval.every=8", utilisation))
+    assert codes == [0], output
     assert f"continuing from step {stopped}" in output and "Gflop a step" in output
     for line in lines(workdir):
         assert ("mfu" in line) == ("loss" in line and line["step"] > stopped)
