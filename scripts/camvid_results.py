@@ -1,0 +1,230 @@
+"""Every upsampler behind a frozen ViT-Ti/16 on CamVid: trains what is missing, writes the results.
+
+    python -m resfu_jax.data prepare camvid && python -m resfu_jax.data prepare camvid/clean
+    python scripts/camvid_results.py --workdir runs/camvid_vit
+
+Each run is `train.py --config configs/camvid_vit_frozen.py:NAME`; runs that are complete are not
+repeated, a killed one continues. `--report` writes from the runs there are. The backbone is fetched
+from Hugging Face; `--pretrained FILE` takes a file. Written are docs/results.md, docs/results.json,
+docs/results_curves.png and docs/results_predictions.png.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+import matplotlib
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from resfu_jax import training
+from resfu_jax.heads import create_head
+from resfu_jax.training import read_metrics
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from configs import camvid_vit_frozen  # noqa: E402
+
+DOCS = ROOT / "docs"
+MEMBERS = ("nearest", "bilinear", "carafe", "dysample", "sapa", "fade", "lda_aqu", "resfu")
+SPLITS = ("camvid", "camvid/clean")
+RARE = ("Pole", "SignSymbol", "Fence")
+SHOWN = ("bilinear", "carafe", "fade", "resfu")  # in the picture
+GAP = 4  # between the panels of a prediction picture
+
+
+def directory(root: pathlib.Path, split: str, member: str, seed: int) -> pathlib.Path:
+    """Where a run is."""
+    return root / split.replace("/", "_") / f"{member}_{seed}"
+
+
+def load(root: pathlib.Path, split: str, member: str, seed: int) -> dict | None:
+    """What a finished run left; None if it is not finished."""
+    path = directory(root, split, member, seed)
+    history = read_metrics(path / "metrics.jsonl")
+    evaluations = [line for line in history if "val/miou" in line]
+    if not evaluations:
+        return None
+    config = json.loads((path / "config.json").read_text())
+    if evaluations[-1]["step"] < config["steps"]:
+        return None
+    losses = [(line["step"], line["loss"]) for line in history if "loss" in line]
+    return dict(path=path, steps=config["steps"], losses=losses, **evaluations[-1])
+
+
+def measure(member: str, repeats: int = 10) -> dict[str, float]:
+    """Parameters and milliseconds of the head for one image: features in, logits out."""
+    config = camvid_vit_frozen.get_config(member)
+    options = training.model_arguments(config.model)["head"]
+    head = create_head(**options, in_features=(192,), num_classes=11, rngs=nnx.Rngs(0))
+    run = jax.jit(lambda head, x, images: head((x,), images))
+    height, width = config.data.crop_size
+    x = jax.random.normal(jax.random.key(0), (1, height // 16, width // 16, 192))
+    images = jax.random.normal(jax.random.key(1), (1, height, width, 3))
+    arguments = nnx.view(head, deterministic=True, raise_if_not_found=False), x, images
+    jax.block_until_ready(run(*arguments))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*arguments))
+        times.append(time.perf_counter() - start)
+    parameters = sum(p.size for p in jax.tree.leaves(nnx.state(head, nnx.Param)))
+    return {"parameters": parameters, "milliseconds": 1e3 * statistics.median(times)}
+
+
+def cell(values: list[float]) -> str:
+    """Mean, with the standard deviation where there are several."""
+    mean = f"{np.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.3f}"
+
+
+def table(results: dict[str, list[dict]], costs: dict[str, dict], baseline: str) -> str:
+    """Markdown: a row for every member, best mIoU last."""
+    columns = ["mIoU", "boundary IoU", "accuracy", *RARE, "seeds", "parameters", "ms"]
+    rows = [f"| upsampler | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    keys = ["miou", "boundary_iou", "pixel_accuracy", *(f"iou/{name}" for name in RARE)]
+    order = sorted(results, key=lambda m: np.mean([r["val/miou"] for r in results[m]]))
+    for member in order:
+        runs = results[member]
+        cells = [cell([r[f"val/{key}"] for r in runs]) for key in keys]
+        cost = costs[member]
+        cells += [str(len(runs)), f"{cost['parameters']:,}", f"{cost['milliseconds']:.0f}"]
+        name = f"**{member}**" if member == baseline else member
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def classes(results: dict[str, list[dict]]) -> str:
+    """Markdown: IoU of every class, a row each."""
+    any_run = next(iter(results.values()))[0]
+    names = [key.removeprefix("val/iou/") for key in any_run if key.startswith("val/iou/")]
+    rows = [f"| IoU | {' | '.join(results)} |", "|---|" + "---|" * len(results)]
+    for name in names:
+        cells = [
+            f"{np.mean([r[f'val/iou/{name}'] for r in runs]):.3f}" for runs in results.values()
+        ]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def curves(results: dict[str, list[dict]], path: pathlib.Path) -> None:
+    """Training loss over the steps, and mIoU with boundary IoU of every run at the end."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    colours = dict(zip(MEMBERS, plt.colormaps["tab10"].colors, strict=False))
+    for i, (member, runs) in enumerate(results.items()):
+        for j, run in enumerate(runs):
+            label = None if j else member
+            axes[0].plot(*zip(*run["losses"], strict=True), color=colours[member], label=label)
+        for key, marker in (("val/miou", "o"), ("val/boundary_iou", "s")):
+            values = [run[key] for run in runs]
+            style = dict(color=colours[member], marker=marker, linestyle="none", alpha=0.7)
+            axes[1].plot([i] * len(values), values, **style)
+    axes[0].set(title="training loss", xlabel="step", yscale="log")
+    axes[0].legend(fontsize=8)
+    axes[1].set(title="validation: mIoU (circles), boundary IoU (squares)")
+    axes[1].set_xticks(range(len(results)), list(results), rotation=30)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def pictures(results: dict[str, list[dict]], path: pathlib.Path, rows: int = 3) -> None:
+    """Image | label | prediction of some members, for the first validation images."""
+
+    def panels(run: dict, i: int) -> list[np.ndarray]:
+        with Image.open(run["path"] / "predictions" / f"step{run['steps']:07d}_{i}.png") as picture:
+            pixels = np.asarray(picture)[..., :3]
+        width = (pixels.shape[1] - 2 * GAP) // 3
+        return [pixels[:, j * (width + GAP) : j * (width + GAP) + width] for j in range(3)]
+
+    members = [m for m in SHOWN if m in results]
+    lines = []
+    for i in range(rows):
+        shown = [panels(results[m][0], i) for m in members]
+        row = [*shown[0][:2], *(p[2] for p in shown)]
+        margin = ((0, GAP), (0, GAP), (0, 0))
+        lines.append(np.concatenate([np.pad(p, margin, constant_values=255) for p in row], axis=1))
+    picture = np.concatenate(lines, axis=0)
+    titles = ["image", "label", *members]
+    figure, axis = plt.subplots(figsize=(14, 14 * picture.shape[0] / picture.shape[1]))
+    axis.imshow(picture)
+    for j, title in enumerate(titles):
+        axis.text((j + 0.5) / len(titles), 1.01, title, transform=axis.transAxes, ha="center")
+    axis.axis("off")
+    figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.05)
+
+
+def report(root: pathlib.Path, seeds: int) -> None:
+    """Writes the files of docs/, but for the text of results.md below its tables."""
+    found = {
+        split: {
+            member: runs
+            for member in MEMBERS
+            if (runs := [r for s in range(seeds) if (r := load(root, split, member, s))])
+        }
+        for split in SPLITS
+    }
+    found = {split: results for split, results in found.items() if results}
+    costs = {member: measure(member) for member in MEMBERS}
+    text = []
+    for split, results in found.items():
+        text += [f"## `{split}`", table(results, costs, "resfu"), classes(results)]
+    main = found[SPLITS[0]]
+    curves(main, DOCS / "results_curves.png")
+    pictures(main, DOCS / "results_predictions.png")
+    for name in ("curves", "predictions"):
+        text.append(f"![{name}](results_{name}.png)")
+    page = DOCS / "results.md"
+    head, _, rest = page.read_text().partition("<!-- tables -->\n")
+    _, _, tail = rest.partition("<!-- end of tables -->\n")
+    page.write_text(
+        f"{head}<!-- tables -->\n" + "\n\n".join(text) + f"\n\n<!-- end of tables -->\n{tail}"
+    )
+    keep = lambda run: {k: v for k, v in run.items() if k not in ("path", "losses")}  # noqa: E731
+    values = {
+        split: {member: [keep(r) for r in runs] for member, runs in results.items()}
+        for split, results in found.items()
+    }
+    (DOCS / "results.json").write_text(
+        json.dumps({"runs": values, "heads": costs, "jax": jax.__version__}, indent=1) + "\n"
+    )
+
+
+def main() -> None:
+    """Trains what is missing, then writes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/camvid_vit"))
+    parser.add_argument("--pretrained", help="file of the backbone's weights")
+    parser.add_argument("--members", nargs="+", default=MEMBERS, choices=MEMBERS)
+    parser.add_argument("--splits", nargs="+", default=SPLITS, choices=SPLITS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    args, overrides = parser.parse_known_args()
+    for seed in range(0 if args.report else args.seeds):
+        for split in args.splits:
+            for member in args.members:
+                if load(args.workdir, split, member, seed):
+                    continue
+                workdir = directory(args.workdir, split, member, seed)
+                command = [
+                    *(sys.executable, ROOT / "train.py", "--workdir", workdir),
+                    f"--config={ROOT}/configs/camvid_vit_frozen.py:{member}",
+                    *(f"--config.seed={seed}", f"--config.data.name={split}", *overrides),
+                ]
+                if args.pretrained:
+                    command.append(f"--config.model.backbone.pretrained={args.pretrained}")
+                subprocess.run(command, check=True)
+    report(args.workdir, args.seeds)
+
+
+if __name__ == "__main__":
+    main()
