@@ -119,13 +119,13 @@ def test_worker_processes_change_nothing():
     _assert_equal(expected[3:], _take(resumed, 3))
 
 
-def test_shards_hold_what_the_whole_batch_holds():
+def test_shards_are_the_whole_batch_one_after_the_other():
     whole = _take(_train(batch_size=4), 5)
     parts = [_take(_train(batch_size=2, shard=(index, 2)), 5) for index in range(2)]
     for step, batch in enumerate(whole):
-        for index in range(2):
-            for key in batch:
-                np.testing.assert_array_equal(batch[key][index::2], parts[index][step][key])
+        for key in batch:
+            together = np.concatenate([part[step][key] for part in parts])
+            np.testing.assert_array_equal(batch[key], together)
 
 
 # ------------------------------------------------------------------------------ augmentation
