@@ -1,7 +1,8 @@
 """Backbones: images to a pyramid of feature maps.
 
-A backbone is called with images `(B, H, W, 3)`, has `features`, the channel counts of its maps, and
-returns those maps from the finest to the coarsest; those of a ViT are all of one size.
+A backbone is called with images `(B, H, W, 3)` and returns feature maps, from the finest to the
+coarsest; those of a ViT are all of one size. `features` are their channels, `strides` how many
+pixels of the image lie between theirs.
 """
 
 from typing import Any

@@ -112,6 +112,7 @@ class MiT(nnx.Module):
             raise ValueError(f"drop_path must be at least 0 and less than 1, got {drop_path}")
 
         self.features = sizes.widths
+        self.strides = (4, 8, 16, 32)
         self.in_channels = in_channels
         self.remat = remat
         self.dtype = dtype

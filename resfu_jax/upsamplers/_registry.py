@@ -76,7 +76,8 @@ def create_upsampler(
     """
     entry = upsampler_entry(name)
     rngs = nnx.Rngs(0) if rngs is None else rngs
-    known = inspect.signature(entry.cls.__init__).parameters
+    parameters = inspect.signature(entry.cls.__init__).parameters
+    known = {key: p for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     for option in options:
         lookup(f"option of upsampler {name!r}:", known, option)
     return entry.cls(features, guide_features, scale=scale, rngs=rngs, **(entry.options | options))
