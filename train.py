@@ -100,7 +100,9 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         info,
         batch_size=config.eval.batch_size // jax.process_count(),
         resize_scale=config.data.resize_scale,
+        resize_to=config.data.resize_to,
         pad_to=config.eval.pad_to or training.size_multiple(config.model.backbone),
+        group_sizes=config.eval.group_sizes,
         **process,
     )
 
@@ -246,7 +248,9 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         batch_size=config.batch_size // jax.process_count(),
         crop_size=config.data.crop_size,
         resize_scale=config.data.resize_scale,
+        resize_to=config.data.resize_to,
         scale_range=config.data.scale_range,
+        max_class_share=config.data.max_class_share,
         flip=config.data.flip,
         photometric=config.data.photometric,
         seed=config.seed,
