@@ -43,6 +43,7 @@ from resfu_jax.training import (
     OptimizerConfig,
 )
 
+# What dry runs try.
 UPSAMPLERS = "resfu bilinear carafe fade sapa sapa_deform dysample lda_aqu".split()
 
 
