@@ -5,10 +5,10 @@ WORKDIR ?= runs/shapes_resfu
 WORKERS ?= auto
 BIN := $(VENV)/bin
 
-.PHONY: help install train test lint bench clean
+.PHONY: help install train test dry-run lint bench clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ train: install  ## train ReSFU on the embedded dataset `shapes` (two CPU cores: 
 
 test: install  ## run all tests (CPU)
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+dry-run: install  ## two steps of every config, on made-up data (CPU)
+	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m scripts.dry_run
 
 lint: install  ## check style
 	$(BIN)/ruff check .

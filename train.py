@@ -7,6 +7,9 @@ Any field of the config can be overridden: `--config.optimizer.learning_rate=1e-
 command again continues where the run stopped, also after a kill. In the workdir: `config.json`,
 `metrics.jsonl`, TensorBoard events, `checkpoints/` (newest and best) and `predictions/`.
 
+`--dry_run` instead of `--workdir` tries a config out: two steps, evaluation and checkpoint with a
+made-up dataset, small crops and random weights, in a temporary folder.
+
 Several hosts run the same command, with `--distributed` on a TPU pod or under Slurm, or else with
 `--coordinator_address`, `--num_processes` and `--process_id`: docs/scaling.md.
 """
@@ -31,6 +34,7 @@ CONFIG = config_flags.DEFINE_config_file("config", help_string="A file in config
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "For --mode eval: best, latest or a step.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Two steps on made-up data, in a temporary folder.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several processes: ask TPU pod or Slurm.")
 COORDINATOR = flags.DEFINE_string("coordinator_address", None, "By hand: host:port of process 0.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "By hand: how many there are.")
@@ -100,7 +104,9 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         info,
         batch_size=config.eval.batch_size // jax.process_count(),
         resize_scale=config.data.resize_scale,
+        resize_to=config.data.resize_to,
         pad_to=config.eval.pad_to or training.size_multiple(config.model.backbone),
+        group_sizes=config.eval.group_sizes,
         **process,
     )
 
@@ -246,7 +252,9 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         batch_size=config.batch_size // jax.process_count(),
         crop_size=config.data.crop_size,
         resize_scale=config.data.resize_scale,
+        resize_to=config.data.resize_to,
         scale_range=config.data.scale_range,
+        max_class_share=config.data.max_class_share,
         flip=config.data.flip,
         photometric=config.data.photometric,
         seed=config.seed,
@@ -397,6 +405,10 @@ def main(argv: list[str]) -> None:
             num_processes=NUM_PROCESSES.value,
             process_id=PROCESS_ID.value,
         )
+        if DRY_RUN.value:
+            with training.dry_run(CONFIG.value) as (config, workdir):
+                run(config, workdir, "train", "latest")
+            return
         run(CONFIG.value, pathlib.Path(WORKDIR.value).resolve(), MODE.value, CHECKPOINT.value)
     except (
         training.ConfigError,
@@ -409,5 +421,10 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
+    flags.register_multi_flags_validator(
+        ["workdir", "dry_run"],
+        lambda given: given["workdir"] is not None or given["dry_run"],
+        message="Flag --workdir must have a value other than None, unless there is --dry_run.",
+    )
     app.run(main, flags_parser=parse_flags)

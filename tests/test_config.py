@@ -22,6 +22,7 @@ from resfu_jax.training import (
     check_overrides,
     check_same_run,
     create_inference,
+    create_schedule,
     model_arguments,
     validate,
     write_config,
@@ -95,6 +96,52 @@ def test_configs_that_take_any_upsampler(name):
         validate(parse(f"shapes_{name}.py:bilinaer"))
 
 
+@pytest.mark.parametrize(
+    ("upsampler", "added"),
+    [
+        ("bilinear", 0),
+        ("carafe", 0.44e6),
+        ("fade", 0.29e6),
+        ("fade_lite", 0.08e6),
+        ("sapa", 0.1e6),
+        ("sapa_deform", 0.84e6),
+        ("resfu", 0.142710e6),
+    ],
+)
+def test_segformer_b1_has_the_published_number_of_parameters(upsampler, added):
+    """13.7 million in all, and what the repositories say that an upsampler adds."""
+    config = importlib.import_module("configs.ade20k_segformer_b1").get_config(upsampler)
+    validate(config)
+    model = nnx.eval_shape(
+        lambda: create_model(**model_arguments(config.model), num_classes=150, rngs=nnx.Rngs(0))
+    )
+    numbers = [
+        sum(p.size for p in jax.tree.leaves(nnx.state(module, nnx.Param)))
+        for module in (model, model.head.upsample)
+    ]
+    assert numbers[1] == pytest.approx(added, abs=0.006e6)
+    assert numbers[0] - numbers[1] == pytest.approx(13.7e6, rel=2e-3)
+    direct = upsampler in ("bilinear", "resfu")
+    assert len(model.head.upsample) == (3 if direct else 6)
+    assert [up.dilation for up in model.head.upsample if upsampler == "resfu"] in ([], [2, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("segformer_b1", {0: 6e-11, 1500: 6e-5, 80_750: 3e-5, 160_000: 0.0}),
+        ("segmenter_s_resfu", {0: 1e-3, 80_000: 1e-4 + 9e-4 * 0.5**0.9, 160_000: 1e-4}),
+        ("upernet_r50", {0: 1e-2, 40_000: 1e-4 + 99e-4 * 0.5**0.9, 80_000: 1e-4}),
+    ],
+)
+def test_learning_rates_of_the_recipes(name, rates):
+    config = importlib.import_module(f"configs.ade20k_{name}").get_config()
+    schedule = create_schedule(config.optimizer, config.steps)
+    assert config.steps == max(rates)
+    for step, rate in rates.items():
+        assert float(schedule(step)) == pytest.approx(rate, rel=1e-4, abs=1e-11)
+
+
 def test_options_of_heads_on_the_command_line():
     config = parse(
         "shapes_resfu.py",
@@ -139,6 +186,9 @@ def test_twins_differ_in_the_upsampler_alone(pair):
         ("eval.pad_to", (100, 100), "multiples of 32"),
         ("data.scale_range", (2.0, 1.0), "smallest, largest"),
         ("data.resize_scale", 0.0, "positive"),
+        ("data.resize_to", (64, 32), "short <= long"),
+        ("data.resize_to", (64,), "(short, long)"),
+        ("data.max_class_share", 0.0, "above 0, at most 1"),
         ("data.on_corrupt", "drop", "'raise' or 'skip'"),
         ("data.name", "shape", "shapes"),
         ("model.dtype", "float16", "bfloat16"),
@@ -167,6 +217,12 @@ def test_all_mistakes_are_told_at_once():
     with pytest.raises(ConfigError) as error:
         validate(runnable(steps=0, log_every=0))
     assert "config.steps" in str(error.value) and "config.log_every" in str(error.value)
+
+
+def test_grouping_leaves_no_size_to_pad_to():
+    validate(runnable(**{"eval.group_sizes": True}))
+    with pytest.raises(ConfigError, match="config.eval.group_sizes is True; .* config.eval.pad_to is None"):
+        validate(runnable(**{"eval.group_sizes": True, "eval.pad_to": (64, 64)}))
 
 
 def test_accumulation_divides_the_batch():

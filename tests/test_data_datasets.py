@@ -36,7 +36,7 @@ SIZES = {"camvid/clean": (2, 4), "voc/train_aug": (9, 3)}
 
 
 def _builder(name, folder="unused"):
-    return load._builder(name, folder)
+    return load.create_builder(name, folder)
 
 
 def _pixels(data):

@@ -241,6 +241,68 @@ def test_crops_reach_every_corner():
     assert corners == {(x, y) for x in range(5) for y in range(5)}
 
 
+@pytest.mark.parametrize(
+    ("size", "resized"),
+    [
+        ((20, 28), (30, 42)),  # the short side rules
+        ((28, 20), (42, 30)),
+        ((10, 40), (15, 60)),  # both
+        ((8, 64), (8, 60)),  # the long side rules: 7.5, 60
+        ((60, 60), (30, 30)),
+    ],
+)
+def test_resizing_to_a_short_side(size, resized):
+    source = _toy(1, size=size)
+    options = {"batch_size": 1, "resize_to": (30, 60)}
+    (batch,) = eval_batches(source, INFO, pad_to=1, **options)
+    assert batch["image"].shape[1:3] == resized and batch["size"].tolist() == [list(resized)]
+    (half,) = eval_batches(source, INFO, pad_to=(64, 64), resize_scale=0.5, **options)
+    assert np.abs(2 * half["size"][0] - resized).max() <= 1
+    options |= {"flip": False, "photometric": False, "crop_size": resized}
+    (same,) = _take(_train(source, scale_range=(1.0, 1.0), **options), 1)
+    for key in ("image", "label"):
+        np.testing.assert_array_equal(same[key], batch[key])
+    # The random scale multiplies both bounds.
+    (crops,) = _take(_train(source, scale_range=(0.5, 0.5), **options), 1)
+    inside = crops["label"][0] != 255
+    drawn = inside.any(1).sum(), inside.any(0).sum()
+    assert np.abs(2 * np.array(drawn) - resized).max() <= 1
+
+
+def _corner(height=40, width=40):
+    """Class 0, but for class 1 in a corner of a quarter of each side; one pixel is ignored."""
+    label = np.zeros((height, width), np.uint8)
+    label[: height // 4, : width // 4] = 1
+    label[-1, -1] = 255
+    image = np.zeros((height, width, 3), np.uint8)
+    return Source("toy", "train", [{"image": _png(image), "label": _png(label), "id": b"x"}])
+
+
+def test_crops_of_one_class_are_drawn_anew():
+    options = {"batch_size": 200, "crop_size": (12, 12), "scale_range": (1.0, 1.0)}
+
+    def largest_shares(source, share):
+        (batch,) = _take(_train(source, max_class_share=share, **options), 1)
+        labels = batch["label"].reshape(200, -1)
+        return np.array([np.bincount(row[row != 255]).max() / (row != 255).sum() for row in labels])
+
+    first, mixed = (largest_shares(_corner(), share) for share in (1.0, 0.75))
+    # 32 of 29 x 29 places have less than 3/4 of one class: 4 %, or 35 % in 11 tries.
+    assert np.mean(first < 0.75) < 0.1
+    assert 0.22 < np.mean(mixed < 0.75) < 0.48
+    blank = _corner()
+    blank.records[0]["label"] = _png(np.full((40, 40), 2, np.uint8))
+    assert np.all(largest_shares(blank, 0.75) == 1)  # it gives up
+
+
+def test_a_class_share_ignores_what_is_ignored():
+    augment = transforms.Augment((4, 4), 1.0, None, (1.0, 1.0), 0.75, False, False, 255)
+    label = np.full((4, 4), 255, np.uint8)
+    for first, second, mixed in ((3, 1, False), (2, 1, True), (4, 0, False), (0, 0, False)):
+        label[0], label[1] = [0] * first + [255] * (4 - first), [1] * second + [255] * (4 - second)
+        assert augment._is_mixed(Image.fromarray(label)) == mixed
+
+
 def test_photometric_jitter_is_bounded_and_random():
     grey = Image.new("RGB", (4, 4), (120, 120, 120))
     results, rng = [], np.random.default_rng(0)
@@ -300,6 +362,35 @@ def test_pad_to_a_multiple_fits_the_largest_image():
     (batch,) = eval_batches(source, INFO, batch_size=4, pad_to=16, resize_scale=0.5)
     assert batch["image"].shape == (4, 32, 32, 3)
     assert batch["size"].tolist() == 2 * [[10, 25]] + 2 * [[20, 5]]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_images_of_like_sizes_are_evaluated_together(count):
+    small, large, tall = (_toy(n, size=s) for n, s in ((3, (20, 50)), (2, (17, 33)), (2, (40, 10))))
+    records = [r for part in (small, tall, large) for r in part.records]
+    records = [r | {"id": b"%d" % i} for i, r in enumerate(records)]
+    parts = [
+        list(
+            eval_batches(
+                dataclasses.replace(small, records=records),
+                INFO,
+                batch_size=2,
+                pad_to=16,
+                group_sizes=True,
+                shard=(index, count),
+            )
+        )
+        for index in range(count)
+    ]
+    shapes = [[batch["image"].shape[1:3] for batch in part] for part in parts]
+    assert all(these == shapes[0] for these in shapes)  # alike in all processes
+    assert set(shapes[0]) == {(32, 64), (48, 16), (32, 48)}
+    rows = [row for part in parts for batch in part for row in zip(*batch.values(), strict=True)]
+    seen = sorted(name for _, _, name, _ in rows if name)
+    assert seen == [b"%d" % i for i in range(7)]
+    for image, label, name, (height, width) in rows:
+        assert not name or max(image.shape[0] - height, image.shape[1] - width) < 16
+        assert np.all(label[height:] == 255) and np.all(label[:, width:] == 255)
 
 
 def test_evaluation_at_half_resolution():
@@ -394,6 +485,8 @@ def test_nothing_left_to_decode():
         ({"crop_size": (0, 4)}, r"crop_size must be positive \(height, width\), got \(0, 4\)"),
         ({"scale_range": (2.0, 0.5)}, r"0 < low <= high, got \(2.0, 0.5\)"),
         ({"resize_scale": 0.0}, "resize_scale must be positive"),
+        ({"resize_to": (64, 32)}, r"0 < short <= long, got \(64, 32\)"),
+        ({"max_class_share": 0.0}, "max_class_share must be above 0, at most 1"),
         ({"num_workers": -1}, "num_workers must not be negative"),
         ({"shard": (2, 2)}, r"0 <= index < count, got \(2, 2\)"),
     ],
@@ -407,6 +500,11 @@ def test_arguments_of_training_are_checked(options, message):
 def test_arguments_of_evaluation_are_checked(pad_to):
     with pytest.raises(ValueError, match="pad_to must be positive"):
         eval_batches(_toy(), INFO, batch_size=1, pad_to=pad_to)
+
+
+def test_grouping_needs_a_number_to_round_to():
+    with pytest.raises(ValueError, match=r"group_sizes needs one number pad_to .* got \(24, 32\)"):
+        eval_batches(_toy(), INFO, batch_size=1, pad_to=(24, 32), group_sizes=True)
 
 
 def test_an_empty_source():

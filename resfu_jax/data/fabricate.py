@@ -2,21 +2,25 @@
 
 fabricate("voc/train_aug", "raw", examples=2)
 prepare("voc/train_aug", data_dir, manual_dir="raw")
+
+`prepare_fabricated` does both.
 """
 
 import io
 import os
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import tensorflow_datasets as tfds
 from PIL import Image
 from scipy.io import savemat
 
 from resfu_jax.data import camvid, coco_stuff, voc
-from resfu_jax.data.load import list_datasets
+from resfu_jax.data.load import create_builder, list_datasets, prepare
 from resfu_jax.data.raw import palette
 
 Files = dict[str, bytes]  # by their path in an archive
@@ -74,6 +78,34 @@ def fabricate(
     folder.mkdir(parents=True, exist_ok=True)
     _WRITERS[base](folder, draw, examples)
     return folder
+
+
+def prepare_fabricated(
+    name: str,
+    data_dir: str | os.PathLike,
+    *,
+    examples: int = 4,
+    size: tuple[int, int] = (96, 128),
+) -> None:
+    """Prepares a stand-in for a dataset: what `fabricate` writes, or few of what is drawn here.
+
+    Args:
+        name: any dataset, or `image_folder/NAME`.
+        data_dir: an empty or temporary folder: what is in it will be taken for the dataset.
+        examples: images in each split, as for `fabricate`.
+        size: (height, width) of fabricated images.
+
+    Raises:
+        ValueError: no such dataset.
+    """
+    builder = create_builder(name, data_dir)
+    if name.partition("/")[0] in _WRITERS:
+        with tempfile.TemporaryDirectory() as raw:
+            fabricate(name, raw, examples=examples, size=size)
+            prepare(name, data_dir, manual_dir=raw)
+    else:
+        few = tfds.download.DownloadConfig(max_examples_per_split=examples)
+        builder.download_and_prepare(file_format="array_record", download_config=few)
 
 
 def _ade20k(folder: Path, draw: Draw, examples: int) -> None:

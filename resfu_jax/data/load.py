@@ -69,7 +69,7 @@ def dataset_info(name: str, data_dir: str | os.PathLike | None = None) -> Datase
     """
     if not name.startswith(image_folder.PREFIX):
         return _lookup(name)[0]
-    builder = _builder(name, data_dir)
+    builder = create_builder(name, data_dir)
     _check_prepared(name, builder, data_dir)
     return image_folder.read_info(name, builder)
 
@@ -81,7 +81,7 @@ def default_data_dir() -> Path:
 
 def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:
     """Whether `open_source` would find the dataset."""
-    return _is_prepared(_builder(name, data_dir))
+    return _is_prepared(create_builder(name, data_dir))
 
 
 def prepare(
@@ -110,7 +110,7 @@ def prepare(
             what to do.
         DataError: a raw file is unusable.
     """
-    builder = _builder(name, data_dir)
+    builder = create_builder(name, data_dir)
     if manual_dir is not None:
         manual_dir = Path(manual_dir).expanduser().resolve()
         if not manual_dir.is_dir() or not any(manual_dir.iterdir()):
@@ -197,7 +197,7 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike | None = None
         DatasetNotPrepared: the dataset is not there; the message is the command to run.
         ValueError: unknown dataset or split.
     """
-    builder = _builder(name, data_dir)
+    builder = create_builder(name, data_dir)
     if split.partition("[")[0] not in ("train", "validation"):
         raise ValueError(f"{name} has no split {split!r}; it has 'train' and 'validation'.")
     _check_prepared(name, builder, data_dir)
@@ -241,7 +241,10 @@ def _root(data_dir: str | os.PathLike | None) -> Path:
     return Path(data_dir or default_data_dir()).expanduser().resolve()
 
 
-def _builder(name: str, data_dir: str | os.PathLike | None) -> tfds.core.GeneratorBasedBuilder:
+def create_builder(
+    name: str, data_dir: str | os.PathLike | None
+) -> tfds.core.GeneratorBasedBuilder:
+    """The tfds builder of a dataset; a `ValueError` if there is none of this name."""
     if name.startswith(image_folder.PREFIX):
         cls, config = image_folder.ImageFolder, image_folder.create_config(name)
     else:

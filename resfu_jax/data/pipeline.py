@@ -29,7 +29,9 @@ def train_batches(
     batch_size: int,
     crop_size: tuple[int, int],
     resize_scale: float = 1.0,
+    resize_to: tuple[int, int] | None = None,
     scale_range: tuple[float, float] = (0.5, 2.0),
+    max_class_share: float = 1.0,
     flip: bool = True,
     photometric: bool = True,
     seed: int,
@@ -51,7 +53,11 @@ def train_batches(
         crop_size: (height, width) of the crops; smaller images are padded at the bottom and
             right, with the ignore label.
         resize_scale: factor on every image, combined with the random scale in one resampling.
+        resize_to: (short, long): before that, bring the shorter side to `short` pixels, or to less
+            where the longer side would exceed `long`.
         scale_range: bounds of the random scale.
+        max_class_share: a crop of whose labelled pixels one class has this share or more is drawn
+            anew, up to ten times.
         flip: mirror left-right with probability 1/2.
         photometric: jitter brightness, contrast, saturation and hue.
         seed: of shuffling and augmentation.
@@ -67,17 +73,26 @@ def train_batches(
     Raises:
         ValueError: an argument is out of range.
     """
-    _check_common(source, batch_size, resize_scale, shard, on_corrupt)
+    _check_common(source, batch_size, resize_scale, resize_to, shard, on_corrupt)
     if min(crop_size) < 1:
         raise ValueError(f"crop_size must be positive (height, width), got {crop_size}.")
     if not 0 < scale_range[0] <= scale_range[1]:
         raise ValueError(f"scale_range must be 0 < low <= high, got {scale_range}.")
+    if not 0 < max_class_share <= 1:
+        raise ValueError(f"max_class_share must be above 0, at most 1, got {max_class_share}.")
     if num_workers < 0:
         raise ValueError(f"num_workers must not be negative, got {num_workers}.")
     if on_corrupt == "skip":
         source = skip_corrupt(source, info)
     augment = transforms.Augment(
-        crop_size, resize_scale, scale_range, flip, photometric, info.ignore_label
+        crop_size,
+        resize_scale,
+        resize_to,
+        scale_range,
+        max_class_share,
+        flip,
+        photometric,
+        info.ignore_label,
     )
     index, count = shard
     dataset = (
@@ -103,14 +118,16 @@ def train_batches(
 
 @dataclass(frozen=True)
 class EvalBatches:
-    """Batches of a whole split in order, all of one shape; see `eval_batches`.
+    """Batches of a whole split; see `eval_batches`.
 
     Attributes:
         source: the examples.
         info: the dataset's classes.
         batch_size: rows of each batch of this process.
         resize_scale: factor on every image and label map.
-        size: (height, width) that every example is padded to.
+        resize_to: (short, long) sides before that, or None.
+        slots: the rows of all processes in order: the index of an example, or None for a row that
+            fills up, and the (height, width) that it is padded to, alike in every batch.
         shard: (index, count) of this process.
     """
 
@@ -118,17 +135,18 @@ class EvalBatches:
     info: DatasetInfo
     batch_size: int
     resize_scale: float
-    size: tuple[int, int]
+    resize_to: tuple[int, int] | None
+    slots: list[tuple[int | None, tuple[int, int]]]
     shard: tuple[int, int]
 
     def __len__(self) -> int:
         """Number of batches, the same in every process."""
-        return -(-len(self.source) // (self.batch_size * self.shard[1]))
+        return len(self.slots) // (self.batch_size * self.shard[1])
 
     def __iter__(self) -> Iterator[Batch]:
         """Starts from the first example."""
         index, count = self.shard
-        slots = grain.MapDataset.range(len(self) * self.batch_size * count).map(self._row)
+        slots = grain.MapDataset.range(len(self.slots)).map(self._row)
         threads = os.cpu_count() or 1
         return iter(
             slots.batch(self.batch_size, batch_fn=_stack)[index::count].to_iter_dataset(
@@ -137,19 +155,20 @@ class EvalBatches:
         )
 
     def _row(self, slot: int) -> dict[str, Any]:
-        height, width = self.size
-        if slot >= len(self.source):
+        index, (height, width) = self.slots[slot]
+        if index is None:
             empty = Image.new("RGB", (0, 0)), Image.new("L", (0, 0))
             image, label = transforms.pad(*empty, height, width, self.info.ignore_label)
             return {"image": image, "label": label, "id": b"", "size": np.zeros(2, np.int32)}
-        example = self.source[slot]
+        example = self.source[index]
         where = self.source.where(example)
         image, label = transforms.decode(example, self.info, where)
-        image, label = transforms.resample(image, label, self.resize_scale)
+        scale = transforms.base_scale(image.size, self.resize_scale, self.resize_to)
+        image, label = transforms.resample(image, label, scale)
         if image.height > height or image.width > width:
             raise DataError(
-                f"{where} is {image.height}x{image.width} (height x width, after resize_scale="
-                f"{self.resize_scale}) and does not fit pad_to=({height}, {width}). Evaluation "
+                f"{where} is {image.height}x{image.width} (height x width, resized by "
+                f"{scale:.4g}) and does not fit pad_to=({height}, {width}). Evaluation "
                 "crops nothing: give a larger pad_to, or a single number to round up to."
             )
         size = np.array([image.height, image.width], np.int32)
@@ -163,22 +182,28 @@ def eval_batches(
     *,
     batch_size: int,
     resize_scale: float = 1.0,
+    resize_to: tuple[int, int] | None = None,
     pad_to: tuple[int, int] | int,
+    group_sizes: bool = False,
     on_corrupt: OnCorrupt = "raise",
     shard: tuple[int, int] = (0, 1),
 ) -> EvalBatches:
     """Batches of every example of a source, in order, without augmentation.
 
-    All batches have one shape. Images are padded at the bottom and right with the ignore label;
-    the last batch is filled up with rows whose label is all ignored and whose id is `b""`.
+    All batches have one shape unless `group_sizes`. Images are padded at the bottom and right with
+    the ignore label; the last batch is filled up with rows whose label is all ignored and whose id
+    is `b""`.
 
     Args:
         source: from `open_source`.
         info: from `dataset_info`.
         batch_size: examples in each batch of this process.
         resize_scale: factor on every image (antialiased bilinear) and label map (nearest).
+        resize_to: as for `train_batches`.
         pad_to: (height, width) of the batches; or one number: the largest image of the source,
             rounded up to a multiple of it.
+        group_sizes: round every image up to a multiple of the number `pad_to`, and put those that
+            get the same size into batches of their own: little padding, but several shapes.
         on_corrupt: as for `train_batches`.
         shard: (index, count) of this process; all processes get the same number of batches.
 
@@ -191,16 +216,31 @@ def eval_batches(
         ValueError: an argument is out of range.
         DataError: while iterating: an example is unusable or larger than `pad_to`.
     """
-    _check_common(source, batch_size, resize_scale, shard, on_corrupt)
+    _check_common(source, batch_size, resize_scale, resize_to, shard, on_corrupt)
+    if group_sizes and not isinstance(pad_to, int):
+        raise ValueError(f"group_sizes needs one number pad_to to round up to, got {pad_to}.")
     if min(pad_to if isinstance(pad_to, tuple) else (pad_to,)) < 1:
         raise ValueError(f"pad_to must be positive, got {pad_to}.")
     if on_corrupt == "skip":
         source = skip_corrupt(source, info)
+    groups: dict[tuple[int, int], list[int | None]] = {}
     if isinstance(pad_to, int):
-        sizes = _in_threads(functools.partial(_size, source, resize_scale), len(source))
-        width, height = (-(-max(side) // pad_to) * pad_to for side in zip(*sizes, strict=True))
-        pad_to = (height, width)
-    return EvalBatches(source, info, batch_size, resize_scale, pad_to, shard)
+        read = functools.partial(_size, source, resize_scale, resize_to)
+        sizes = [
+            tuple(-(-side // pad_to) * pad_to for side in size)
+            for size in _in_threads(read, len(source))
+        ]
+        if not group_sizes:
+            sizes = [tuple(map(max, zip(*sizes, strict=True)))] * len(source)
+        for index, size in enumerate(sizes):
+            groups.setdefault(size, []).append(index)
+    else:
+        groups[pad_to] = list(range(len(source)))
+    slots = []
+    for size, indices in groups.items():
+        filling = -len(indices) % (batch_size * shard[1])
+        slots += [(index, size) for index in [*indices, *[None] * filling]]
+    return EvalBatches(source, info, batch_size, resize_scale, resize_to, slots, shard)
 
 
 def skip_corrupt(source: Source, info: DatasetInfo) -> Source:
@@ -274,11 +314,14 @@ def _corrupt_id(source: Source, info: DatasetInfo, index: int) -> str | None:
     return None
 
 
-def _size(source: Source, resize_scale: float, index: int) -> tuple[int, int]:
+def _size(
+    source: Source, resize_scale: float, resize_to: tuple[int, int] | None, index: int
+) -> tuple[int, int]:
+    """(height, width) of an example after resizing."""
     example = source[index]
-    return transforms.scaled_size(
-        transforms.image_size(example["image"], source.where(example)), resize_scale
-    )
+    size = transforms.image_size(example["image"], source.where(example))
+    scale = transforms.base_scale(size, resize_scale, resize_to)
+    return transforms.scaled_size(size, scale)[::-1]
 
 
 def _in_threads(function: Any, count: int) -> list[Any]:
@@ -290,6 +333,7 @@ def _check_common(
     source: Source,
     batch_size: int,
     resize_scale: float,
+    resize_to: tuple[int, int] | None,
     shard: tuple[int, int],
     on_corrupt: str,
 ) -> None:
@@ -299,6 +343,10 @@ def _check_common(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if resize_scale <= 0:
         raise ValueError(f"resize_scale must be positive, got {resize_scale}.")
+    if resize_to is not None and not 0 < resize_to[0] <= resize_to[1]:
+        raise ValueError(
+            f"resize_to must be (short, long) with 0 < short <= long, got {resize_to}."
+        )
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard must be (index, count) with 0 <= index < count, got {shard}.")
     if on_corrupt not in ("raise", "skip"):

@@ -79,6 +79,23 @@ def image_size(data: bytes, where: str) -> tuple[int, int]:
         raise CorruptExampleError(f"Cannot decode the image of {where}: {error}") from error
 
 
+def base_scale(
+    size: tuple[int, int], resize_scale: float, resize_to: tuple[int, int] | None
+) -> float:
+    """The factor by which every image is resized, before any random scale.
+
+    Args:
+        size: two sides of an image, in any order.
+        resize_scale: factor on all images.
+        resize_to: (short, long): before that, shrink or enlarge such that the shorter side is
+            `short`, or less if the longer one would exceed `long`. MMSegmentation's
+            `Resize((long, short), keep_ratio=True)`; times a random scale its `RandomResize`.
+    """
+    if resize_to is None:
+        return resize_scale
+    return resize_scale * min(resize_to[0] / min(size), resize_to[1] / max(size))
+
+
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
     """A (width, height) times `scale`, rounded, at least one pixel each."""
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
@@ -101,18 +118,25 @@ def resample(
     Returns:
         Image and label of the size of the window.
     """
-    width, height = scaled_size(image.size, scale)
-    left, top, right, bottom = window or (0, 0, width, height)
-    size = (right - left, bottom - top)
-    if (width, height) == image.size:
-        box = (left, top, right, bottom)
-        return image.crop(box), label.crop(box)
-    x, y = image.width / width, image.height / height
-    box = (left * x, top * y, min(right * x, image.width), min(bottom * y, image.height))
     return (
-        image.resize(size, Image.Resampling.BILINEAR, box=box),
-        label.resize(size, Image.Resampling.NEAREST, box=box),
+        _resample(image, scale, window, Image.Resampling.BILINEAR),
+        _resample(label, scale, window, Image.Resampling.NEAREST),
     )
+
+
+def _resample(
+    picture: Image.Image,
+    scale: float,
+    window: tuple[int, int, int, int] | None,
+    method: Image.Resampling,
+) -> Image.Image:
+    width, height = scaled_size(picture.size, scale)
+    left, top, right, bottom = window or (0, 0, width, height)
+    if (width, height) == picture.size:
+        return picture.crop((left, top, right, bottom))
+    x, y = picture.width / width, picture.height / height
+    box = (left * x, top * y, min(right * x, picture.width), min(bottom * y, picture.height))
+    return picture.resize((right - left, bottom - top), method, box=box)
 
 
 def pad(
@@ -133,8 +157,12 @@ class Augment:
 
     Attributes:
         crop_size: (height, width) of the result.
-        resize_scale: factor that every image is resized by; multiplies the random scale.
+        resize_scale: with `resize_to`, the factor that every image is resized by, see
+            `base_scale`; multiplies the random scale.
+        resize_to: as above.
         scale_range: bounds of the random scale, drawn uniformly.
+        max_class_share: a crop of whose labelled pixels one class has this share or more is drawn
+            anew, up to ten times; 1 takes the first. MMSegmentation's `cat_max_ratio`.
         flip: mirror left-right with probability 1/2.
         photometric: `photometric_jitter` on the image.
         ignore_label: label of padded pixels.
@@ -142,7 +170,9 @@ class Augment:
 
     crop_size: tuple[int, int]
     resize_scale: float
+    resize_to: tuple[int, int] | None
     scale_range: tuple[float, float]
+    max_class_share: float
     flip: bool
     photometric: bool
     ignore_label: int
@@ -152,18 +182,28 @@ class Augment:
     ) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]:
         """Draws everything from `rng`, so equal generators give equal results."""
         height, width = self.crop_size
-        scale = self.resize_scale * rng.uniform(*self.scale_range)
+        scale = base_scale(image.size, self.resize_scale, self.resize_to)
+        scale *= rng.uniform(*self.scale_range)
         full_width, full_height = scaled_size(image.size, scale)
-        left = int(rng.integers(max(full_width - width, 0) + 1))
-        top = int(rng.integers(max(full_height - height, 0) + 1))
-        window = (left, top, min(left + width, full_width), min(top + height, full_height))
-        image, label = resample(image, label, scale, window)
+        for _ in range(11):
+            left = int(rng.integers(max(full_width - width, 0) + 1))
+            top = int(rng.integers(max(full_height - height, 0) + 1))
+            window = (left, top, min(left + width, full_width), min(top + height, full_height))
+            classes = _resample(label, scale, window, Image.Resampling.NEAREST)
+            if self.max_class_share == 1 or self._is_mixed(classes):
+                break
+        image, label = _resample(image, scale, window, Image.Resampling.BILINEAR), classes
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             label = label.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.photometric:
             image = photometric_jitter(image, rng)
         return pad(image, label, height, width, self.ignore_label)
+
+    def _is_mixed(self, label: Image.Image) -> bool:
+        counts = label.histogram()
+        counts[self.ignore_label] = 0
+        return max(counts) < self.max_class_share * sum(counts)
 
 
 def photometric_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:

@@ -35,6 +35,7 @@ from resfu_jax.training.devices import (
     peak_flops,
     peak_memory,
 )
+from resfu_jax.training.dry_run import dry_run
 from resfu_jax.training.feature_cache import FeatureCache
 from resfu_jax.training.losses import class_weights, cross_entropy, pixel_weights
 from resfu_jax.training.metrics import SegmentationCounts, count
@@ -81,6 +82,7 @@ __all__ = [
     "create_optimizer",
     "create_schedule",
     "cross_entropy",
+    "dry_run",
     "initialize_distributed",
     "is_main_process",
     "local_rows",

@@ -98,10 +98,18 @@ class DataConfig:
     """Where prepared datasets are; None is the default of tensorflow_datasets."""
     resize_scale: float = 1.0
     """Every image is resized by this factor before anything else, in training and evaluation."""
+    resize_to: tuple[int, ...] | None = None
+    """(short, long): before that, to `short` pixels of the shorter side, or fewer where the longer
+    would exceed `long`. (512, 2048) is MMSegmentation's scale=(2048, 512) with keep_ratio. Labels
+    are resized, too, and scores counted at that size; MMSegmentation brings the logits to the size
+    of the original label map instead."""
     crop_size: tuple[int, ...] = (128, 128)
     """Height and width of training crops, in pixels."""
     scale_range: tuple[float, ...] = (0.5, 2.0)
     """Bounds of the random training scale."""
+    max_class_share: float = 1.0
+    """Training crops in which one class has this share of the labelled pixels are drawn anew, up
+    to ten times; MMSegmentation's `cat_max_ratio`. 1 takes the first."""
     flip: bool = True
     """Mirror half of the training images."""
     photometric: bool = True
@@ -171,7 +179,11 @@ class EvalConfig:
     batch_size: int = 8
     """Images evaluated at once, over all devices and hosts."""
     pad_to: tuple[int, ...] | None = None
-    """Height and width that images are padded to; None pads to what the backbone takes."""
+    """Height and width that images are padded to; None: the largest, rounded up to what the
+    backbone takes."""
+    group_sizes: bool = False
+    """Round up each image by itself instead, and evaluate together those of equal size: next to
+    no padding, which a pass over the whole image would see, for a compilation per size."""
     mode: str = "whole"
     """An image in one pass, "whole", or in overlapping windows, "slide"; see `Inference`."""
     crop: tuple[int, ...] | None = None
@@ -409,6 +421,17 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         "data.scale_range",
         lambda v: len(v) == 2 and 0 < v[0] <= v[1],
         "(smallest, largest), both positive",
+    )
+    require(
+        "data.resize_to",
+        lambda v: v is None or len(v) == 2 and 0 < v[0] <= v[1],
+        "(short, long) with 0 < short <= long, or None",
+    )
+    require("data.max_class_share", lambda v: 0 < v <= 1, "above 0, at most 1")
+    require(
+        "eval.group_sizes",
+        lambda v: not v or config.eval.pad_to is None,
+        "False unless config.eval.pad_to is None",
     )
     require("data.on_corrupt", lambda v: v in ("raise", "skip"), "'raise' or 'skip'")
     require("model.dtype", lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
