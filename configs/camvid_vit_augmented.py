@@ -1,4 +1,4 @@
-"""`camvid_vit_frozen` at its best: x8 at once, augmentation, twice the steps, more views in the test.
+"""`camvid_vit_frozen` at its best: x8 at once, augmentation, twice the steps, views averaged.
 
     python train.py --config configs/camvid_vit_augmented.py:resfu --workdir runs/camvid_vit_best
 
