@@ -221,7 +221,7 @@ def test_all_mistakes_are_told_at_once():
 
 def test_grouping_leaves_no_size_to_pad_to():
     validate(runnable(**{"eval.group_sizes": True}))
-    with pytest.raises(ConfigError, match="config.eval.group_sizes is True; .* config.eval.pad_to is None"):
+    with pytest.raises(ConfigError, match="group_sizes is True; .* config.eval.pad_to is None"):
         validate(runnable(**{"eval.group_sizes": True, "eval.pad_to": (64, 64)}))
 
 
