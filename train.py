@@ -351,6 +351,7 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
                 reporter.message(f"stopped at step {step}; the same command continues")
                 sys.exit(128 + stopping)
     finally:
+        stop.close()
         profile.close()
         checkpoints.close()
         train_batches.close()

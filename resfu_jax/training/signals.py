@@ -20,7 +20,11 @@ class StopSignals:
             for number in (signal.SIGINT, signal.SIGTERM)
         }
 
+    def close(self) -> None:
+        """Signals act as before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        for other, handler in self._previous.items():
-            signal.signal(other, handler)
+        self.close()
