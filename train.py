@@ -351,11 +351,11 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
                 reporter.message(f"stopped at step {step}; the same command continues")
                 sys.exit(128 + stopping)
     finally:
-        stop.close()
         profile.close()
         checkpoints.close()
         train_batches.close()
         reporter.close()
+        stop.close()
 
     # --------------------------------------------------------------------------------------- table
     if not main_process:
