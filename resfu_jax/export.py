@@ -3,9 +3,9 @@
     export_model(model, "camvid.zip", class_names=info.class_names, palette=info.palette)
     labels = load_exported("camvid.zip")(images)  # resfu_jax.serving: needs JAX only
 
-The file is a zip of `model.stablehlo`, `weights.safetensors` and `meta.json`. The program is lowered
-for all platforms at once, for any batch and size by default; weights are its arguments, because as
-constants they would be folded by the compiler and be hidden from other tools.
+The file is a zip of `model.stablehlo`, `weights.safetensors` and `meta.json`. The program is
+lowered for all platforms at once, by default for any batch and size. Weights are its arguments:
+constants would be there for the compiler to fold, and for no other tool to read.
 """
 
 import json
@@ -84,7 +84,9 @@ def export_model(
         classes = logits.shape[3]
         for name, given in (("class_names", class_names), ("palette", palette)):
             if len(given) not in (0, classes):
-                raise ValueError(f"{name} must have the model's {classes} entries, got {len(given)}")
+                raise ValueError(
+                    f"{name} must have the model's {classes} entries, got {len(given)}"
+                )
         if output == "labels":
             labels = jnp.argmax(logits, axis=-1)
             return labels.astype(jnp.uint8 if classes <= 256 else jnp.int32)
@@ -170,7 +172,7 @@ def _write(
         "format": FORMAT,
         "inputs": {name: str(aval) for name, aval in zip(inputs, avals, strict=True)},
         "constraints": list(constraints),
-        "outputs": [aval.str_short() for aval in exported.out_avals],
+        "outputs": [str(aval) for aval in exported.out_avals],
         **meta,
         "platforms": list(exported.platforms),
         "jax": jax.__version__,
@@ -193,7 +195,7 @@ def _write(
 
 
 def _specs(inputs: Mapping[str, str], constraints: Sequence[str]) -> list[jax.ShapeDtypeStruct]:
-    """"float32[b, h, w, 3]" and the like as abstract arrays, all of one scope of letters."""
+    """Abstract arrays of what reads "float32[b, h, w, 3]", all of one scope of letters."""
     scope = jax.export.SymbolicScope(constraints)
     specs = []
     for name, text in inputs.items():

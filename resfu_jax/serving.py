@@ -64,11 +64,11 @@ class Exported:
         self._call = jax.jit(exported.call)
         _, *self._inputs = jax.tree.unflatten(exported.in_tree, exported.in_avals)[0]
 
-    def call(self, *inputs: jax.Array) -> Any:
+    def call(self, *inputs: jax.typing.ArrayLike) -> Any:
         """The program as it was exported, for use in other JAX code: arrays in, arrays out."""
         return self._call(self.weights, *inputs)
 
-    def __call__(self, *inputs: np.ndarray) -> Any:
+    def __call__(self, *inputs: jax.typing.ArrayLike) -> Any:
         """The outputs as NumPy arrays.
 
         Where the file says so (`meta["pad"]`), images are padded at the bottom and right with the
