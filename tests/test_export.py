@@ -64,7 +64,7 @@ def run(model, *arrays):
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny(upsampler="resfu")
+    return tiny(upsampler="dysample")
 
 
 @pytest.fixture(scope="module")
