@@ -65,7 +65,7 @@ class Exported:
         _, *self._inputs = jax.tree.unflatten(exported.in_tree, exported.in_avals)[0]
 
     def call(self, *inputs: jax.typing.ArrayLike) -> Any:
-        """The program as it was exported, for use in other JAX code: arrays in, arrays out."""
+        """The program as it was exported, for other JAX code, also in `jit`: arrays to arrays."""
         return self._call(self.weights, *inputs)
 
     def __call__(self, *inputs: jax.typing.ArrayLike) -> Any:

@@ -227,7 +227,7 @@ def test_upsampler_by_itself(name, tmp_path):
     assert loaded.exported.platforms == PLATFORMS
     np.testing.assert_allclose(loaded(*arrays), run(up, *arrays), atol=2e-5)
     # Inside other JAX code.
-    assert jax.eval_shape(jax.vmap(loaded.call), *(a[None] for a in arrays)).ndim == 5
+    assert jax.eval_shape(lambda *a: 2 * loaded.call(*a), *arrays).shape == (2, 10, 14, 16)
     with pytest.raises(ValueError, match=r"takes features float32\[b,h,w,16\].*got float32\[2, 5"):
         loaded(*(a[..., :4] for a in arrays))
     with pytest.raises(ValueError, match="got 0 arrays"):
