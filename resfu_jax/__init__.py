@@ -1,8 +1,33 @@
 """Feature upsampling in JAX: the published operators, proven equal to the official modules."""
 
-from resfu_jax import ops
-from resfu_jax.convert import from_torch
-from resfu_jax.upsamplers import create_upsampler, list_upsamplers
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from resfu_jax import ops
+    from resfu_jax.convert import from_torch
+    from resfu_jax.upsamplers import create_upsampler, list_upsamplers
 
 __version__ = "0.1.0"
 __all__ = ["create_upsampler", "from_torch", "list_upsamplers", "ops"]
+
+# Imported when they are first used: `resfu_jax.ops` and `resfu_jax.serving` come without Flax.
+_HOMES = {
+    "create_upsampler": "resfu_jax.upsamplers",
+    "from_torch": "resfu_jax.convert",
+    "list_upsamplers": "resfu_jax.upsamplers",
+}
+_MODULES = ("convert", "ops", "upsamplers")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"resfu_jax.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'resfu_jax' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,309 @@
+"""Exported files: the model's values, in a process that has none of its code."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import resfu_jax
+from resfu_jax import create_upsampler, serving
+from resfu_jax.backbones import create_backbone
+from resfu_jax.export import PLATFORMS, export_model, export_module
+from resfu_jax.model import SegmentationModel, create_model, evaluating
+from resfu_jax.serving import load_exported
+
+VIT = dict(name="vit", width=16, depth=1, heads=2, patch_size=16, image_size=32)
+MIT = dict(widths=(4, 8, 8, 8), depths=(1, 1, 1, 1), heads=(1, 1, 2, 2), sr_ratios=(4, 2, 1, 1))
+NAMES, COLORS = ("sky", "road", "car"), ((1, 2, 3), (40, 50, 60), (7, 80, 9))
+
+
+def tiny(backbone=VIT, upsampler="bilinear", **options):
+    head = dict(name="linear", upsampler=upsampler, width=8, stem_width=8)
+    rngs = nnx.Rngs(0)
+    return create_model(backbone=backbone, head=head, num_classes=3, rngs=rngs, **options)
+
+
+def images(*shape):
+    return np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+
+
+class Pixels(nnx.Module):
+    """A backbone with nothing to compile."""
+
+    def __init__(self, strides):
+        self.strides = strides
+
+    def __call__(self, images):
+        return (images,)
+
+
+class Head(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+        self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+    def __call__(self, features, images):
+        return self.drop(self.linear(features[0]))
+
+
+def pixels(*strides):
+    return SegmentationModel(Pixels(strides), Head())
+
+
+@jax.jit
+def run(model, *arrays):
+    return model(*arrays)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny(upsampler="dysample")
+
+
+@pytest.fixture(scope="module")
+def path(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / "made" / "model.zip"
+    names = dict(class_names=NAMES, palette=COLORS)
+    assert export_model(model, path, output="logits", **names) == path
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(path):
+    return load_exported(path)
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 48), (1, 32, 16)])
+def test_values_for_any_batch_and_size(model, loaded, shape):
+    x = images(*shape)
+    logits = loaded(x)
+    expected = run(evaluating(model), x)
+    assert isinstance(logits, np.ndarray) and logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_other_sizes_are_padded_with_the_mean_colour_and_cropped(path, loaded):
+    x = images(2, 21, 39)
+    padded = np.full((2, 32, 48, 3), (124, 116, 104), np.uint8)
+    padded[:, :21, :39] = x
+    np.testing.assert_array_equal(loaded(x), loaded(padded)[:, :21, :39])
+    # To fewer shapes.
+    coarse = load_exported(path, multiple=64)
+    np.testing.assert_array_equal(coarse._padded(x)[:, :32, :48], padded)
+    assert coarse._padded(x).shape == (2, 64, 64, 3)
+
+
+def test_the_file_says_what_it_is(path, loaded, model):
+    with zipfile.ZipFile(path) as archive:
+        assert archive.namelist() == ["model.stablehlo", "weights.safetensors", "meta.json"]
+        meta = json.loads(archive.read("meta.json"))
+    assert loaded.meta == meta
+    assert meta["inputs"] == {"images": "uint8[b,16*h,16*w,3]"}
+    assert meta["outputs"] == ["float32[b,16*h,16*w,3]"]
+    assert (tuple(meta["class_names"]), meta["palette"]) == (NAMES, [list(c) for c in COLORS])
+    assert meta["platforms"] == list(loaded.exported.platforms) == ["cpu", "cuda", "tpu"]
+    assert (meta["jax"], meta["resfu_jax"]) == (jax.__version__, resfu_jax.__version__)
+    # All weights are in the file, and none in the program.
+    state = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
+    assert sum(w.size for w in loaded.weights.values()) == sum(
+        w.size for w in jax.tree.leaves(state)
+    )
+    kernel = model.backbone.blocks[0].ffn.expand.kernel[...]
+    np.testing.assert_array_equal(loaded.weights["backbone.blocks.0.ffn.expand.kernel"], kernel)
+    assert [p.name for p in path.parent.iterdir()] == ["model.zip"]
+
+
+PACKAGE = """
+import sys
+import numpy as np
+from resfu_jax.serving import load_exported
+
+np.save(sys.argv[3], load_exported(sys.argv[1])(np.load(sys.argv[2])))
+"""
+
+PLAIN = """
+import sys, zipfile
+import jax, numpy as np
+import safetensors.numpy
+
+with zipfile.ZipFile(sys.argv[1]) as archive:
+    program = jax.export.deserialize(bytearray(archive.read("model.stablehlo")))
+    weights = safetensors.numpy.load(archive.read("weights.safetensors"))
+np.save(sys.argv[3], jax.jit(program.call)(weights, np.load(sys.argv[2])))
+"""
+
+MODULES = """
+names = {m.partition(".")[0] for m in sys.modules} & {"flax", "orbax", "optax", "tensorflow"}
+print(sorted(names) + sorted(m for m in sys.modules if m.startswith("resfu_jax")))
+"""
+
+
+def in_a_fresh_process(script, folder, *arguments):
+    """What the script prints, and then the modules of this package and its frameworks it has."""
+    command = [sys.executable, "-c", script + MODULES, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    "script, modules", [(PACKAGE, ["resfu_jax", "resfu_jax.serving"]), (PLAIN, [])]
+)
+def test_same_values_in_a_process_without_model_code(path, loaded, script, modules, tmp_path):
+    x = images(1, 32, 16)
+    np.save(tmp_path / "x.npy", x)
+    arguments = path, tmp_path / "x.npy", tmp_path / "y.npy"
+    folder = pathlib.Path(serving.__file__).parent.parent
+    assert in_a_fresh_process(script, folder, *arguments) == [str(modules)]
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), loaded(x), atol=1e-6)
+
+
+def test_the_loader_works_as_a_copied_file(path, tmp_path):
+    (tmp_path / "copied.py").write_text(pathlib.Path(serving.__file__).read_text())
+    script = "import copied, sys\nprint(copied.load_exported(sys.argv[1]).meta['class_names'])\n"
+    assert in_a_fresh_process(script, tmp_path, path) == [str(list(NAMES)), "[]"]
+
+
+def test_outputs_agree(tmp_path):
+    model, x = pixels(4, 8), images(1, 30, 40)
+    results = {}
+    for output in ("logits", "probabilities", "labels"):
+        export_model(model, tmp_path / "m.zip", output=output, platforms=("cpu",))
+        results[output] = load_exported(tmp_path / "m.zip")(x)
+    logits = results["logits"]
+    np.testing.assert_allclose(results["probabilities"], jax.nn.softmax(logits), atol=1e-6)
+    np.testing.assert_array_equal(results["labels"], logits.argmax(axis=-1))
+    assert results["labels"].dtype == np.uint8 and len(np.unique(results["labels"])) > 1
+
+
+def test_fixed_batch_and_size(tmp_path, as_users_call):
+    model, x = pixels(16), images(2, 40, 48)
+    path = export_model(
+        model, tmp_path / "m.zip", output="logits", batch=2, size=(40, 48), platforms=("cpu",)
+    )
+    loaded = load_exported(path)
+    assert loaded.meta["inputs"] == {"images": "uint8[2,40,48,3]"}
+    np.testing.assert_allclose(loaded(x), run(evaluating(model), x), atol=1e-5)
+    assert loaded(x[:, :30, :20]).shape == (2, 30, 20, 3)
+    for wrong in (x[:1], images(2, 41, 48)):
+        with pytest.raises(ValueError, match=r"takes images uint8\[2,40,48,3\]"):
+            loaded(wrong)
+
+
+def test_bfloat16_and_vit(tmp_path):
+    """Parameters in bfloat16, which safetensors' NumPy reader does not know; patches of 14."""
+    model = tiny(
+        VIT | dict(patch_size=14, image_size=28),
+        frozen=True,
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.bfloat16,
+    )
+    path = export_model(model, tmp_path / "m.zip", output="logits", platforms=("cpu",))
+    loaded = load_exported(path)
+    assert loaded.meta["inputs"] == {"images": "uint8[b,14*h,14*w,3]"}
+    assert loaded.weights["head.classify.kernel"].dtype == jnp.bfloat16
+    x = images(1, 28, 42)
+    expected = run(evaluating(model), x)
+    np.testing.assert_allclose(loaded(x), expected, atol=0.02 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["resfu", "carafe"])
+def test_upsampler_by_itself(name, tmp_path):
+    up = create_upsampler(name, features=16, guide_features=8, scale=2, rngs=nnx.Rngs(0))
+    inputs = {"features": "float32[b, h, w, 16]", "guide": "float32[b, 2*h, 2*w, 8]"}
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=s).astype(np.float32) for s in ((2, 5, 7, 16), (2, 10, 14, 8))]
+    if up.guide == "none":
+        del inputs["guide"], arrays[1:]
+    path = export_module(up, tmp_path / "up.zip", inputs, constraints=("h >= 2",))
+    loaded = load_exported(path)
+    assert loaded.exported.platforms == PLATFORMS
+    np.testing.assert_allclose(loaded(*arrays), run(up, *arrays), atol=2e-5)
+    # Inside other JAX code.
+    assert jax.eval_shape(lambda *a: 2 * loaded.call(*a), *arrays).shape == (2, 10, 14, 16)
+    with pytest.raises(ValueError, match=r"takes features float32\[b,h,w,16\].*got float32\[2, 5"):
+        loaded(*(a[..., :4] for a in arrays))
+    with pytest.raises(ValueError, match="got 0 arrays"):
+        loaded()
+
+
+class Extractor(nnx.Module):
+    """Features of an image at its own size, and at that of the backbone."""
+
+    def __init__(self):
+        self.backbone = create_backbone("mit", **MIT, rngs=nnx.Rngs(0))
+        self.upsample = create_upsampler("bilinear", features=4, scale=4)
+
+    def __call__(self, images):
+        fine, *_, coarse = self.backbone(images)
+        return {"fine": self.upsample(fine), "maps": (fine, coarse)}
+
+
+def test_feature_extractor_with_several_outputs(tmp_path):
+    inputs = {"images": "float32[b, 32*h, 32*w, 3]"}
+    extractor = Extractor()
+    loaded = load_exported(export_module(extractor, tmp_path / "e.zip", inputs, platforms=["cpu"]))
+    x = images(1, 32, 64).astype(np.float32)
+    outputs, expected = loaded(x), run(evaluating(extractor), x)
+    assert jax.tree.structure(outputs) == jax.tree.structure(expected)
+    assert outputs["fine"].shape == (1, 32, 64, 4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), outputs, expected)
+
+
+def test_wrong_exports(tmp_path, as_users_call):
+    model = pixels(4, 16)
+    path = tmp_path / "m.zip"
+    for message, options in {
+        "output must be one of labels, probabilities, logits, got 'masks'": dict(output="masks"),
+        "platforms must be of cpu, cuda, rocm and tpu, got": dict(platforms=("gpu",)),
+        r"multiple of the backbone's strides \(4, 16\), got 40": dict(multiple=40),
+        "class_names must have the model's 3 entries, got 2": dict(class_names=("a", "b")),
+        "palette must have the model's 3 entries, got 1": dict(palette=((0, 0, 0),)),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            export_model(model, path, **options)
+    for message, inputs in {
+        r"inputs\['x'\] must be like 'float32\[b, h, w, 3\]', got 'b, h'": {"x": "b, h"},
+        r"inputs\['x'\] must be like.*float33": {"x": "float33[b, h]"},
+        r"inputs\['x'\] must be like.*syntax error": {"x": "float32[b, h h]"},
+        r"cannot be traced for any float32\[b, h \+ 1, w, 3\]: give fixed sizes": {
+            "x": "float32[b, h + 1, w, 3]"
+        },
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            export_module(model, path, inputs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_files_and_inputs(path, loaded, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError):
+        load_exported(tmp_path / "none.zip")
+    wrong = tmp_path / "wrong.zip"
+    wrong.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"wrong.zip is not a file of resfu_jax.export"):
+        load_exported(wrong)
+    with zipfile.ZipFile(wrong, "w") as archive:
+        archive.writestr("meta.json", json.dumps({"format": 7}))
+    with pytest.raises(ValueError, match="has format 7, this loader reads 1"):
+        load_exported(wrong)
+    with zipfile.ZipFile(wrong, "w") as archive:
+        archive.writestr("meta.json", json.dumps(loaded.meta | {"jax": "0.3"}))
+        archive.writestr("weights.safetensors", b"")
+        archive.writestr("model.stablehlo", b"not a program")
+    with pytest.raises(ValueError, match="exported with JAX 0.3, which JAX .* does not read"):
+        load_exported(wrong)
+    for x in (images(32, 32), images(1, 32, 32).astype(np.float32), images(1, 0, 32)):
+        with pytest.raises(ValueError, match=r"takes images uint8\[b,16\*h,16\*w,3\], got"):
+            loaded(x)
+    with pytest.raises(ValueError, match="multiple must be a multiple of 16, got 40"):
+        load_exported(path, multiple=40)
+    monkeypatch.setattr(jax.export, "default_export_platform", lambda: "rocm")
+    with pytest.raises(ValueError, match="exported for cpu, cuda, tpu, and JAX runs on rocm"):
+        load_exported(path)
