@@ -1,8 +1,35 @@
 """Feature upsampling in JAX: the published operators, proven equal to the official modules."""
 
-from resfu_jax import ops
-from resfu_jax.convert import from_torch
-from resfu_jax.upsamplers import create_upsampler, list_upsamplers
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from resfu_jax import ops
+    from resfu_jax.convert import from_torch
+    from resfu_jax.predictor import Predictor
+    from resfu_jax.upsamplers import create_upsampler, list_upsamplers
 
 __version__ = "0.1.0"
-__all__ = ["create_upsampler", "from_torch", "list_upsamplers", "ops"]
+__all__ = ["Predictor", "create_upsampler", "from_torch", "list_upsamplers", "ops"]
+
+# Imported when first used, so that `resfu --help` does not wait for JAX.
+_HOMES = {
+    "Predictor": "resfu_jax.predictor",
+    "create_upsampler": "resfu_jax.upsamplers",
+    "from_torch": "resfu_jax.convert",
+    "list_upsamplers": "resfu_jax.upsamplers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("resfu_jax.ops")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'resfu_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
