@@ -561,6 +561,11 @@ def _items(images: Images) -> list[_Item]:
     return items
 
 
+def count_images(images: Images) -> int:
+    """Number of results and errors that `Predictor.predict` has for them."""
+    return len(_items(images))
+
+
 def read_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
     """RGB pixels of a file, without transparency and without the rotation that EXIF may note.
 

@@ -32,6 +32,30 @@ def run(tmp_path_factory):
     return workdir
 
 
+class Toy(nnx.Module):
+    """Compiles in no time. Its logits depend on the pixel and on all of the image, padding too."""
+
+    def __init__(self, offset=0.0):
+        self.weights = nnx.Param(jnp.array([[1.0, -1.0, 0.5], [0.5, 1.0, -1.0], [-1.0, 0.5, 1.0]]))
+        self.offset = nnx.Param(jnp.array([offset, 0.0, 0.0]))
+
+    def __call__(self, images):
+        x = images.astype(jnp.float32) / 255
+        x = x - jnp.mean(x, axis=(1, 2), keepdims=True) ** 2
+        return x @ self.weights[...] + self.offset[...].reshape(1, 1, 1, 3)
+
+
+def toy(**options):
+    """On one device, sides padded to multiples of 8."""
+    defaults = dict(
+        class_names=tuple("abc"),
+        palette=((0, 0, 0), (255, 0, 0), (0, 255, 0)),
+        inference=Inference(multiple=8),
+        devices=jax.devices()[:1],
+    )
+    return Predictor(Toy(), **defaults | options)
+
+
 def one_device(workdir, *args, **options):
     return Predictor.from_checkpoint(workdir, *args, devices=jax.devices()[:1], **options)
 
@@ -158,125 +182,109 @@ def test_sizes_grow_geometrically(predictor):
     sides = sorted({predictor.padded_size(n, 32)[0] for n in range(1, 2000)})
     assert sides[:8] == [32, 64, 96, 128, 160, 224, 288, 384]
     assert all(b <= max(a + 32, 1.25 * a + 32) for a, b in zip(sides, sides[1:], strict=False))
-    exact = Predictor(
-        predictor.model, class_names=predictor.class_names, palette=predictor.palette, growth=1
-    )
-    assert exact.padded_size(161, 1024) == (192, 1024)
+    assert toy(growth=1).padded_size(161, 1024) == (168, 1024)
 
 
-def test_mixed_sizes_among_others_and_alone(run):
+def test_mixed_sizes_among_others_and_alone():
     """In batches of 2: blank rows, neighbours and order change nothing."""
-    predictor = one_device(run, batch_size=2)
     calls = []
-    predictor.on_compile = calls.append
-    sizes = [(30, 30), (33, 90), (64, 64), (7, 31), (90, 33), (64, 96), (32, 32), (20, 20)]
+    predictor = toy(batch_size=2, on_compile=calls.append)
+    sizes = [(7, 7), (9, 22), (16, 16), (3, 8), (22, 9), (16, 24), (8, 8), (1, 5)]
     images = [picture(*size) for size in sizes]
-    results = predictor.predict(images)
+    results = predictor.predict(images, probabilities=True)
     assert [r.id for r in results] == [str(i) for i in range(8)]
     assert not results.errors
     for image, result in zip(images, results, strict=True):
         assert result.labels.shape == image.shape[:2]
-        assert result.probabilities is None and result.features is None
-        (alone,) = predictor.predict(image)
-        np.testing.assert_array_equal(result.labels, alone.labels)
-    assert sorted(predictor.compiled_shapes) == [
-        (2, 32, 32),
-        (2, 64, 64),
-        (2, 64, 96),
-        (2, 96, 64),
-    ]
+        (alone,) = predictor.predict(image, probabilities=True)
+        np.testing.assert_allclose(result.probabilities, alone.probabilities, atol=1e-6)
+        logits = expected(predictor, image, predictor.padded_size(*image.shape[:2]))
+        np.testing.assert_allclose(result.probabilities, jax.nn.softmax(logits), atol=1e-6)
+    assert sorted(predictor.compiled_shapes) == [(2, 8, 8), (2, 16, 16), (2, 16, 24), (2, 24, 16)]
     assert tuple(calls) == predictor.compiled_shapes
     assert len(predictor.compile_seconds) == 4 and min(predictor.compile_seconds) > 0
+    assert predictor.predict(images)[0].probabilities is None
+    assert len(predictor.compiled_shapes) == 8  # other outputs, other programs
 
 
-def test_compilations_are_bounded(run):
-    predictor = one_device(run, max_compilations=2)
-    images = [picture(64, 64), picture(32, 32), picture(32, 64), picture(96, 32), picture(10, 10)]
+def test_compilations_are_bounded():
+    predictor = toy(max_compilations=2)
+    images = [picture(16, 16), picture(8, 8), picture(8, 16), picture(24, 8), picture(3, 3)]
     results = predictor.predict(images)
-    assert predictor.compiled_shapes == ((1, 64, 64), (1, 32, 32))
+    assert predictor.compiled_shapes == ((1, 16, 16), (1, 8, 8))
     assert [r.id for r in results] == ["0", "1", "2", "4"]
     np.testing.assert_array_equal(
-        results[2].labels, expected(predictor, images[2], (64, 64)).argmax(-1)
+        results[2].labels, expected(predictor, images[2], (16, 16)).argmax(-1)
     )
     (error,) = results.errors
-    assert "image 3: 96x32" in str(error) and "max_compilations is 2" in str(error)
+    assert "image 3: 24x8" in str(error) and "max_compilations is 2" in str(error)
 
 
-def test_all_devices_share_a_batch(run, predictor):
-    images = np.stack([picture(32, 32) for _ in range(3)])
-    together = Predictor.from_checkpoint(run)
+def test_all_devices_share_a_batch():
+    images = np.stack([picture(16, 16) for _ in range(11)])
+    together = toy(devices=None)
     assert together.batch_size == 8
     results = together.predict(images, probabilities=True)
-    assert together.compiled_shapes == ((8, 32, 32),)
-    for result, alone in zip(results, predictor.predict(images, probabilities=True), strict=True):
-        np.testing.assert_allclose(result.probabilities, alone.probabilities, atol=1e-5)
+    assert together.compiled_shapes == ((8, 16, 16),)
+    for result, alone in zip(results, toy().predict(images, probabilities=True), strict=True):
+        np.testing.assert_allclose(result.probabilities, alone.probabilities, atol=1e-6)
 
 
 def test_bfloat16_is_close(run, predictor):
-    image = picture(32, 32)
+    image = picture(40, 70)
     half = one_device(run, dtype=jnp.bfloat16)
     assert half.config.model.dtype == "bfloat16"
-    (a,), (b,) = (p.predict(image, probabilities=True) for p in (half, predictor))
-    assert a.probabilities.dtype == np.float32
-    difference = np.abs(a.probabilities - b.probabilities).max()
-    assert 0 < difference < 0.1
+    outputs = dict(probabilities=True, features=True)
+    (a,), (b,) = (p.predict(image, **outputs) for p in (half, predictor))
+    assert a.probabilities.dtype == a.features.dtype == np.float32
+    assert 0 < np.abs(a.features - b.features).mean() < 0.02 * np.abs(b.features).max()
 
 
-def test_scaled_images_get_results_of_their_own_size(tmp_path, run):
-    predictor = one_device(run, scale=0.5)
-    image = picture(60, 120)
+def test_scaled_images_get_results_of_their_own_size():
+    predictor = toy(scale=0.5)
+    image = picture(30, 60)
     (result,) = predictor.predict(image, probabilities=True)
-    small = np.asarray(Image.fromarray(image).resize((60, 30), Image.Resampling.BILINEAR))
-    (of_small,) = one_device(run).predict(small, probabilities=True)
-    assert result.labels.shape == (60, 120)
-    assert result.probabilities.shape == (60, 120, 8)
+    assert predictor.compiled_shapes == ((1, 16, 32),)
+    small = np.asarray(Image.fromarray(image).resize((30, 15), Image.Resampling.BILINEAR))
+    (of_small,) = toy().predict(small, probabilities=True)
+    assert result.labels.shape == (30, 60) and result.probabilities.shape == (30, 60, 3)
     np.testing.assert_array_equal(result.labels, result.probabilities.argmax(-1))
-    np.testing.assert_allclose(result.probabilities.sum(-1), 1, atol=1e-5)
-    # Bilinear and half-pixel: pairs of pixels average to about what they came from.
-    pairs = result.probabilities.reshape(30, 2, 60, 2, 8).mean(axis=(1, 3))
-    assert np.abs(pairs - of_small.probabilities).mean() < 0.03
+    back = jax.image.resize(of_small.probabilities, (30, 60, 3), "bilinear")
+    np.testing.assert_allclose(result.probabilities, back, atol=1e-5)
     (labels_only,) = predictor.predict(image)
     assert labels_only.probabilities is None
     np.testing.assert_array_equal(labels_only.labels, result.labels)
 
 
-def test_the_protocol_of_the_run_and_changes_of_it(tmp_path):
-    make_run(
-        tmp_path / "run", tiny_config_of(mode="slide", crop=(32, 32), stride=(16, 16)), {1: 0.1}
+def test_the_protocol_of_the_run_and_changes_of_it(run, tmp_path):
+    (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
+    training.write_config(
+        tmp_path, tiny_config_of(0.25, mode="slide", crop=(32, 32), stride=(16, 16))
     )
-    predictor = one_device(tmp_path / "run")
+    predictor = one_device(tmp_path)
     assert predictor.inference == Inference("slide", (32, 32), (16, 16), multiple=32)
-    flipped = one_device(tmp_path / "run", inference={"mode": "whole", "flip": True})
+    assert predictor.scale == 0.25
+    flipped = one_device(tmp_path, inference={"mode": "whole", "flip": True}, scale=1.0)
     assert flipped.inference == Inference("whole", (32, 32), (16, 16), flip=True, multiple=32)
-    # Windows follow the image: the padding, here of 28 rows, has no influence.
-    image = picture(36, 50)
+    assert flipped.scale == 1
+
+
+def test_windows_do_not_see_the_padding():
+    infer = Inference("slide", (16, 16), (8, 8), flip=True, multiple=8)
+    predictor = toy(inference=infer)
+    image = picture(17, 25)
     (result,) = predictor.predict(image, probabilities=True)
-    logits = jax.jit(lambda model, x: predictor.inference(model, x))(predictor.model, image[None])
+    assert predictor.compiled_shapes == ((1, 24, 32),)
+    logits = jax.jit(lambda model, x: infer(model, x))(predictor.model, image[None])
     np.testing.assert_allclose(result.probabilities, jax.nn.softmax(logits[0]), atol=1e-5)
-    (result,) = flipped.predict(picture(32, 32), probabilities=True)
-    np.testing.assert_allclose(result.probabilities.sum(-1), 1, atol=1e-5)
-
-
-def test_any_model_that_makes_logits():
-    class Brightness(nnx.Module):
-        def __call__(self, images):
-            x = images.astype(jnp.float32).mean(-1, keepdims=True)
-            return jnp.concatenate([x, 255 - x], axis=-1)
-
-    predictor = Predictor(
-        Brightness(),
-        class_names=("bright", "dark"),
-        palette=((255, 255, 255), (0, 0, 0)),
-        inference=Inference(multiple=16),
-        devices=jax.devices()[:1],
-    )
-    image = picture(17, 9)
-    (result,) = predictor.predict(image)
-    assert predictor.compiled_shapes == ((1, 32, 16),)
-    np.testing.assert_array_equal(result.labels, image.astype(np.float32).mean(-1) < 127.5)
 
 
 # ------------------------------------------------------------------------------------------- files
+@pytest.fixture(scope="module")
+def small():
+    return toy()
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Good files of several kinds, and two that are none."""
@@ -297,8 +305,8 @@ def folder(tmp_path):
     return folder
 
 
-def test_a_folder_with_bad_files(predictor, folder):
-    results = predictor.predict(folder)
+def test_a_folder_with_bad_files(small, folder):
+    results = small.predict(folder)
     assert [r.id for r in results] == ["a", "b", "c", "d", "h"]
     assert all(r.labels.shape == (24, 30) for r in results)
     assert results[0].path == folder / "a.png"
@@ -310,15 +318,15 @@ def test_a_folder_with_bad_files(predictor, folder):
     assert "cannot be read as an image" in messages[0] and "8-bit" in messages[2]
 
 
-def test_a_list_of_everything(predictor, folder, tmp_path):
+def test_a_list_of_everything(small, folder, tmp_path):
     array = picture(24, 30)
     batch = np.stack([array, array])
-    results = predictor.predict([str(folder / "a.png"), array, folder / "missing.png", batch])
+    results = small.predict([str(folder / "a.png"), array, folder / "missing.png", batch])
     assert [r.id for r in results] == ["a", "1", "3", "4"]
     np.testing.assert_array_equal(results[1].labels, results[3].labels)
     (error,) = results.errors
     assert str(error) == f"{folder / 'missing.png'}: no such file"
-    assert {r.id for r in predictor.stream([array, folder / "b.PNG"])} == {"0", "b"}
+    assert {r.id for r in small.stream([array, folder / "b.PNG"])} == {"0", "b"}
 
 
 @pytest.mark.parametrize(
@@ -334,26 +342,26 @@ def test_a_list_of_everything(predictor, folder, tmp_path):
         (lambda folder: [3], r"images\[0\] must be a path, an array or a list of these, got int"),
     ],
 )
-def test_what_is_no_image(as_users_call, predictor, folder, images, message):
+def test_what_is_no_image(as_users_call, small, folder, images, message):
     with pytest.raises(ValueError, match=message):
-        predictor.predict(images(folder))
+        small.predict(images(folder))
 
 
-def test_what_the_device_refuses_is_an_error_of_those_images(run, monkeypatch):
-    predictor = one_device(run)
+def test_what_the_device_refuses_is_an_error_of_those_images(monkeypatch):
+    predictor = toy()
     compile_ = predictor._compile
 
     def refuse(size, outputs):
-        if size == (64, 64):
+        if size == (16, 16):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying")
         compile_(size, outputs)
 
     monkeypatch.setattr(predictor, "_compile", refuse)
-    results = predictor.predict([picture(64, 64), picture(32, 32)])
+    results = predictor.predict([picture(16, 16), picture(8, 8)])
     assert [r.id for r in results] == ["1"]
     assert "image 0: not enough memory on the device" in str(results.errors[0])
     with pytest.raises(ImageError, match="not enough memory"):
-        predictor.predict(picture(64, 64))
+        predictor.predict(picture(16, 16))
 
 
 @pytest.mark.parametrize(
@@ -366,21 +374,14 @@ def test_what_the_device_refuses_is_an_error_of_those_images(run, monkeypatch):
         (dict(max_compilations=0), "max_compilations must be at least 1"),
     ],
 )
-def test_wrong_options(predictor, options, message):
-    arguments = dict(class_names=predictor.class_names, palette=predictor.palette) | options
+def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
-        Predictor(predictor.model, **arguments)
+        toy(**dict(devices=None) | options)
 
 
-def test_too_few_names(predictor):
-    few = Predictor(
-        predictor.model,
-        class_names=predictor.class_names[:2],
-        palette=predictor.palette[:2],
-        devices=jax.devices()[:1],
-    )
-    with pytest.raises(ValueError, match="each of the 8 logits, got 2"):
-        few.predict(picture(32, 32))
+def test_too_few_names():
+    with pytest.raises(ValueError, match="each of the 3 logits, got 2"):
+        toy(class_names=("a", "b"), palette=((0, 0, 0),) * 2).predict(picture(8, 8))
 
 
 def test_classes_of_its_own(run):

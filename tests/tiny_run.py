@@ -3,8 +3,10 @@
 import dataclasses
 import pathlib
 
+import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tiny_config
 from flax import nnx
 
@@ -12,16 +14,8 @@ from resfu_jax import data, training
 from resfu_jax.model import create_model
 
 
-class Position:
-    """Stands in for the data iterator, whose position is saved, too."""
-
-    def get_state(self):
-        return {}
-
-
-def tiny_config_of(upsampler="bilinear", resize_scale=1.0, **evaluation) -> training.Config:
+def tiny_config_of(resize_scale=1.0, **evaluation) -> training.Config:
     config = tiny_config.get_config()
-    config.model.head.upsampler = upsampler
     config.data.resize_scale = resize_scale
     config.eval = dataclasses.replace(config.eval, **evaluation)
     return config
@@ -30,36 +24,33 @@ def tiny_config_of(upsampler="bilinear", resize_scale=1.0, **evaluation) -> trai
 def make_run(workdir: pathlib.Path, config: training.Config, steps: dict[int, float | None]):
     """Writes config.json and a checkpoint for each step, evaluated with that mIoU.
 
-    The parameters of step n are those of seed n; there are averages if the config has a decay, of
-    seed n + 100.
+    Step n has random numbers of seed n, and averages if the config has a decay.
     """
-    info = data.dataset_info(config.data.name)
+    info = data.dataset_info(config.data.name, config.data.dir)
     workdir.mkdir(parents=True)
     training.write_config(workdir, config)
     optimizer = training.create_optimizer(config.optimizer, config.steps)
 
-    @jax.jit
-    def init(seed):
+    def init():
         arguments = training.model_arguments(config.model)
-        model = create_model(
-            **arguments, num_classes=info.num_classes, rngs=nnx.Rngs(jax.random.key(seed))
-        )
-        # Random statistics and biases, too: logits are about 0 without.
+        model = create_model(**arguments, num_classes=info.num_classes, rngs=nnx.Rngs(0))
         params, rest = (nnx.as_pure(s) for s in nnx.split(model, model.trainable, ...)[1:])
-        params = jax.tree.map(
-            lambda x: x + 0.3 * jax.random.normal(jax.random.key(seed), x.shape), params
-        )
-        return {
-            "step": jnp.int32(seed),
-            "params": params,
-            "rest": rest,
-            "optimizer": optimizer.init(params),
-        }
+        state = {"step": jnp.int32(0), "params": params, "rest": rest}
+        state["optimizer"] = optimizer.init(params)
+        return state | ({} if config.optimizer.ema_decay is None else {"ema": params})
 
+    abstract = jax.eval_shape(init)  # to run the initialisers would take long to compile
     checkpoints = training.Checkpoints(workdir / "checkpoints", keep=len(steps))
+    position = iter(grain.MapDataset.range(1).to_iter_dataset())
     for step, miou in steps.items():
-        state = init(step)
-        if config.optimizer.ema_decay is not None:
-            state["ema"] = init(step + 100)["params"]
-        checkpoints.save(step, state, Position(), None if miou is None else {"miou": miou})
+        rng = np.random.default_rng(step)
+
+        def random(path, x, rng=rng):
+            if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+                return jax.random.key(0)
+            values = rng.normal(size=x.shape)
+            return jnp.asarray(abs(values) if path[0].key == "rest" else values, x.dtype)
+
+        state = jax.tree.map_with_path(random, abstract)  # in rest are variances
+        checkpoints.save(step, state, position, None if miou is None else {"miou": miou})
     checkpoints.close()
