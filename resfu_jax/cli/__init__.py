@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
+from resfu_jax._names import lookup
 from resfu_jax.cli.evaluate import evaluate
 from resfu_jax.cli.predict import predict
 from resfu_jax.cli.prepare import prepare
 from resfu_jax.cli.upsamplers import benchmark, upsamplers
 
-# Returns None or the exit status. Wrong input is a ValueError or OSError, shown in one line.
+# They return None or the exit status. Wrong input is a ValueError or OSError, shown in one line.
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "predict": predict,
     "evaluate": evaluate,
@@ -22,9 +23,6 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "benchmark": benchmark,
     "prepare": prepare,
 }
-
-_DESCRIPTION = """Feature upsampling and segmentation with resfu_jax. `resfu COMMAND --help` has \
-examples. Training: python train.py --help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,11 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit status.
     """
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(_overview())
+        return 0
     try:
-        status = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="resfu", description=_DESCRIPTION, args=argv
-        )
-        return status or 0
+        command = lookup("command", COMMANDS, name)
+        return tyro.cli(command, prog=f"resfu {name}", args=rest) or 0
     except (ValueError, OSError, RuntimeError) as error:
         # RuntimeError: a checkpoint that does not fit the model, or a device out of memory.
         print(f"error: {error}", file=sys.stderr)
@@ -48,3 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _overview() -> str:
+    lines = [f"  {name:12}{f.__doc__.splitlines()[0]}" for name, f in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: resfu COMMAND ...",
+            "",
+            "Feature upsampling and segmentation in JAX. Training: python train.py --help",
+            "",
+            *lines,
+            "",
+            "resfu COMMAND --help has options and examples.",
+        ]
+    )

@@ -43,8 +43,8 @@ def evaluate(
     info = data.dataset_info(name, directory)
     if info.class_names != predictor.class_names:
         raise ValueError(
-            f"--dataset {name} has the classes {', '.join(info.class_names)}; the model was trained "
-            f"on {', '.join(predictor.class_names)}"
+            f"--dataset {name} has the classes {', '.join(info.class_names)}; the model has "
+            f"{', '.join(predictor.class_names)}"
         )
     devices = jax.local_device_count()
     pad_to = config.eval.pad_to if name == config.data.name else None
