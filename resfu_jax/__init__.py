@@ -12,22 +12,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Predictor", "create_upsampler", "from_torch", "list_upsamplers", "ops"]
 
-# Imported when first used, so that `resfu --help` does not wait for JAX.
+# Imported when they are first used, so that `resfu --help` does not wait for JAX.
 _HOMES = {
     "Predictor": "resfu_jax.predictor",
     "create_upsampler": "resfu_jax.upsamplers",
     "from_torch": "resfu_jax.convert",
     "list_upsamplers": "resfu_jax.upsamplers",
 }
+_MODULES = ("convert", "ops", "upsamplers")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ops":
-        return importlib.import_module("resfu_jax.ops")
+    if name in _MODULES:
+        return importlib.import_module(f"resfu_jax.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'resfu_jax' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
     return value
 
 

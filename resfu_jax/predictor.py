@@ -73,7 +73,7 @@ class Prediction:
       labels: the most probable class of each pixel.
       probabilities: of all K classes, if asked for.
       features: what the classifier sees, if asked for: the head's upsampled map of C channels, as
-        a rule at H/4 x W/4 of the image (after `Predictor.scale`).
+        a rule at H/4 x W/4 of the image (after resizing).
     """
 
     id: str
@@ -119,6 +119,8 @@ class Predictor:
         are not smaller than a window.
       scale: factor by which images are resized first. Probabilities are resized back, bilinearly;
         classes are decided at the size of the image.
+      resize_to: (short, long): before that, to `short` pixels of the shorter side, or fewer where
+        the longer would exceed `long`.
       batch_size: images in a batch, a multiple of the number of devices; None: one per device.
         Missing rows are filled with blank images, which cost as much as others.
       growth: ratio of a padded side to the next smaller one; larger means fewer programs and more
@@ -144,6 +146,7 @@ class Predictor:
         palette: Sequence[tuple[int, int, int]],
         inference: Inference | None = None,
         scale: float = 1.0,
+        resize_to: tuple[int, int] | None = None,
         batch_size: int | None = None,
         growth: float = 1.25,
         max_compilations: int = 32,
@@ -159,6 +162,10 @@ class Predictor:
             )
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive, got {scale}")
+        if resize_to is not None and not 0 < resize_to[0] <= resize_to[1]:
+            raise ValueError(
+                f"resize_to must be (short, long) with 0 < short <= long, got {resize_to}"
+            )
         if batch_size < 1 or batch_size % len(devices):
             raise ValueError(
                 f"batch_size must be a multiple of {len(devices)} (the devices), got {batch_size}"
@@ -171,6 +178,7 @@ class Predictor:
         self.palette = tuple(palette)
         self.inference = inference or Inference()
         self.scale = scale
+        self.resize_to = resize_to
         self.batch_size = batch_size
         self.growth = growth
         self.max_compilations = max_compilations
@@ -324,7 +332,7 @@ class Predictor:
             yield result
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
-        """What images of this height and width (after `scale`) are padded to."""
+        """What images of this height and width (after resizing) are padded to."""
         return self._next_side(height), self._next_side(width)
 
     def _next_side(self, n: int) -> int:
@@ -339,7 +347,8 @@ class Predictor:
     ) -> Iterator[tuple[int, Prediction | ImageError]]:
         items = _items(images)
         # Resizing needs the probabilities, not the classes.
-        outputs = (probabilities or self.scale != 1, features)
+        resizes = self.scale != 1 or self.resize_to is not None
+        outputs = (probabilities or resizes, features)
         waiting: dict[tuple[int, int], list[_Item]] = {}
         running: deque[tuple[list[_Item], Any]] = deque()
 
@@ -392,8 +401,11 @@ class Predictor:
         except ImageError as error:
             return dataclasses.replace(item, error=error)
         size = pixels.shape[:2]
-        if self.scale != 1:
-            height, width = (max(1, round(self.scale * n)) for n in size)
+        scale = self.scale
+        if self.resize_to is not None:
+            scale *= min(self.resize_to[0] / min(size), self.resize_to[1] / max(size))
+        height, width = (max(1, round(scale * n)) for n in size)
+        if (height, width) != size:
             image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
             pixels = np.asarray(image)
         return dataclasses.replace(item, pixels=pixels, size=size)

@@ -256,6 +256,17 @@ def test_scaled_images_get_results_of_their_own_size():
     np.testing.assert_array_equal(labels_only.labels, result.labels)
 
 
+@pytest.mark.parametrize(
+    ("resize_to", "scale", "size"),
+    [((12, 100), 1.0, (12, 18)), ((40, 48), 0.5, (16, 24)), ((20, 30), 1.0, (20, 30))],
+)
+def test_images_brought_to_a_short_side(resize_to, scale, size):
+    predictor = toy(resize_to=resize_to, scale=scale, inference=Inference(multiple=2), growth=1)
+    (result,) = predictor.predict(picture(20, 30))
+    assert predictor.compiled_shapes == ((1, *size),)
+    assert result.labels.shape == (20, 30)
+
+
 def test_the_protocol_of_the_run_and_changes_of_it(run, tmp_path):
     (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
     training.write_config(
@@ -369,6 +380,7 @@ def test_what_the_device_refuses_is_an_error_of_those_images(monkeypatch):
     [
         (dict(palette=((0, 0, 0),)), "class_names and palette"),
         (dict(scale=0.0), "scale must be positive"),
+        (dict(resize_to=(9, 8)), "resize_to must be"),
         (dict(batch_size=3), "batch_size must be a multiple of 8"),
         (dict(growth=0.9), "growth must be at least 1"),
         (dict(max_compilations=0), "max_compilations must be at least 1"),
