@@ -188,7 +188,7 @@ def test_evaluate_counts_what_the_model_predicts(run, tmp_path, capsys):
     status = main([*command, "--out", str(numbers)])
     output = capsys.readouterr()
     assert status == 0, output.err
-    assert "image_folder/mine, validation: checkpoint 5" in output.out and "boundary" in output.out
+    assert "image_folder/mine, validation: checkpoint 5" in " ".join(output.out.split())
     expected = {"step": 5} | truth.compute(info.class_names)
     assert json.loads(numbers.read_text()) == pytest.approx(expected)
     assert main([*command, "--batch-size", "3"]) == 1
