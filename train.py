@@ -176,20 +176,9 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
     def eval_step(state: State, batch: Batch) -> tuple[training.SegmentationCounts, jax.Array]:
         params = layout.gather(state.get("ema", state["params"]))
         model = evaluating(nnx.merge(graphdef, params, state["rest"]))
-        if "features" in batch:
-            logits = model(batch["image"], batch["features"])
-        else:
-            logits = infer(model, batch["image"], sizes=batch["size"])
-        predictions = jnp.argmax(logits, axis=-1).astype(jnp.uint8)
-        counts = training.count(
-            predictions,
-            batch["label"],
-            num_classes=info.num_classes,
-            ignore_label=info.ignore_label,
-            dilation_ratio=config.eval.dilation_ratio,
-            sizes=batch["size"],
+        return training.evaluate_batch(
+            model, infer, batch, info, dilation_ratio=config.eval.dilation_ratio
         )
-        return counts, predictions
 
     eval_step = jax.jit(eval_step, out_shardings=(layout.replicated, layout.over_batch))
 

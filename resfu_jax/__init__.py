@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from resfu_jax import ops
     from resfu_jax.convert import from_torch
+    from resfu_jax.predictor import Predictor
     from resfu_jax.upsamplers import create_upsampler, list_upsamplers
 
 __version__ = "0.1.0"
-__all__ = ["create_upsampler", "from_torch", "list_upsamplers", "ops"]
+__all__ = ["Predictor", "create_upsampler", "from_torch", "list_upsamplers", "ops"]
 
-# Imported when they are first used: `resfu_jax.ops` and `resfu_jax.serving` come without Flax.
+# Imported when they are first used: `resfu --help` does not wait for JAX, and `resfu_jax.ops` and
+# `resfu_jax.serving` come without Flax.
 _HOMES = {
+    "Predictor": "resfu_jax.predictor",
     "create_upsampler": "resfu_jax.upsamplers",
     "from_torch": "resfu_jax.convert",
     "list_upsamplers": "resfu_jax.upsamplers",

@@ -79,3 +79,30 @@ def save_png(path: str | os.PathLike[str], picture: UInt8[np.ndarray, "h w 3"]) 
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path)
+
+
+def overlay(
+    image: UInt8[np.ndarray, "h w 3"],
+    labels: Integer[np.ndarray, "h w"],
+    palette: Sequence[tuple[int, int, int]],
+    *,
+    opacity: float = 0.5,
+    ignore_label: int = 255,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The image under the classes' colours."""
+    colors = colorize(labels, palette, ignore_label=ignore_label)
+    mixed = (1 - opacity) * image.astype(np.float32) + opacity * colors
+    return mixed.round().astype(np.uint8)
+
+
+def save_labels(
+    path: str | os.PathLike[str],
+    labels: UInt8[np.ndarray, "h w"],
+    palette: Sequence[tuple[int, int, int]],
+) -> None:
+    """Writes class indices as a PNG that shows them in their colours (PIL mode "P")."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(labels)
+    picture.putpalette([value for color in palette for value in color])
+    picture.save(path)

@@ -15,8 +15,12 @@ from resfu_jax.data import (
 )
 
 
-def main() -> None:
-    """Prepares a dataset, or lists them; a failure ends with one readable line."""
+def main(argv: list[str] | None = None) -> None:
+    """Prepares a dataset, or lists them; a failure ends with one readable line.
+
+    Args:
+        argv: arguments; None takes those of the process.
+    """
     parser = argparse.ArgumentParser("python -m resfu_jax.data", description=__doc__)
     parser.add_argument(
         "--data-dir", help=f"where datasets are kept (default: {default_data_dir()})"
@@ -30,7 +34,7 @@ def main() -> None:
     )
     build.add_argument("--manual-dir", help="folder of raw files that were fetched by hand")
     build.add_argument("--data-dir", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         if args.command == "list":
             _print_list(args.data_dir)

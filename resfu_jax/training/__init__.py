@@ -18,6 +18,7 @@ from resfu_jax.training.config import (
     check_same_run,
     create_inference,
     model_arguments,
+    read_config,
     size_multiple,
     validate,
     write_config,
@@ -36,6 +37,7 @@ from resfu_jax.training.devices import (
     peak_memory,
 )
 from resfu_jax.training.dry_run import dry_run
+from resfu_jax.training.evaluation import evaluate_batch
 from resfu_jax.training.feature_cache import FeatureCache
 from resfu_jax.training.losses import class_weights, cross_entropy, pixel_weights
 from resfu_jax.training.metrics import SegmentationCounts, count
@@ -83,6 +85,7 @@ __all__ = [
     "create_schedule",
     "cross_entropy",
     "dry_run",
+    "evaluate_batch",
     "initialize_distributed",
     "is_main_process",
     "local_rows",
@@ -93,6 +96,7 @@ __all__ = [
     "pixel_weights",
     "pretrained_backbone",
     "print_table",
+    "read_config",
     "read_metrics",
     "size_multiple",
     "update_ema",

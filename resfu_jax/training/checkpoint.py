@@ -21,8 +21,9 @@ from etils import epath
 Path = str | os.PathLike[str]
 
 
-# Checkpoints between evaluations have no metrics, which is no reason to warn each time.
-logging.get_absl_logger().addFilter(lambda record: "tracked_metric" not in str(record.msg))
+# No reasons to warn: checkpoints between evaluations without metrics; being told to read only.
+_HARMLESS = ("tracked_metric", "directory is read only")
+logging.get_absl_logger().addFilter(lambda r: not any(text in str(r.msg) for text in _HARMLESS))
 
 
 class CheckpointError(RuntimeError):
@@ -35,9 +36,10 @@ class Checkpoints:
     Args:
         directory: where they are; made if missing.
         keep: number of newest checkpoints kept, beside the best.
+        read_only: change nothing in the directory, which has to exist: a run may be writing there.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 1):
+    def __init__(self, directory: Path, *, keep: int = 1, read_only: bool = False):
         self.directory = epath.Path(directory).resolve()  # Orbax fails late on relative paths.
         self._keep = keep
         policies = ocp.checkpoint_managers
@@ -49,8 +51,10 @@ class Checkpoints:
                 "data": ocp.JsonCheckpointHandler("iterator.json"),
             },
             options=ocp.CheckpointManagerOptions(
-                create=True,
-                cleanup_tmp_directories=True,
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
+                save_interval_steps=0 if read_only else 1,
+                read_only=read_only,
                 best_fn=lambda metrics: metrics["miou"],
                 preservation_policy=policies.AnyPreservationPolicy(
                     [
@@ -143,7 +147,7 @@ class Checkpoints:
         Raises:
             CheckpointError: the saved state has other entries or shapes; naming all of them.
         """
-        self._check_structure(step, state)
+        self._compare(step, self._manager.item_metadata(step)["state"], state)
         items = {"state": ocp.args.StandardRestore(state)}
         if data is not None:
             items["data"] = ocp.args.JsonRestore()
@@ -152,6 +156,34 @@ class Checkpoints:
             data.set_state(restored["data"])
             data.start_prefetch()
         return restored["state"]
+
+    def restore_weights(self, step: int, weights: dict[str, Any]) -> dict[str, Any]:
+        """Reads what a model needs to run, without the optimizer's moments and averages.
+
+        Args:
+            step: one that `find` returned.
+            weights: the wanted `params` and `rest`, as for `restore`.
+
+        Returns:
+            Both; `params` are the averaged parameters if the run kept them, as in evaluation.
+
+        Raises:
+            CheckpointError: the saved weights have other entries or shapes; naming all of them.
+        """
+        saved = self._manager.item_metadata(step)["state"]
+        params = "ema" if "ema" in saved else "params"
+        wanted = {params: weights["params"], "rest": weights["rest"]}
+        self._compare(step, {name: saved.get(name, {}) for name in wanted}, wanted)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            restored = checkpointer.restore(
+                self.directory / str(step) / "state",
+                args=ocp.args.PyTreeRestore(
+                    item=wanted,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                    partial_restore=True,
+                ),
+            )
+        return {"params": restored[params], "rest": restored["rest"]}
 
     def close(self) -> None:
         """Waits until everything is on disk.
@@ -164,9 +196,8 @@ class Checkpoints:
         except Exception as error:
             raise self._explained(error) from error
 
-    def _check_structure(self, step: int, state: Any) -> None:
-        saved = _shapes(self._manager.item_metadata(step)["state"])
-        wanted = _shapes(state)
+    def _compare(self, step: int, saved: Any, wanted: Any) -> None:
+        saved, wanted = _shapes(saved), _shapes(wanted)
         lines = [
             f"  {path}: saved {saved.get(path, 'nothing')}, the model has "
             f"{wanted.get(path, 'nothing')}"

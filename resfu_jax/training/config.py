@@ -530,3 +530,47 @@ def write_config(workdir: pathlib.Path, config: Config) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
     temporary.replace(path)
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+    """The config that `write_config` wrote; fields that it does not have get their defaults.
+
+    Raises:
+        ConfigError: there is none, or it is not one.
+    """
+    path = workdir / "config.json"
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{workdir} is not the workdir of a run: no config.json in it") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    known = [name for name, _ in _fields(Config())]
+    try:
+        return _filled(Config(), tree, known, "")
+    except (TypeError, AttributeError, ConfigError) as error:
+        raise ConfigError(f"{path} is not a config of this version: {error}") from error
+
+
+def _filled(group: Any, tree: dict[str, Any], known: Sequence[str], prefix: str) -> Any:
+    """The group with the values of its JSON tree."""
+    values = {}
+    for name, value in tree.items():
+        if prefix + name not in known:
+            hint = did_you_mean(prefix + name, known)
+            raise ConfigError(f"there is no field {prefix}{name}; {hint}")
+        default = getattr(group, name)
+        if dataclasses.is_dataclass(default):
+            values[name] = _filled(default, value, known, f"{prefix}{name}.")
+        else:
+            values[name] = _tuples(value)
+    return dataclasses.replace(group, **values)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON knows lists only, a config tuples."""
+    if isinstance(value, list):
+        return tuple(map(_tuples, value))
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,65 @@
+"""The command `resfu`, also `python -m resfu_jax`: a function for each subcommand.
+
+The functions' signatures and docstrings are the command line. Their modules import JAX only inside
+the functions, so that `--help` is there at once.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+import tyro
+
+from resfu_jax._names import lookup
+from resfu_jax.cli.evaluate import evaluate
+from resfu_jax.cli.predict import predict
+from resfu_jax.cli.prepare import prepare
+from resfu_jax.cli.upsamplers import benchmark, upsamplers
+
+# They return None or the exit status. Wrong input is a ValueError or OSError, shown in one line.
+COMMANDS: dict[str, Callable[..., int | None]] = {
+    "predict": predict,
+    "evaluate": evaluate,
+    "upsamplers": upsamplers,
+    "benchmark": benchmark,
+    "prepare": prepare,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; mistakes of the person at the keyboard end in a message, not a traceback.
+
+    Args:
+      argv: arguments; None takes those of the process.
+
+    Returns:
+      The exit status.
+    """
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(_overview())
+        return 0
+    try:
+        command = lookup("command", COMMANDS, name)
+        return tyro.cli(command, prog=f"resfu {name}", args=rest) or 0
+    except (ValueError, OSError, RuntimeError) as error:
+        # RuntimeError: a checkpoint that does not fit the model, or a device out of memory.
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _overview() -> str:
+    lines = [f"  {name:12}{f.__doc__.splitlines()[0]}" for name, f in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: resfu COMMAND ...",
+            "",
+            "Feature upsampling and segmentation in JAX. Training: python train.py --help",
+            "",
+            *lines,
+            "",
+            "resfu COMMAND --help has options and examples.",
+        ]
+    )

@@ -1,0 +1,631 @@
+"""Trained models on images of any size: files, arrays, lists and folders to classes of pixels.
+
+    predictor = Predictor.from_checkpoint("runs/shapes_resfu")
+    for result in predictor.predict("photos/"):
+        print(result.id, predictor.class_names[result.labels[0, 0]])
+
+XLA compiles a program for every shape, so images are padded at the bottom and right with the mean
+colour to a few sizes, each side to the next of
+
+    s_0 = m,    s_{i+1} = the multiple of m that is not smaller than growth * s_i, nor s_i + m
+
+with m the multiple that the backbone takes. The size of an image alone decides what it is padded
+to, and the batch always has the same number of rows, so an image gets the same result, up to
+rounding, alone and among others. Padding does influence it a little: attention sees the padding.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.typing import Dtype
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Integer, UInt8
+from PIL import Image
+
+from resfu_jax.inference import Inference
+from resfu_jax.model import IMAGENET_MEAN, create_model, evaluating
+
+if TYPE_CHECKING:
+    from resfu_jax.data import DatasetInfo
+    from resfu_jax.training import Config
+
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+)  # what a folder's images have
+Path = str | os.PathLike[str]
+Images = Path | np.ndarray | jax.Array | Sequence[Any]
+Shape = tuple[int, int, int]  # batch, height, width
+
+_PAD_COLOUR = np.round(IMAGENET_MEAN).astype(np.uint8)  # as in training
+# What PIL raises for broken files: beside OSError, its PNG reader raises the next two.
+_UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class ImageError(ValueError):
+    """An image that could not be predicted. The message names it and says why."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prediction:
+    """The result for one image of H x W.
+
+    Attributes:
+      id: the file's name without folder and suffix; of an array, its position in the input.
+      path: the file; None for an array.
+      labels: the most probable class of each pixel.
+      probabilities: of all K classes, if asked for.
+      features: what the classifier sees, if asked for: the head's upsampled map of C channels, as
+        a rule at H/4 x W/4 of the image (after resizing).
+    """
+
+    id: str
+    path: pathlib.Path | None
+    labels: UInt8[np.ndarray, "h w"]
+    probabilities: Float[np.ndarray, "h w k"] | None = None
+    features: Float[np.ndarray, "_h _w c"] | None = None
+
+
+class Predictions(list[Prediction]):
+    """Results in the order of the input.
+
+    Attributes:
+      errors: an `ImageError` for each image of a list or folder that has no result.
+    """
+
+    def __init__(self, results: Sequence[Prediction], errors: Sequence[ImageError]):
+        super().__init__(results)
+        self.errors = list(errors)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Item:
+    """One image of the input, or why there is none."""
+
+    index: int
+    id: str
+    path: pathlib.Path | None
+    pixels: np.ndarray | None = None
+    error: ImageError | None = None
+    size: tuple[int, int] = (0, 0)  # before scaling
+
+
+class Predictor:
+    """Runs a model on images of any size, in batches, with few compiled programs.
+
+    Args:
+      model: images `(B, H, W, 3)` to logits of the same height and width, as `SegmentationModel`.
+      class_names: K names.
+      palette: a colour for each.
+      inference: how images become logits; `inference.multiple` is what sides are padded to
+        multiples of. Windows ("slide") make the result independent of the padding for images that
+        are not smaller than a window.
+      scale: factor by which images are resized first. Probabilities are resized back, bilinearly;
+        classes are decided at the size of the image.
+      resize_to: (short, long): before that, to `short` pixels of the shorter side, or fewer where
+        the longer would exceed `long`.
+      batch_size: images in a batch, a multiple of the number of devices; None: one per device.
+        Missing rows are filled with blank images, which cost as much as others.
+      growth: ratio of a padded side to the next smaller one; larger means fewer programs and more
+        padding. 1 pads to the next multiple only: as in the evaluation of equally large images.
+      max_compilations: most programs compiled. Images for which there would be another one go into
+        the smallest size compiled so far that holds them. Only then does a result depend on what
+        was predicted before; without such a size it is an `ImageError`.
+      devices: which share a batch; None: all of this process.
+      on_compile: called with (batch, height, width) before a program is compiled.
+
+    Attributes:
+      config, step: of the run, if made by `from_checkpoint`; else None.
+
+    Raises:
+      ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        *,
+        class_names: Sequence[str],
+        palette: Sequence[tuple[int, int, int]],
+        inference: Inference | None = None,
+        scale: float = 1.0,
+        resize_to: tuple[int, int] | None = None,
+        batch_size: int | None = None,
+        growth: float = 1.25,
+        max_compilations: int = 32,
+        devices: Sequence[jax.Device] | None = None,
+        on_compile: Callable[[Shape], None] | None = None,
+    ):
+        devices = list(jax.local_devices() if devices is None else devices)
+        batch_size = len(devices) if batch_size is None else batch_size
+        if len(class_names) != len(palette) or not 1 <= len(class_names) <= 256:
+            raise ValueError(
+                "class_names and palette must be equally long, 1 to 256, got "
+                f"{len(class_names)} and {len(palette)}"
+            )
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale must be positive, got {scale}")
+        if resize_to is not None and not 0 < resize_to[0] <= resize_to[1]:
+            raise ValueError(
+                f"resize_to must be (short, long) with 0 < short <= long, got {resize_to}"
+            )
+        if batch_size < 1 or batch_size % len(devices):
+            raise ValueError(
+                f"batch_size must be a multiple of {len(devices)} (the devices), got {batch_size}"
+            )
+        if not 1 <= growth < math.inf:
+            raise ValueError(f"growth must be at least 1, got {growth}")
+        if max_compilations < 1:
+            raise ValueError(f"max_compilations must be at least 1, got {max_compilations}")
+        self.class_names = tuple(class_names)
+        self.palette = tuple(palette)
+        self.inference = inference or Inference()
+        self.scale = scale
+        self.resize_to = resize_to
+        self.batch_size = batch_size
+        self.growth = growth
+        self.max_compilations = max_compilations
+        self.on_compile = on_compile
+        self.config: Config | None = None
+        self.step: int | None = None
+        mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+        self._over_batch = NamedSharding(mesh, PartitionSpec("data"))
+        self._graphdef, weights = nnx.split(evaluating(model))
+        self._weights = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
+        self._programs: dict[tuple, Any] = {}
+        self._seconds: list[float] = []
+        self._compiling = threading.Lock()
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: Path,
+        which: str | int = "best",
+        *,
+        dtype: Dtype | None = None,
+        inference: Inference | Mapping[str, Any] | None = None,
+        info: "DatasetInfo | None" = None,
+        data_dir: Path | None = None,
+        devices: Sequence[jax.Device] | None = None,
+        **options: Any,
+    ) -> "Predictor":
+        """A run of train.py: its model, classes, and test protocol.
+
+        Nothing in the workdir is changed; the run may still be going on.
+
+        Args:
+          path: the workdir, or one checkpoint in it, `WORKDIR/checkpoints/STEP`.
+          which: "best" by mIoU, "latest", or a step.
+          dtype: compute type, for instance `jnp.bfloat16`; None: that of the run. Weights, norms
+            and probabilities are float32.
+          inference: how images become logits; a dictionary changes single options of the run's
+            evaluation: `{"flip": True}`. None: as in the run's evaluation.
+          info: classes and colours; None: those of the dataset that the run was trained on.
+          data_dir: where that dataset was prepared, if it is an `image_folder/NAME`.
+          devices: as for `Predictor`.
+          **options: further arguments of `Predictor`.
+
+        Raises:
+          ValueError: the folder does not hold a run, or its config is not one of this version.
+          CheckpointError: there is no such checkpoint, or it is of another architecture.
+          DatasetNotPrepared: the classes of an `image_folder/NAME` are not known here: give `info`.
+        """
+        from resfu_jax import data, training
+
+        workdir, which = _find_run(pathlib.Path(path).expanduser().resolve(), str(which))
+        config = training.read_config(workdir)
+        if dtype is not None:
+            config.model.dtype = jnp.dtype(dtype).name
+        if info is None:
+            info = data.dataset_info(config.data.name, data_dir or config.data.dir)
+        if not isinstance(inference, Inference):
+            inference = dataclasses.replace(training.create_inference(config), **(inference or {}))
+
+        def weights() -> tuple[nnx.GraphDef, dict[str, Any]]:
+            model = create_model(
+                **training.model_arguments(config.model),
+                num_classes=info.num_classes,
+                rngs=nnx.Rngs(0),
+            )
+            graphdef, params, rest = nnx.split(model, model.trainable, ...)
+            return graphdef, {"params": nnx.as_pure(params), "rest": nnx.as_pure(rest)}
+
+        devices = list(jax.local_devices() if devices is None else devices)
+        layout = training.Layout(training.ParallelConfig(), devices)
+        graphdef, wanted = jax.eval_shape(weights)
+        checkpoints = training.Checkpoints(workdir / "checkpoints", read_only=True)
+        try:
+            step = checkpoints.find(which)
+            if step is None:
+                raise training.CheckpointError(f"there is no checkpoint in {checkpoints.directory}")
+            state = checkpoints.restore_weights(step, layout.abstract(wanted))
+        finally:
+            checkpoints.close()
+        predictor = cls(
+            nnx.merge(graphdef, state["params"], state["rest"]),
+            class_names=info.class_names,
+            palette=info.palette,
+            inference=inference,
+            devices=devices,
+            **{"scale": config.data.resize_scale} | options,
+        )
+        predictor.config, predictor.step = config, step
+        return predictor
+
+    @property
+    def model(self) -> nnx.Module:
+        """The model, set to evaluation."""
+        return nnx.merge(self._graphdef, self._weights)
+
+    @property
+    def compiled_shapes(self) -> tuple[Shape, ...]:
+        """(batch, height, width) of the compiled programs, in the order of their compilation.
+
+        A shape comes again when other outputs were asked for.
+        """
+        return tuple((self.batch_size, *size) for size, *_ in self._programs)
+
+    @property
+    def compile_seconds(self) -> tuple[float, ...]:
+        """How long each of them took to compile."""
+        return tuple(self._seconds)
+
+    def predict(
+        self, images: Images, *, probabilities: bool = False, features: bool = False
+    ) -> Predictions:
+        """The classes of all pixels.
+
+        Args:
+          images: a file, a folder (its images, sorted by name, without subfolders), an array
+            (H, W, 3) or (B, H, W, 3) of uint8, RGB, or a list of these. Files of grey values,
+            palettes and with transparency become RGB, transparency ignored, and so is a rotation
+            noted in EXIF, as in `resfu_jax.data`.
+          probabilities: also the probabilities of all classes.
+          features: also the map that the classifier sees. It comes from one pass over the padded
+            image, whatever `inference` is.
+
+        Returns:
+          A list with one result per image, in order. Of lists and folders, images without a result
+          have an entry in its `errors`.
+
+        Raises:
+          ValueError: arrays of other shapes or types.
+          ImageError: a single image, or an empty folder, has no result.
+        """
+        alone = isinstance(images, str | os.PathLike) and not os.path.isdir(images)
+        alone |= getattr(images, "ndim", None) == 3
+        results, errors = {}, {}
+        for index, result in self._stream(images, probabilities, features):
+            (errors if isinstance(result, ImageError) else results)[index] = result
+        if errors and (alone or not results and isinstance(images, str | os.PathLike)):
+            raise errors[min(errors)]
+        return Predictions(
+            [results[i] for i in sorted(results)], [errors[i] for i in sorted(errors)]
+        )
+
+    def stream(
+        self, images: Images, *, probabilities: bool = False, features: bool = False
+    ) -> Iterator[Prediction | ImageError]:
+        """As `predict`, each result or error as soon as it is there, so not in order.
+
+        Few images are in memory at any time. Reading files, computing, and what the caller does
+        with the results go on at the same time.
+        """
+        for _, result in self._stream(images, probabilities, features):
+            yield result
+
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        """What images of this height and width (after resizing) are padded to."""
+        return self._next_side(height), self._next_side(width)
+
+    def _next_side(self, n: int) -> int:
+        m = side = self.inference.multiple
+        while side < n:
+            side = m * max(side // m + 1, math.ceil(side * self.growth / m))
+        return side
+
+    # ----------------------------------------------------------------------------------- pipeline
+    def _stream(
+        self, images: Images, probabilities: bool, features: bool
+    ) -> Iterator[tuple[int, Prediction | ImageError]]:
+        items = _items(images)
+        # Resizing needs the probabilities, not the classes.
+        resizes = self.scale != 1 or self.resize_to is not None
+        outputs = (probabilities or resizes, features)
+        waiting: dict[tuple[int, int], list[_Item]] = {}
+        running: deque[tuple[list[_Item], Any]] = deque()
+
+        def finish() -> Iterator[tuple[int, Prediction | ImageError]]:
+            rows, results = running.popleft()
+            try:
+                results = jax.device_get(results)
+            except jax.errors.JaxRuntimeError as error:
+                results = error
+            for i, item in enumerate(rows):
+                if isinstance(results, Exception):
+                    yield item.index, _failed(item, results)
+                else:
+                    result = {name: value[i] for name, value in results.items()}
+                    yield item.index, self._result(item, result, probabilities)
+
+        def start(size: tuple[int, int]) -> Iterator[tuple[int, Prediction | ImageError]]:
+            rows = waiting.pop(size)
+            try:
+                results = self._programs[size, *outputs](self._weights, *self._batch(rows, size))
+            except jax.errors.JaxRuntimeError as error:
+                yield from ((item.index, _failed(item, error)) for item in rows)
+                return
+            running.append((rows, results))
+            if len(running) > 1:  # the device works on this batch, we on the one before
+                yield from finish()
+
+        for item in _in_threads(self._load, items):
+            try:
+                if item.error is not None:
+                    raise item.error
+                size = self._compiled_size(item, outputs)
+            except ImageError as error:
+                yield item.index, error
+                continue
+            waiting.setdefault(size, []).append(item)
+            if len(waiting[size]) == self.batch_size:
+                yield from start(size)
+        for size in list(waiting):
+            yield from start(size)
+        while running:
+            yield from finish()
+
+    def _load(self, item: _Item) -> _Item:
+        """Reads and scales an image."""
+        if item.error is not None:
+            return item
+        try:
+            pixels = read_image(item.path) if item.pixels is None else item.pixels
+        except ImageError as error:
+            return dataclasses.replace(item, error=error)
+        size = pixels.shape[:2]
+        scale = self.scale
+        if self.resize_to is not None:
+            scale *= min(self.resize_to[0] / min(size), self.resize_to[1] / max(size))
+        height, width = (max(1, round(scale * n)) for n in size)
+        if (height, width) != size:
+            image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+            pixels = np.asarray(image)
+        return dataclasses.replace(item, pixels=pixels, size=size)
+
+    def _batch(self, rows: list[_Item], size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+        images = np.empty((self.batch_size, *size, 3), np.uint8)
+        images[:] = _PAD_COLOUR
+        sizes = np.zeros((self.batch_size, 2), np.int32)
+        for i, item in enumerate(rows):
+            sizes[i] = height, width = item.pixels.shape[:2]
+            images[i, :height, :width] = item.pixels
+        return jax.device_put((images, sizes), self._over_batch)
+
+    def _result(
+        self, item: _Item, result: dict[str, np.ndarray], probabilities: bool
+    ) -> Prediction:
+        """Without the padding, and at the size of the image."""
+        height, width = item.pixels.shape[:2]
+        shape = result["labels"].shape
+        features = result.get("features")
+        if features is not None:
+            h, w = (
+                -(-n * m // N)
+                for n, m, N in zip((height, width), features.shape, shape, strict=False)
+            )
+            features = np.array(features[:h, :w])
+        labels = result["labels"][:height, :width]
+        if "probabilities" in result:
+            every = result["probabilities"][:height, :width]
+            if every.shape[:2] != item.size:
+                every = _resize(every, item.size)
+                labels = every.argmax(axis=-1).astype(np.uint8)
+            every = np.array(every) if probabilities else None
+        else:
+            every = None
+        return Prediction(item.id, item.path, np.array(labels), every, features)
+
+    # ----------------------------------------------------------------------------------- programs
+    def _compiled_size(self, item: _Item, outputs: tuple[bool, bool]) -> tuple[int, int]:
+        """The padded size of an image; its program is compiled when this returns."""
+        height, width = item.pixels.shape[:2]
+        size = self.padded_size(height, width)
+        with self._compiling:
+            if (size, *outputs) in self._programs:
+                return size
+            if len(self._programs) < self.max_compilations:
+                try:
+                    self._compile(size, outputs)
+                except jax.errors.JaxRuntimeError as error:
+                    raise _failed(item, error) from error
+                return size
+            there = [key[0] for key in self._programs if key[1:] == outputs]
+            there = [s for s in there if s[0] >= height and s[1] >= width]
+            if not there:
+                raise ImageError(
+                    f"{item.path or f'image {item.id}'}: {height}x{width} (height x width) fits no "
+                    f"compiled size, and max_compilations is {self.max_compilations}: raise it, or "
+                    "growth"
+                )
+            return min(there, key=math.prod)
+
+    def _compile(self, size: tuple[int, int], outputs: tuple[bool, bool]) -> None:
+        if self.on_compile is not None:
+            self.on_compile((self.batch_size, *size))
+        start = time.perf_counter()
+
+        def run(weights: Any, images: Array, sizes: Array) -> dict[str, Array]:
+            return self._run(weights, images, sizes, *outputs)
+
+        images = jax.ShapeDtypeStruct(
+            (self.batch_size, *size, 3), jnp.uint8, sharding=self._over_batch
+        )
+        sizes = jax.ShapeDtypeStruct((self.batch_size, 2), jnp.int32, sharding=self._over_batch)
+        compiled = jax.jit(run, out_shardings=self._over_batch)
+        self._programs[size, *outputs] = compiled.lower(self._weights, images, sizes).compile()
+        self._seconds.append(time.perf_counter() - start)
+
+    def _run(
+        self,
+        weights: Any,
+        images: UInt8[Array, "b h w 3"],
+        sizes: Integer[Array, "b 2"],
+        probabilities: bool,
+        features: bool,
+    ) -> dict[str, Array]:
+        model = nnx.merge(self._graphdef, weights)
+        logits = self.inference(model, images, sizes=sizes)
+        if logits.shape[-1] != len(self.class_names):
+            raise ValueError(
+                f"class_names must have an entry for each of the {logits.shape[-1]} logits, got "
+                f"{len(self.class_names)}"
+            )
+        results = {"labels": jnp.argmax(logits, axis=-1).astype(jnp.uint8)}
+        if probabilities:
+            results["probabilities"] = jax.nn.softmax(logits.astype(jnp.float32))
+        if features:
+            # The same pass up to the classifier; XLA computes it once where it is the same.
+            model.head.classify = lambda x: x
+            results["features"] = model.logits(images).astype(jnp.float32)
+        return results
+
+
+def _find_run(path: pathlib.Path, which: str) -> tuple[pathlib.Path, str]:
+    """The workdir, and which checkpoint in it."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder; give the workdir of a run of train.py")
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        path, which = path.parent.parent, path.name
+    elif path.name == "checkpoints":
+        path = path.parent
+    if not (path / "config.json").is_file() or not (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"{path} is not the workdir of a run of train.py: it has to have config.json and "
+            "checkpoints/ in it"
+        )
+    return path, which
+
+
+def _items(images: Images) -> list[_Item]:
+    """All images of the input, files not read yet.
+
+    Raises:
+      ValueError: something that is not an image; nothing has been computed then.
+    """
+    items: list[_Item] = []
+
+    def add(path: pathlib.Path | None = None, **fields: Any) -> None:
+        index = len(items)
+        items.append(_Item(index, str(index) if path is None else path.stem, path, **fields))
+
+    def visit(source: Any, name: str) -> None:
+        if isinstance(source, str | os.PathLike):
+            path = pathlib.Path(source).expanduser()
+            if not path.is_dir():
+                add(path)
+                return
+            files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            for file in files:
+                add(file)
+            if not files:
+                error = ImageError(f"{path}: no images in this folder ({', '.join(SUFFIXES)})")
+                add(path, error=error)
+        elif isinstance(source, np.ndarray | jax.Array):
+            array = np.asarray(source)
+            if array.ndim not in (3, 4) or array.shape[-1] != 3 or array.dtype != np.uint8:
+                raise ValueError(
+                    f"{name} must be (H, W, 3) or (B, H, W, 3) of uint8, RGB in 0 .. 255, got "
+                    f"{array.shape} of {array.dtype}"
+                )
+            if not array.size:
+                raise ValueError(f"{name} must have pixels, got {array.shape}")
+            for pixels in array if array.ndim == 4 else array[None]:
+                add(pixels=pixels)
+        elif isinstance(source, Sequence):
+            for i, part in enumerate(source):
+                visit(part, f"{name}[{i}]")
+        else:
+            raise ValueError(
+                f"{name} must be a path, an array or a list of these, got {type(source).__name__}"
+            )
+
+    visit(images, "images")
+    if not items:
+        raise ValueError("images must be at least one, got none")
+    return items
+
+
+def count_images(images: Images) -> int:
+    """Number of results and errors that `Predictor.predict` has for them."""
+    return len(_items(images))
+
+
+def read_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB pixels of a file, without transparency and without the rotation that EXIF may note.
+
+    Raises:
+      ImageError: there is none, it cannot be decoded, or its values are not 8-bit.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode.startswith(("I", "F")):
+                raise ImageError(f"{path}: pixels of PIL mode {image.mode!r}; it has to be 8-bit")
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file") from None
+    except ImageError:
+        raise
+    except _UNDECODABLE as error:
+        raise ImageError(f"{path}: cannot be read as an image: {error}") from error
+
+
+def _resize(maps: Float[np.ndarray, "h w k"], size: tuple[int, int]) -> Float[np.ndarray, "H W k"]:
+    """Bilinear, antialiased when shrinking, as images are resized."""
+    height, width = size
+    planes = [
+        Image.fromarray(np.ascontiguousarray(maps[..., k])).resize(
+            (width, height), Image.Resampling.BILINEAR
+        )
+        for k in range(maps.shape[-1])
+    ]
+    return np.stack([np.asarray(plane) for plane in planes], axis=-1)
+
+
+def _failed(item: _Item, error: Exception) -> ImageError:
+    """What the device reports, in one line."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
+        text = "not enough memory on the device; smaller batches or windows (slide) need less"
+    return ImageError(f"{item.path or f'image {item.id}'}: {text}")
+
+
+def _in_threads(function: Callable[[_Item], _Item], items: list[_Item]) -> Iterator[_Item]:
+    """`map` in threads, a few items ahead."""
+    threads = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque = deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()

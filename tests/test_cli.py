@@ -1,0 +1,248 @@
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from tiny_run import make_run, tiny_config_of
+
+import resfu_jax
+from resfu_jax import data, training
+from resfu_jax.cli import COMMANDS, main
+from resfu_jax.predictor import Predictor
+
+ROOT = pathlib.Path(__file__).parents[1]
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Programs are kept between the tests, and nothing in the home directory."""
+    before = jax.config.jax_compilation_cache_dir
+    directory = tmp_path_factory.mktemp("xla")
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    yield directory
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    make_run(workdir, tiny_config_of(batch_size=8), {5: 0.3, 7: None})
+    return workdir
+
+
+def save_picture(path, height, width):
+    blocks = RNG.integers(0, 256, (-(-height // 8), -(-width // 8), 3), np.uint8)
+    pixels = blocks.repeat(8, axis=0).repeat(8, axis=1)[:height, :width]
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    save_picture(folder / "a.png", 20, 30)
+    save_picture(folder / "b.png", 31, 9)
+    return folder
+
+
+def read(path):
+    with Image.open(path) as file:
+        return np.asarray(file), file.mode, file.getpalette()
+
+
+def test_help_does_not_wait_for_jax():
+    code = (
+        "import sys; from resfu_jax.cli import main; main(['--help']);"
+        "sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result
+    assert all(name in result.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_have_help_with_examples(capsys, name):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: resfu {name}" in text and re.search(rf"^resfu {name} ?", text, re.M)
+
+
+def test_predict_writes_labels_and_overlays(run, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    status = main(["predict", str(photos), "--checkpoint", str(run), "--out", str(out)])
+    output = capsys.readouterr()
+    assert status == 0, output
+    assert "2 images in" in output.out and "compiling 1 sizes" in output.out
+    assert "compiling for 32x32 pixels" in output.err
+    predictor = Predictor.from_checkpoint(run)
+    for result in predictor.predict(photos):
+        labels, mode, palette = read(out / "labels" / f"{result.id}.png")
+        assert mode == "P"
+        np.testing.assert_array_equal(labels, result.labels)
+        colors = np.array(predictor.palette)
+        np.testing.assert_array_equal(np.reshape(palette, (-1, 3))[:8], colors)
+        overlay, mode, _ = read(out / "overlays" / f"{result.id}.png")
+        expected = 0.5 * read(result.path)[0] + 0.5 * colors[result.labels]
+        np.testing.assert_allclose(overlay, expected, atol=0.51)
+
+
+def test_a_bad_file_does_not_lose_the_others(run, photos, tmp_path, capsys):
+    (photos / "broken.jpg").write_text("no image")
+    save_picture(photos / "a.jpg", 8, 8)
+    out = tmp_path / "out"
+    arguments = [
+        str(photos),
+        str(tmp_path / "missing.png"),
+        "--checkpoint",
+        str(run / "checkpoints/7"),
+    ]
+    assert main(["predict", *arguments, "--out", str(out), "--flip", "True"]) == 1
+    output = capsys.readouterr()
+    errors = [line for line in output.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3
+    assert any("broken.jpg: cannot be read as an image" in line for line in errors)
+    assert any("missing.png: no such file" in line for line in errors)
+    assert any("would replace those of" in line for line in errors)
+    assert "2 images in" in output.out and "3 failed" in output.out
+    assert sorted(p.name for p in (out / "labels").iterdir()) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predic"], "unknown command 'predic'; did you mean 'predict'"),
+        (["predict", "--checkpoint", "RUN"], "no images"),
+        (["predict", "x.png", "--checkpoint", "nowhere"], "nowhere is not a folder"),
+        (
+            ["predict", "x.png", "--checkpoint", "RUN", "--which", "6"],
+            "there are: best, latest, 5, 7",
+        ),
+        (["predict", "x.png", "--checkpoint", "RUN", "--mode", "slide"], "crop must be (height, w"),
+        (
+            ["predict", "x.png", "--checkpoint", "RUN", "--opacity", "2"],
+            "--opacity must be between",
+        ),
+        (
+            ["predict", "x.png", "--checkpoint", "RUN", "--batch-size", "3"],
+            "batch_size must be a mul",
+        ),
+        (["predict", "x.png", "--checkpoint", "RUN", "--out", "RUN/config.json"], "config.json"),
+        (["evaluate", "--checkpoint", "RUN", "--data-dir", "nowhere"], "is not prepared"),
+        (["evaluate", "--checkpoint", "RUN", "--dataset", "shape"], "Did you mean 'shapes'"),
+        (["evaluate", "--checkpoint", "RUN", "--dataset", "voc"], "--dataset voc has the classes"),
+        (["upsamplers", "resfuu"], "did you mean 'resfu'"),
+        (["upsamplers", "--features", "0"], "must be positive"),
+        (["benchmark", "nearest", "--runs", "0"], "--runs must be at least 1"),
+    ],
+)
+def test_mistakes_end_in_one_line(run, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main([a.replace("RUN", str(run)) for a in arguments]) == 1
+    (line,) = capsys.readouterr().err.rstrip().split("\n    ")[0].splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_flags_that_are_none_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", "x.png", "--chekpoint", "runs"])
+    assert stop.value.code == 2
+    assert "--chekpoint" in capsys.readouterr().err
+
+
+def test_evaluate_counts_what_the_model_predicts(run, tmp_path, capsys):
+    info = data.dataset_info("shapes")
+    raw = tmp_path / "raw"
+    truth = training.SegmentationCounts.zeros(8)
+    predictor = Predictor.from_checkpoint(run, growth=1)
+    for split in ("train", "validation"):
+        for kind in ("images", "labels"):
+            (raw / kind / split).mkdir(parents=True)
+    for i in range(3):
+        pixels = save_picture(raw / "images" / "validation" / f"{i}.png", 24, 32)
+        labels = RNG.integers(0, 8, (24, 32), np.uint8)
+        Image.fromarray(labels).save(raw / "labels" / "validation" / f"{i}.png")
+        pair = (jnp.asarray(x)[None] for x in (predictor.predict(pixels)[0].labels, labels))
+        truth = truth.merge(training.count(*pair, num_classes=8))
+    save_picture(raw / "images" / "train" / "t.png", 8, 8)
+    Image.new("L", (8, 8)).save(raw / "labels" / "train" / "t.png")
+    (raw / "classes.txt").write_text("\n".join(info.class_names))
+    place = ["--data-dir", str(tmp_path / "data")]
+    assert main(["prepare", "image_folder/mine", *place, "--manual-dir", str(raw)]) == 0
+    assert "1 train, 3 validation" in capsys.readouterr().out
+
+    numbers = tmp_path / "numbers.json"
+    command = ["evaluate", "--checkpoint", str(run), "--dataset", "image_folder/mine", *place]
+    status = main([*command, "--out", str(numbers)])
+    output = capsys.readouterr()
+    assert status == 0, output.err
+    assert "image_folder/mine, validation: checkpoint 5" in " ".join(output.out.split())
+    expected = {"step": 5} | truth.compute(info.class_names)
+    assert json.loads(numbers.read_text()) == pytest.approx(expected)
+    assert main([*command, "--batch-size", "3"]) == 1
+    assert "--batch-size must be a multiple of 8" in capsys.readouterr().err
+
+
+def test_prepare_without_a_name_lists_the_datasets(tmp_path, capsys):
+    assert main(["prepare", "--data-dir", str(tmp_path)]) == 0
+    assert "camvid/clean" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"^error: There is no dataset 'camvit'"):
+        main(["prepare", "camvit", "--data-dir", str(tmp_path)])
+
+
+def test_table_of_upsamplers(capsys):
+    names = ["bilinear", "carafe", "resfu"]
+    assert main(["upsamplers", *names, "--features", "16", "--size", "8", "9", "--scale", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "16 channels, 8x9 to 16x18" in text
+    rows = {
+        cells[0]: cells[1:] for line in text.splitlines() if (cells := re.findall(r"[\w.,]+", line))
+    }
+    for name in names:
+        guide, parameters, gflop = rows[name]
+        up = resfu_jax.create_upsampler(name, features=16, guide_features=16, scale=2)
+        assert guide == up.guide
+        count = sum(p.size for p in jax.tree.leaves(nnx.state(up)))
+        assert int(parameters.replace(",", "")) == count
+        assert 0 <= float(gflop) < 0.1
+    assert float(rows["resfu"][2]) > float(rows["bilinear"][2])
+
+
+@pytest.mark.parametrize("options", [[], ["--gradient", "--dtype", "bfloat16"]])
+def test_benchmark_of_one_upsampler(capsys, options):
+    arguments = ["--features", "8", "--size", "4", "4", "--scale", "2", "--runs", "2"]
+    assert main(["benchmark", "pixel_shuffle", *arguments, *options]) == 0
+    assert re.search(r"median \d+\.\d+ ms, .* of 2 calls; .* MB; .* GFLOP", capsys.readouterr().out)
+
+
+def test_a_real_process(run, photos, tmp_path, compilation_cache):
+    command = [sys.executable, "-m", "resfu_jax", "predict", str(photos / "a.png")]
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
+    result = subprocess.run(
+        [*command, "--checkpoint", str(run), "--out", str(tmp_path / "out")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "1 images in" in result.stdout and "Traceback" not in result.stderr
+    (expected,) = Predictor.from_checkpoint(run, devices=jax.devices()[:1]).predict(
+        photos / "a.png"
+    )
+    np.testing.assert_array_equal(read(tmp_path / "out" / "labels" / "a.png")[0], expected.labels)
+    assert list((tmp_path / ".cache" / "resfu_jax" / "xla").iterdir())
