@@ -17,6 +17,7 @@ import resfu_jax
 from resfu_jax import data, training
 from resfu_jax.cli import COMMANDS, main
 from resfu_jax.predictor import Predictor
+from resfu_jax.serving import load_exported
 
 ROOT = pathlib.Path(__file__).parents[1]
 RNG = np.random.default_rng(0)
@@ -246,3 +247,16 @@ def test_a_real_process(run, photos, tmp_path, compilation_cache):
     )
     np.testing.assert_array_equal(read(tmp_path / "out" / "labels" / "a.png")[0], expected.labels)
     assert list((tmp_path / ".cache" / "resfu_jax" / "xla").iterdir())
+
+
+def test_export(run, tmp_path, capsys):
+    path = tmp_path / "model.zip"
+    arguments = f"{path} --checkpoint {run} --size 32 64 --batch 1 --platforms cpu"
+    assert main(["export", *arguments.split()]) == 0
+    assert "for cpu" in capsys.readouterr().out
+    exported = load_exported(path)
+    predictor = Predictor.from_checkpoint(run)
+    assert exported.meta["class_names"] == list(predictor.class_names)
+    image = RNG.integers(0, 256, (1, 32, 64, 3), np.uint8)
+    expected = jnp.argmax(jax.jit(lambda m, x: m(x))(predictor.model, jnp.asarray(image)), axis=-1)
+    np.testing.assert_array_equal(exported(image), expected)

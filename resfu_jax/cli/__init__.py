@@ -11,6 +11,7 @@ import tyro
 
 from resfu_jax._names import lookup
 from resfu_jax.cli.evaluate import evaluate
+from resfu_jax.cli.export import export
 from resfu_jax.cli.predict import predict
 from resfu_jax.cli.prepare import prepare
 from resfu_jax.cli.upsamplers import benchmark, upsamplers
@@ -19,6 +20,7 @@ from resfu_jax.cli.upsamplers import benchmark, upsamplers
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "predict": predict,
     "evaluate": evaluate,
+    "export": export,
     "upsamplers": upsamplers,
     "benchmark": benchmark,
     "prepare": prepare,

@@ -53,6 +53,7 @@ def evaluate(
         info,
         batch_size=batch_size or -(-config.eval.batch_size // devices) * devices,
         resize_scale=config.data.resize_scale,
+        resize_to=config.data.resize_to,
         pad_to=pad_to or predictor.inference.multiple,
         on_corrupt=config.data.on_corrupt,
     )
