@@ -264,7 +264,7 @@ class Predictor:
             palette=info.palette,
             inference=inference,
             devices=devices,
-            **{"scale": config.data.resize_scale} | options,
+            **dict(scale=config.data.resize_scale, resize_to=config.data.resize_to) | options,
         )
         predictor.config, predictor.step = config, step
         return predictor

@@ -55,6 +55,7 @@ def evaluate(
         resize_scale=config.data.resize_scale,
         resize_to=config.data.resize_to,
         pad_to=pad_to or predictor.inference.multiple,
+        group_sizes=config.eval.group_sizes,
         on_corrupt=config.data.on_corrupt,
     )
     if batches.batch_size % devices:
