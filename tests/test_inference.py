@@ -248,7 +248,7 @@ class Head(nnx.Module):
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
         self.classify = nnx.Conv(8, 5, (3, 3), rngs=rngs)
 
-    def __call__(self, features):
+    def __call__(self, features, images=None):
         return self.classify(self.dropout(features[0]))
 
 
