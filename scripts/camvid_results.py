@@ -5,8 +5,8 @@
 
 Each run is `train.py --config configs/camvid_vit_frozen.py:NAME`; runs that are complete are not
 repeated, a killed one continues. `--report` writes from the runs there are. The backbone is fetched
-from Hugging Face; `--pretrained FILE` takes a file. Written are docs/results.md, docs/results.json,
-docs/results_curves.png and docs/results_predictions.png.
+from Hugging Face; `--pretrained FILE` takes a file. Written are the tables in docs/results.md and
+README.md, docs/results.json, docs/results_curves.png and docs/results_predictions.png.
 """
 
 import argparse
@@ -163,8 +163,17 @@ def pictures(results: dict[str, list[dict]], path: pathlib.Path, rows: int = 3) 
     figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.05)
 
 
+def between(page: pathlib.Path, mark: str, text: str) -> None:
+    """Replaces what stands between `<!-- mark -->` and `<!-- /mark -->`."""
+    head, _, rest = page.read_text().partition(f"<!-- {mark} -->\n")
+    _, end, tail = rest.partition(f"<!-- /{mark} -->\n")
+    if not end:
+        raise ValueError(f"{page} has no <!-- {mark} --> ... <!-- /{mark} -->")
+    page.write_text(f"{head}<!-- {mark} -->\n{text}\n{end}{tail}")
+
+
 def report(root: pathlib.Path, seeds: int) -> None:
-    """Writes the files of docs/, but for the text of results.md below its tables."""
+    """Writes tables, curves and pictures."""
     found = {
         split: {
             member: runs
@@ -183,12 +192,8 @@ def report(root: pathlib.Path, seeds: int) -> None:
     pictures(main, DOCS / "results_predictions.png")
     for name in ("curves", "predictions"):
         text.append(f"![{name}](results_{name}.png)")
-    page = DOCS / "results.md"
-    head, _, rest = page.read_text().partition("<!-- tables -->\n")
-    _, _, tail = rest.partition("<!-- end of tables -->\n")
-    page.write_text(
-        f"{head}<!-- tables -->\n" + "\n\n".join(text) + f"\n\n<!-- end of tables -->\n{tail}"
-    )
+    between(DOCS / "results.md", "tables", "\n\n".join(text))
+    between(ROOT / "README.md", "results", table(main, costs, "resfu"))
     keep = lambda run: {k: v for k, v in run.items() if k not in ("path", "losses")}  # noqa: E731
     values = {
         split: {member: [keep(r) for r in runs] for member, runs in results.items()}
