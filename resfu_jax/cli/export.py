@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from resfu_jax.cli._run import Run
 
 
 def export(
-    path: Path,
+    path: tyro.conf.Positional[Path],
     *,
     checkpoint: Path,
     which: str = "best",
