@@ -42,7 +42,7 @@ INFO = DatasetInfo(
     CLASS_NAMES,
     palette(151)[1:],
     examples=(20210, 2000),
-    download="0.97 GB",
+    download="about 0.97 GB",
     terms="non-commercial research and education",
 )
 
