@@ -5,8 +5,9 @@
 
 The backbone is timm's `vit_tiny_patch16_224.augreg_in21k_ft_in1k`, from Hugging Face (`pip
 install -e ".[hub]"`) or, with `--config.model.backbone.pretrained=FILE`, from a file. Its 23 x 30
-tokens of an image go through GroupNorm, the upsampler to stride 4 and a 1x1 classifier; guided upsamplers see the stem of
-ReSFU's Segmenter experiments. No augmentation, so the features are computed once per image.
+tokens of an image go through GroupNorm, the upsampler to stride 4 and a 1x1 classifier; guided
+upsamplers see the stem of ReSFU's Segmenter experiments. No augmentation, so the features are
+computed once per image.
 
 Result: docs/results.md.
 """

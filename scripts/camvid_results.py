@@ -6,7 +6,8 @@
 Each run is `train.py --config configs/camvid_vit_frozen.py:NAME`; runs that are complete are not
 repeated, a killed one continues. `--report` writes from the runs there are. The backbone is fetched
 from Hugging Face (`pip install -e ".[hub]"`); `--pretrained FILE` takes a file. Written are the
-tables in docs/results.md and README.md, docs/results.json, docs/results_curves.png and docs/results_predictions.png.
+tables in docs/results.md and README.md, docs/results.json, docs/results_curves.png and
+docs/results_predictions.png.
 """
 
 import argparse
