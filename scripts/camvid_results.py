@@ -3,10 +3,11 @@
     python -m resfu_jax.data prepare camvid && python -m resfu_jax.data prepare camvid/clean
     python scripts/camvid_results.py --workdir runs/camvid_vit
 
-Each run is `train.py --config configs/camvid_vit_frozen.py:NAME`; runs that are complete are not
-repeated, a killed one continues. `--report` writes from the runs there are. The backbone is fetched
-from Hugging Face (`pip install -e ".[hub]"`); `--pretrained FILE` takes a file. Written are the
-tables in docs/results.md and README.md, docs/results.json, docs/results_curves.png and
+Each run is `train.py --config configs/camvid_vit_frozen.py:NAME`; complete ones in the workdir are
+not repeated, a killed one continues. `--missing` trains only what docs/results.json does not have
+yet, `--report` nothing; tables are of what is recorded there and in the workdir. The backbone is
+fetched from Hugging Face (`pip install -e ".[hub]"`); `--pretrained FILE` takes a file. Written are
+docs/results.json, the tables in docs/results.md and README.md, docs/results_curves.png and
 docs/results_predictions.png.
 """
 
@@ -40,6 +41,7 @@ MEMBERS = ("nearest", "bilinear", "carafe", "dysample", "sapa", "fade", "lda_aqu
 SPLITS = ("camvid", "camvid/clean")
 RARE = ("Pole", "SignSymbol", "Fence")
 SHOWN = ("bilinear", "carafe", "fade", "resfu")  # in the picture
+RECORD = DOCS / "results.json"
 GAP = 4  # between the panels of a prediction picture
 
 
@@ -55,11 +57,20 @@ def load(root: pathlib.Path, split: str, member: str, seed: int) -> dict | None:
     evaluations = [line for line in history if "val/miou" in line]
     if not evaluations:
         return None
-    config = json.loads((path / "config.json").read_text())
-    if evaluations[-1]["step"] < config["steps"]:
+    steps = json.loads((path / "config.json").read_text())["steps"]
+    if evaluations[-1]["step"] < steps:
         return None
-    losses = [(line["step"], line["loss"]) for line in history if "loss" in line]
-    return dict(path=path, steps=config["steps"], losses=losses, **evaluations[-1])
+    losses = [(line["step"], round(line["loss"], 4)) for line in history if "loss" in line]
+    return dict(seed=seed, steps=steps, losses=losses, **evaluations[-1])
+
+
+def recorded() -> dict[str, dict[str, dict[int, dict]]]:
+    """Runs of docs/results.json by split, member and seed."""
+    runs = json.loads(RECORD.read_text())["runs"] if RECORD.exists() else {}
+    return {
+        split: {member: {run["seed"]: run for run in found} for member, found in members.items()}
+        for split, members in runs.items()
+    }
 
 
 def measure(member: str, repeats: int = 10) -> dict[str, float]:
@@ -118,13 +129,11 @@ def classes(results: dict[str, list[dict]]) -> str:
 
 
 def curves(results: dict[str, list[dict]], path: pathlib.Path) -> None:
-    """Training loss over the steps, and mIoU with boundary IoU of every run at the end."""
+    """Training loss over the steps (one seed), mIoU and boundary IoU of every run at the end."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     colours = dict(zip(MEMBERS, plt.colormaps["tab10"].colors, strict=False))
     for i, (member, runs) in enumerate(results.items()):
-        for j, run in enumerate(runs):
-            label = None if j else member
-            axes[0].plot(*zip(*run["losses"], strict=True), color=colours[member], label=label)
+        axes[0].plot(*zip(*runs[-1]["losses"], strict=True), color=colours[member], label=member)
         for key, marker in (("val/miou", "o"), ("val/boundary_iou", "s")):
             values = [run[key] for run in runs]
             style = dict(color=colours[member], marker=marker, linestyle="none", alpha=0.7)
@@ -138,24 +147,30 @@ def curves(results: dict[str, list[dict]], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def pictures(results: dict[str, list[dict]], path: pathlib.Path, rows: int = 3) -> None:
-    """Image | label | prediction of some members, for the first validation images."""
+def pictures(root: pathlib.Path, path: pathlib.Path, rows: int = 3) -> None:
+    """Image | label | prediction of some members, for the first validation images.
 
-    def panels(run: dict, i: int) -> list[np.ndarray]:
-        with Image.open(run["path"] / "predictions" / f"step{run['steps']:07d}_{i}.png") as picture:
+    The pictures are in the workdirs: without a run of each member there, the file stays as it is.
+    """
+    runs = {m: sorted(root.glob(f"{SPLITS[0]}/{m}_*/predictions/step*_0.png")) for m in SHOWN}
+    if not all(runs.values()):
+        print(f"{path.name} stays: it needs a run of {', '.join(SHOWN)} in {root}")
+        return
+
+    def panels(first: pathlib.Path, i: int) -> list[np.ndarray]:
+        with Image.open(first.with_name(first.name.replace("_0.png", f"_{i}.png"))) as picture:
             pixels = np.asarray(picture)[..., :3]
         width = (pixels.shape[1] - 2 * GAP) // 3
         return [pixels[:, j * (width + GAP) : j * (width + GAP) + width] for j in range(3)]
 
-    members = [m for m in SHOWN if m in results]
     lines = []
     for i in range(rows):
-        shown = [panels(results[m][0], i) for m in members]
+        shown = [panels(runs[m][-1], i) for m in SHOWN]
         row = [*shown[0][:2], *(p[2] for p in shown)]
         margin = ((0, GAP), (0, GAP), (0, 0))
         lines.append(np.concatenate([np.pad(p, margin, constant_values=255) for p in row], axis=1))
     picture = np.concatenate(lines, axis=0)
-    titles = ["image", "label", *members]
+    titles = ["image", "label", *SHOWN]
     figure, axis = plt.subplots(figsize=(14, 14 * picture.shape[0] / picture.shape[1]))
     axis.imshow(picture)
     for j, title in enumerate(titles):
@@ -174,35 +189,29 @@ def between(page: pathlib.Path, mark: str, text: str) -> None:
 
 
 def report(root: pathlib.Path, seeds: int) -> None:
-    """Writes tables, curves and pictures."""
-    found = {
-        split: {
-            member: runs
-            for member in MEMBERS
-            if (runs := [r for s in range(seeds) if (r := load(root, split, member, s))])
-        }
-        for split in SPLITS
-    }
-    found = {split: results for split, results in found.items() if results}
+    """Writes record, tables, curves and pictures."""
+    record = recorded()
+    found = {}
+    for split in SPLITS:
+        for member in MEMBERS:
+            runs = record.get(split, {}).get(member, {})
+            runs |= {s: run for s in range(seeds) if (run := load(root, split, member, s))}
+            if runs:
+                found.setdefault(split, {})[member] = [runs[seed] for seed in sorted(runs)]
     costs = {member: measure(member) for member in MEMBERS}
+    RECORD.write_text(
+        json.dumps({"runs": found, "heads": costs, "jax": jax.__version__}, indent=1) + "\n"
+    )
     text = []
     for split, results in found.items():
         text += [f"## `{split}`", table(results, costs, "resfu"), classes(results)]
     main = found[SPLITS[0]]
     curves(main, DOCS / "results_curves.png")
-    pictures(main, DOCS / "results_predictions.png")
+    pictures(root, DOCS / "results_predictions.png")
     for name in ("curves", "predictions"):
         text.append(f"![{name}](results_{name}.png)")
     between(DOCS / "results.md", "tables", "\n\n".join(text))
     between(ROOT / "README.md", "results", table(main, costs, "resfu"))
-    keep = lambda run: {k: v for k, v in run.items() if k not in ("path", "losses")}  # noqa: E731
-    values = {
-        split: {member: [keep(r) for r in runs] for member, runs in results.items()}
-        for split, results in found.items()
-    }
-    (DOCS / "results.json").write_text(
-        json.dumps({"runs": values, "heads": costs, "jax": jax.__version__}, indent=1) + "\n"
-    )
 
 
 def main() -> None:
@@ -214,10 +223,14 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", default=SPLITS, choices=SPLITS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--missing", action="store_true", help="not what is recorded already")
     args, overrides = parser.parse_known_args()
+    record = recorded() if args.missing else {}
     for seed in range(0 if args.report else args.seeds):
         for split in args.splits:
             for member in args.members:
+                if seed in record.get(split, {}).get(member, {}):
+                    continue
                 if load(args.workdir, split, member, seed):
                     continue
                 workdir = directory(args.workdir, split, member, seed)
