@@ -13,7 +13,7 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from resfu_jax import create_upsampler, list_upsamplers
-from resfu_jax.upsamplers import upsampler_entry
+from resfu_jax.upsamplers import pixel_weights, takes_values, upsampler_entry
 
 
 def distinct():
@@ -28,6 +28,7 @@ def distinct():
 
 NAMES = distinct()
 GUIDED = [n for n in NAMES if upsampler_entry(n).cls.guide == "features"]
+REASSEMBLING = [n for n in NAMES if takes_values(upsampler_entry(n).cls)]
 every = pytest.mark.parametrize("name", NAMES)
 
 # Parameters whose gradient is zero on principle: the bias of the norm that both arguments of a
@@ -62,13 +63,13 @@ def disturbed(name, **options):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(graphdef, params, arrays):
-    return nnx.merge(graphdef, params)(*arrays)
+def _apply(graphdef, params, arrays, keywords):
+    return nnx.merge(graphdef, params)(*arrays, **keywords)
 
 
-def run(up, arrays):
+def run(up, arrays, **keywords):
     """The compiled call."""
-    return _apply(*nnx.split(up), arrays)
+    return _apply(*nnx.split(up), arrays, keywords)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -213,6 +214,64 @@ def test_outputs_are_weighted_means(name):
         low, high = jnp.minimum(x.min((1, 2)), 0), jnp.maximum(x.max((1, 2)), 0)
         assert (y.max((1, 2)) <= high + 1e-5).all()
         assert (y.min((1, 2)) >= low - 1e-5).all()
+
+
+def test_which_upsamplers_take_values():
+    assert set(NAMES) - set(REASSEMBLING) == {"deconv", "pixel_shuffle"}
+
+
+@pytest.mark.parametrize("name", REASSEMBLING)
+def test_values_stand_in_for_the_features(name):
+    up, arrays = disturbed(name), inputs(name)
+    x = arrays[0]
+    goldens.assert_close(run(up, arrays, values=x), run(up, arrays), 1e-6, "values=features")
+    # FADE mixes them with the guide, which has as many channels.
+    a, b = jax.random.normal(jax.random.key(5), (2, *x.shape[:3], 16 if "fade" in name else 8))
+    zero, y, both = (run(up, arrays, values=v) for v in (0 * a, a, 3 * a - 2 * b))
+    assert y.shape[3] == a.shape[3]
+    assert np.abs(y - zero).max() > 0.01
+    goldens.assert_close(both, 3 * y - 2 * run(up, arrays, values=b), 1e-5, "linear")
+
+
+@pytest.mark.parametrize("name", REASSEMBLING)
+def test_weights_of_an_output_pixel(name):
+    """They are what the pixel makes of any values; they sum to 1 where nothing lies beyond."""
+    x, *guide = inputs(name, batch=1, size=(6, 7))
+    up, pixel = build(name), (6, 9)
+    find = jax.jit(lambda x, *guide: pixel_weights(up, x, pixel, guide=guide[0] if guide else None))
+    weights = find(x, *guide)
+    assert weights.shape == (1, 6, 7)
+    values = jax.random.normal(jax.random.key(5), (1, 6, 7, 1))
+    y, zero = (
+        run(up, (x, *guide), values=jnp.broadcast_to(v, x.shape))[0, *pixel].mean()
+        for v in (values, 0 * values)
+    )
+    np.testing.assert_allclose((weights[..., None] * values).sum(), y - zero, rtol=1e-4)
+    if name in NOT_MEANS:
+        assert 0.01 < weights.sum() < 0.99  # the guide has the rest
+    else:
+        np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
+
+
+@every
+def test_wrong_values_are_named(name, as_users_call):
+    up, (x, *guide) = build(name), inputs(name, batch=1)
+    options = dict(guide=guide[0]) if guide else dict(output_size=(6, 10))
+
+    def trace(f, *arrays, **keywords):
+        jax.eval_shape(lambda: f(*arrays, **keywords))
+
+    if name not in REASSEMBLING:
+        with pytest.raises(ValueError, match="upsampler must be one that reassembles"):
+            trace(pixel_weights, up, x, (0, 0), **options)
+        return
+    with pytest.raises(ValueError, match="values must be .* a vector for every pixel"):
+        trace(up, x, *guide, values=x[:, 1:])
+    with pytest.raises(ValueError, match="pixel must lie in the output of 6x10"):
+        trace(pixel_weights, up, x, (6, 0), **options)
+    if name in ("dysample", "lda_aqu", "sapa_deform", "fade"):  # groups; the gate
+        with pytest.raises(ValueError, match="values must have"):
+            trace(up, x, *guide, values=x[..., :3])
 
 
 @every

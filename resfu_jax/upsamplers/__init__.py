@@ -6,6 +6,7 @@ from resfu_jax.upsamplers._registry import (
     register,
     upsampler_entry,
 )
+from resfu_jax.upsamplers._weights import pixel_weights, takes_values
 from resfu_jax.upsamplers.carafe import CARAFE
 from resfu_jax.upsamplers.classic import Deconvolution, Interpolation, PixelShuffle
 from resfu_jax.upsamplers.dysample import DySample
@@ -27,6 +28,8 @@ __all__ = [
     "SAPADeform",
     "create_upsampler",
     "list_upsamplers",
+    "pixel_weights",
     "register",
+    "takes_values",
     "upsampler_entry",
 ]

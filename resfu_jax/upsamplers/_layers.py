@@ -172,6 +172,28 @@ def check_guide(features: Array, guide: Array, channels: int) -> None:
             )
 
 
+def reassembled(
+    features: Array, values: Array | None, *, groups: tuple[int, ...] = ()
+) -> Float[Array, "b h w d"]:
+    """What is reassembled: the features, or other values at their pixels, in their dtype.
+
+    The channels of the values must divide into each number of `groups`.
+    """
+    if values is None:
+        return features
+    need(
+        values.ndim == 4 and values.shape[:3] == features.shape[:3],
+        f"values must be {(*features.shape[:3], 'channels')}, a vector for every pixel of the "
+        f"features, got shape {values.shape}",
+    )
+    for n in groups:
+        need(
+            values.shape[3] % n == 0,
+            f"values must have a multiple of {n} channels (the groups), got {values.shape[3]}",
+        )
+    return values.astype(features.dtype)
+
+
 def check_output_size(
     name: str, features: Array, output_size: tuple[Size, Size] | None, scale: int
 ) -> None:

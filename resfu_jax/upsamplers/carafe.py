@@ -31,6 +31,7 @@ from resfu_jax.upsamplers._layers import (
     compute_dtype,
     conv,
     need,
+    reassembled,
 )
 from resfu_jax.upsamplers._registry import register
 
@@ -101,9 +102,13 @@ class CARAFE(nnx.Module):
         )
 
     def __call__(
-        self, features: Float[Array, "b h w c"], output_size: tuple[Size, Size] | None = None
-    ) -> Float[Array, "b H W c"]:
-        """Features `(B, h, w, C)` at `scale` times their size.
+        self,
+        features: Float[Array, "b h w c"],
+        output_size: tuple[Size, Size] | None = None,
+        *,
+        values: Float[Array, "b h w d"] | None = None,
+    ) -> Float[Array, "b H W d"]:
+        """Features `(B, h, w, C)`, or `values`, at `scale` times their size.
 
         Raises:
           ValueError: a wrong number of channels, or an `output_size` other than that.
@@ -111,8 +116,9 @@ class CARAFE(nnx.Module):
         check_features(features, self.features)
         check_output_size("carafe", features, output_size, self.scale)
         x = features.astype(compute_dtype(self.dtype, features))
+        v = reassembled(x, values, groups=(self.up_group,))
         return local_attention(
-            self.scores(x), x, groups=self.up_group, implementation=self.implementation
+            self.scores(x), v, groups=self.up_group, implementation=self.implementation
         )
 
     def scores(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W g_taps"]:

@@ -23,6 +23,7 @@ from resfu_jax.upsamplers._layers import (
     check_odd,
     check_output_size,
     check_whole,
+    reassembled,
 )
 from resfu_jax.upsamplers._registry import register
 
@@ -71,16 +72,21 @@ class Interpolation(nnx.Module):
         self.dtype = dtype
 
     def __call__(
-        self, features: Float[Array, "b h w c"], output_size: tuple[Size, Size] | None = None
-    ) -> Float[Array, "b H W c"]:
-        """Resize `features` to `output_size`, or by `scale`.
+        self,
+        features: Float[Array, "b h w c"],
+        output_size: tuple[Size, Size] | None = None,
+        *,
+        values: Float[Array, "b h w d"] | None = None,
+    ) -> Float[Array, "b H W d"]:
+        """Resize `features`, or `values`, to `output_size`, or by `scale`.
 
         Raises:
           ValueError: a wrong number of channels.
         """
         check_features(features, self.features)
+        x = features if self.dtype is None else features.astype(self.dtype)
         return resize(
-            features if self.dtype is None else features.astype(self.dtype),
+            reassembled(x, values),
             output_size,
             scale=self.scale if output_size is None else None,
             method=self.method,

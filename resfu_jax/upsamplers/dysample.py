@@ -33,6 +33,7 @@ from resfu_jax.upsamplers._layers import (
     check_whole,
     compute_dtype,
     need,
+    reassembled,
 )
 from resfu_jax.upsamplers._registry import register
 
@@ -102,9 +103,13 @@ class DySample(nnx.Module):
         )
 
     def __call__(
-        self, features: Float[Array, "b h w c"], output_size: tuple[Size, Size] | None = None
-    ) -> Float[Array, "b H W c"]:
-        """Features `(B, h, w, C)` at `scale` times their size.
+        self,
+        features: Float[Array, "b h w c"],
+        output_size: tuple[Size, Size] | None = None,
+        *,
+        values: Float[Array, "b h w d"] | None = None,
+    ) -> Float[Array, "b H W d"]:
+        """Features `(B, h, w, C)`, or `values`, at `scale` times their size.
 
         Raises:
           ValueError: a wrong number of channels, or an `output_size` other than that.
@@ -112,10 +117,11 @@ class DySample(nnx.Module):
         check_features(features, self.features)
         check_output_size("dysample", features, output_size, self.scale)
         x = features.astype(compute_dtype(self.dtype, features))
+        v = reassembled(x, values, groups=(self.groups,))
         samples = deformable_sample(
-            x, self.points(x), padding_mode="border", implementation=self.implementation
+            v, self.points(x), padding_mode="border", implementation=self.implementation
         )
-        return samples.reshape(*samples.shape[:3], self.features)
+        return samples.reshape(*samples.shape[:3], v.shape[3])
 
     def points(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W g 1 2"]:
         """Where every output pixel samples: (row, column) in pixels of x."""

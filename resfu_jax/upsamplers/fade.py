@@ -38,6 +38,7 @@ from resfu_jax.upsamplers._layers import (
     conv,
     need,
     need_guide,
+    reassembled,
     softmax,
 )
 from resfu_jax.upsamplers._registry import register
@@ -109,20 +110,33 @@ class FADE(nnx.Module):
         self.gate = nnx.Linear(features, 1, **linear) if gate else None
 
     def __call__(
-        self, features: Float[Array, "b h w {self.features}"], guide: Float[Array, "b H W cg"]
-    ) -> Float[Array, "b H W {self.features}"]:
-        """Features `(B, h, w, C)` at the guide's size `(B, H, W, Cg)`, any H >= h and W >= w."""
+        self,
+        features: Float[Array, "b h w {self.features}"],
+        guide: Float[Array, "b H W cg"],
+        *,
+        values: Float[Array, "b h w d"] | None = None,
+    ) -> Float[Array, "b H W d"]:
+        """Features `(B, h, w, C)` at the guide's size `(B, H, W, Cg)`, any H >= h and W >= w.
+
+        With `values`, the kernels and the gate, which come from features and guide, apply to these
+        instead. The gate then mixes the guide with them: it needs values of the guide's width.
+        """
         check_features(features, self.features)
         check_guide(features, guide, self.guide_features)
         dtype = compute_dtype(self.dtype, features, guide)
         x, y = features.astype(dtype), guide.astype(dtype)
-        kernels = self.kernels(x, y)
+        v, kernels = reassembled(x, values), self.kernels(x, y)
         if self.gate is None:
-            return local_reassembly(kernels, x, implementation=self.implementation)
+            return local_reassembly(kernels, v, implementation=self.implementation)
+        need(
+            y.shape[3] in (v.shape[3], 1),
+            f"values must have the guide's {y.shape[3]} channels, with which the gate mixes them, "
+            f"got {v.shape[3]}; use 'semishift' (gate=False)",
+        )
         gate = jax.nn.sigmoid(resize(apply_linear(x, self.gate), y.shape[1:3], method="nearest"))
         # The gate goes into the kernels, so that the upsampled features are never kept.
         kernels = (1 - gate).astype(kernels.dtype) * kernels
-        up = local_reassembly(kernels, x, implementation=self.implementation)
+        up = local_reassembly(kernels, v, implementation=self.implementation)
         return _scaled(gate, y) + up
 
     def kernels(

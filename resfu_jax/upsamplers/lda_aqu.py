@@ -39,6 +39,7 @@ from resfu_jax.upsamplers._layers import (
     compute_dtype,
     conv,
     need,
+    reassembled,
 )
 from resfu_jax.upsamplers._registry import register
 
@@ -119,9 +120,13 @@ class LDAAQU(nnx.Module):
         self.table = nnx.Param(_WEIGHT_INIT(rngs.params(), table, param_dtype)) if rpb else None
 
     def __call__(
-        self, features: Float[Array, "b h w c"], output_size: tuple[Size, Size] | None = None
-    ) -> Float[Array, "b H W c"]:
-        """Features `(B, h, w, C)` at `output_size`, or at `scale` times their size.
+        self,
+        features: Float[Array, "b h w c"],
+        output_size: tuple[Size, Size] | None = None,
+        *,
+        values: Float[Array, "b h w d"] | None = None,
+    ) -> Float[Array, "b H W d"]:
+        """Features `(B, h, w, C)`, or `values`, at `output_size`, or at `scale` times their size.
 
         Raises:
           ValueError: a wrong number of channels.
@@ -136,7 +141,7 @@ class LDAAQU(nnx.Module):
         return deformable_attention(
             q * (q.shape[-1] // self.nh) ** -0.5,
             apply_linear(normed, self.k),
-            x,
+            reassembled(x, values, groups=(self.nh, self.n_groups)),
             points,
             heads=self.nh,
             bias=None if self.table is None else self.table[...].astype(x.dtype),

@@ -54,6 +54,7 @@ from resfu_jax.upsamplers._layers import (
     compute_dtype,
     need,
     need_guide,
+    reassembled,
 )
 from resfu_jax.upsamplers._registry import register
 
@@ -201,13 +202,21 @@ class ReSFU(nnx.Module):
         self.detail_scores = PCDC(**branch)
 
     def __call__(
-        self, features: Float[Array, "b h w {self.features}"], guide: Float[Array, "b H W cg"]
-    ) -> Float[Array, "b H W {self.features}"]:
-        """Features `(B, h, w, C)` at the guide's size `(B, H, W, Cg)`, any H >= h and W >= w."""
+        self,
+        features: Float[Array, "b h w {self.features}"],
+        guide: Float[Array, "b H W cg"],
+        *,
+        values: Float[Array, "b h w d"] | None = None,
+    ) -> Float[Array, "b H W d"]:
+        """Features `(B, h, w, C)`, or `values`, at the guide's size `(B, H, W, Cg)`.
+
+        Any H >= h and W >= w.
+        """
         attn = self.attention(features, guide)
         dtype = compute_dtype(self.dtype, features, guide)
         form = self.implementation if self.implementation == "reference" else None
-        return fns_attention(attn, features.astype(dtype), implementation=form, tile=self.tile)
+        v = reassembled(features.astype(dtype), values)
+        return fns_attention(attn, v, implementation=form, tile=self.tile)
 
     def attention(
         self, features: Float[Array, "b h w c"], guide: Float[Array, "b H W cg"]

@@ -58,6 +58,7 @@ from resfu_jax.upsamplers._layers import (
     compute_dtype,
     need,
     need_guide,
+    reassembled,
     softmax,
 )
 from resfu_jax.upsamplers._registry import register
@@ -149,14 +150,25 @@ class SAPA(nnx.Module):
         self.v = linear(features, out_dim) if v_embed or out_dim != features else None
 
     def __call__(
-        self, features: Float[Array, "b h w {self.features}"], guide: Float[Array, "b H W cg"]
+        self,
+        features: Float[Array, "b h w {self.features}"],
+        guide: Float[Array, "b H W cg"],
+        *,
+        values: Float[Array, "b h w d"] | None = None,
     ) -> Float[Array, "b H W d"]:
-        """Features `(B, h, w, C)` at the guide's size `(B, H, W, Cg)`, any H >= h and W >= w."""
+        """Features `(B, h, w, C)` at the guide's size `(B, H, W, Cg)`, any H >= h and W >= w.
+
+        With `values`, these are reassembled as they are, instead of the features or their linear
+        map.
+        """
         check_features(features, self.features)
         check_guide(features, guide, self.guide_features)
         dtype = compute_dtype(self.dtype, features, guide)
         x, y = features.astype(dtype), guide.astype(dtype)
-        v = x if self.v is None else apply_linear(apply_norm(x, self.norm_x), self.v)
+        if values is None and self.v is not None:
+            v = apply_linear(apply_norm(x, self.norm_x), self.v)
+        else:
+            v = reassembled(x, values)
         return local_attention(self.scores(x, y), v, implementation=self.implementation)
 
     def attention(
@@ -262,9 +274,13 @@ class SAPADeform(nnx.Module):
         self.offset = linear(features, 2 * groups * num_point * phases)
 
     def __call__(
-        self, features: Float[Array, "b h w {self.features}"], guide: Float[Array, "b H W cg"]
-    ) -> Float[Array, "b H W {self.features}"]:
-        """Features `(B, h, w, C)` at the guide's size `(B, H, W, Cg)`.
+        self,
+        features: Float[Array, "b h w {self.features}"],
+        guide: Float[Array, "b H W cg"],
+        *,
+        values: Float[Array, "b h w d"] | None = None,
+    ) -> Float[Array, "b H W d"]:
+        """Features `(B, h, w, C)`, or `values`, at the guide's size `(B, H, W, Cg)`.
 
         Raises:
           ValueError: wrong shapes; with `high_offset`, a guide not exactly `scale` times as large.
@@ -277,8 +293,9 @@ class SAPADeform(nnx.Module):
         q = apply_linear(apply_norm(y, self.norm_y), self.q)
         k = apply_linear(normed, self.k)
         points = self.points(normed, y.shape[1:3])
+        v = reassembled(x, values, groups=(self.groups,))
         return deformable_attention(
-            q, k, x, points, heads=self.groups, implementation=self.implementation
+            q, k, v, points, heads=self.groups, implementation=self.implementation
         )
 
     def points(self, normed_x: Float[Array, "b h w c"], size: tuple) -> Float[Array, "b H W g p 2"]:
