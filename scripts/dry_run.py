@@ -5,7 +5,7 @@
 
 Each is what `python train.py --config configs/NAME.py:UPSAMPLER --dry_run` does, with several in
 one process. What a run prints is shown if it fails. On a CPU most of the time goes into compiling:
-`make dry-run` sets XLA_FLAGS=--xla_backend_optimization_level=0, which saves half of it.
+`make dry-run` sets XLA_FLAGS that save most of it.
 """
 
 import argparse

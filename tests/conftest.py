@@ -3,9 +3,10 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The suite compiles much and computes little: without LLVM's optimisations it takes a third of
-# the time. XLA's own passes, hence memory and flop counts, are as in use.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+# The suite compiles much and computes little: without LLVM's optimisations and the emitters that
+# go through MLIR it takes a fraction of the time. Processes that tests start inherit it.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import jaxtyping

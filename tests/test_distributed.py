@@ -39,7 +39,7 @@ def start(data_dir, workdir, *arguments):
     environment = os.environ | {
         "RESFU_DATA_DIR": str(data_dir),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
         "JAX_COMPILATION_CACHE_DIR": str(data_dir / "compiled"),
     }
     command = [sys.executable, "train.py", "--config=tests/tiny_config.py", f"--workdir={workdir}"]

@@ -27,9 +27,8 @@ def start(data_dir, workdir, *arguments, devices=1):
     environment = os.environ | {
         "RESFU_DATA_DIR": str(data_dir),
         "JAX_PLATFORMS": "cpu",
-        # Without optimisation programs compile in a fraction of the time.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} "
+        f"--xla_force_host_platform_device_count={devices}",
         # Most runs here compile the same programs.
         "JAX_COMPILATION_CACHE_DIR": str(data_dir / "compiled"),
     }
