@@ -5,8 +5,10 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The suite compiles much and computes little: without LLVM's optimisations and the emitters that
 # go through MLIR it takes a fraction of the time. Processes that tests start inherit it.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    + os.environ.get("XLA_FLAGS", "")
+)
 
 import jax
 import jaxtyping

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from resfu_jax import data
+
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ROOT / "tests" / "tiny_config.py"
 
@@ -27,8 +29,7 @@ def start(data_dir, workdir, *arguments, devices=1):
     environment = os.environ | {
         "RESFU_DATA_DIR": str(data_dir),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} "
-        f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         # Most runs here compile the same programs.
         "JAX_COMPILATION_CACHE_DIR": str(data_dir / "compiled"),
     }
@@ -97,6 +98,19 @@ def test_a_run_leaves_all_its_files(whole):
             with Image.open(workdir / "predictions" / f"step{step:07d}_{i}.png") as picture:
                 assert picture.size == (3 * 32 + 2 * 4, 32)
     assert "boundary IoU" in output and "pixel accuracy" in output
+
+
+def test_the_embedded_dataset_is_built_as_published(whole, data_dir):
+    command = [sys.executable, "-m", "resfu_jax.data", "prepare", "shapes", "--data-dir", data_dir]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "shapes: 2000 train, 200 validation" in done.stdout, done.stderr
+    source = data.open_source("shapes", "validation", data_dir)
+    info = data.dataset_info("shapes")
+    batches = list(data.eval_batches(source, info, batch_size=64, pad_to=32))
+    assert len(batches) == 4 and batches[0]["image"].shape == (64, 128, 128, 3)
+    counts = sum(np.bincount(batch["label"].ravel(), minlength=256) for batch in batches)
+    assert np.all(counts[: info.num_classes] > 0.008 * counts[: info.num_classes].sum())
+    assert counts[255] == 56 * 128 * 128  # the padded rows of the last batch, and nothing else
 
 
 def test_killed_and_stopped_runs_continue_bit_for_bit(whole, data_dir, tmp_path):

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
-from scipy.io import savemat
 
 from resfu_jax.data import camvid, coco_stuff, voc
 from resfu_jax.data.load import create_builder, list_datasets, prepare
@@ -201,6 +200,8 @@ def _voc(folder: Path, draw: Draw, examples: int) -> None:
         return label
 
     def add_sbd(name: str, label: np.ndarray) -> None:
+        from scipy.io import savemat  # slow to import, and for this only
+
         record = {"Boundaries": np.zeros((20, 1)), "Segmentation": label, "CategoriesPresent": 0}
         buffer = io.BytesIO()
         savemat(buffer, {"GTcls": record}, do_compression=True)

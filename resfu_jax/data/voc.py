@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int16, Integer
-from scipy.io import loadmat
 
 from resfu_jax.data.info import DataError, DatasetInfo
 from resfu_jax.data.raw import (
@@ -147,6 +146,8 @@ benchmark_RELEASE."""
         """SBD's label maps are MATLAB files: `GTcls.Segmentation`."""
         if path.suffix != ".mat":
             return decode_label(data, path)
+        from scipy.io import loadmat  # slow to import, and for this only
+
         try:
             return loadmat(io.BytesIO(data))["GTcls"]["Segmentation"][0, 0]
         except Exception as error:  # scipy raises whatever the bytes lead to
