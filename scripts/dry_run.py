@@ -4,8 +4,8 @@
     python -m scripts.dry_run ade20k_segformer_b1:fade shapes_resfu
 
 Each is what `python train.py --config configs/NAME.py:UPSAMPLER --dry_run` does, with several in
-one process. What a run prints is shown if it fails. On a CPU most of the time goes into compiling:
-`make dry-run` sets XLA_FLAGS that save most of it.
+one process. What a run prints is shown if it fails. On a CPU most of the time goes into compiling,
+so it is done quickly, as in tests/conftest.py.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import io
 import multiprocessing
+import os
 import pathlib
 import resource
 import sys
@@ -34,10 +35,14 @@ def experiments() -> list[str]:
     return found
 
 
-def share_compiled(directory: str) -> None:
-    """Of configs with the same programs one compiles them."""
+def compile_quickly(directory: str) -> None:
+    """Of configs with the same programs one compiles them; without optimisation."""
     import jax
 
+    quick = "--xla_backend_optimization_level=0"
+    if jax.__version_info__ < (0, 11):
+        quick += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}"
     jax.config.update("jax_compilation_cache_dir", directory)
 
 
@@ -85,7 +90,7 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory(prefix="resfu_compiled_") as compiled,
-        ProcessPoolExecutor(arguments.processes, spawn, share_compiled, (compiled,)) as pool,
+        ProcessPoolExecutor(arguments.processes, spawn, compile_quickly, (compiled,)) as pool,
     ):
         for done in as_completed([pool.submit(dry_run, experiment) for experiment in wanted]):
             experiment, outcome, printed = done.result()
