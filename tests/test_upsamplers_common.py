@@ -1,6 +1,12 @@
-"""What every registered upsampler must do. A new one gets all of it by registering."""
+"""What every registered upsampler must do. A new one gets all of it by registering.
+
+Upsamplers of other packages: UPSAMPLERS="package.module ..." python -m pytest, as docs/extending.md
+tells.
+"""
 
 import functools
+import importlib
+import os
 
 import goldens
 import jax
@@ -14,6 +20,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from resfu_jax import create_upsampler, list_upsamplers
 from resfu_jax.upsamplers import pixel_weights, takes_values, upsampler_entry
+
+for module in os.environ.get("UPSAMPLERS", "").split():
+    importlib.import_module(module)
 
 
 def distinct():
@@ -298,4 +307,4 @@ def test_wrong_inputs_are_named(name, as_users_call):
 def test_the_guide_matters(name):
     x, guide = inputs(name, batch=1)
     up = disturbed(name)
-    assert np.abs(run(up, (x, guide)) - run(up, (x, -guide))).max() > 1e-3
+    assert np.abs(run(up, (x, guide)) - run(up, (x, guide[:, ::-1]))).max() > 1e-3

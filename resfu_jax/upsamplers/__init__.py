@@ -1,5 +1,13 @@
 """Upsamplers: one file, one paper. Chosen by name through `create_upsampler`."""
 
+from resfu_jax.upsamplers._layers import (
+    check_features,
+    check_guide,
+    check_output_size,
+    check_whole,
+    need_guide,
+    reassembled,
+)
 from resfu_jax.upsamplers._registry import (
     create_upsampler,
     list_upsamplers,
@@ -26,9 +34,15 @@ __all__ = [
     "PixelShuffle",
     "ReSFU",
     "SAPADeform",
+    "check_features",
+    "check_guide",
+    "check_output_size",
+    "check_whole",
     "create_upsampler",
     "list_upsamplers",
+    "need_guide",
     "pixel_weights",
+    "reassembled",
     "register",
     "takes_values",
     "upsampler_entry",

@@ -1,0 +1,105 @@
+"""README and docs: links resolve, what they name exists, their code runs."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+
+
+def blocks(page: pathlib.Path, language: str) -> list[str]:
+    """The page's code blocks."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.M | re.S)
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    """The names that GitHub gives to its headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@every_page
+def test_links_resolve(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@every_page
+def test_files_and_tests_that_are_named_exist(page):
+    text = page.read_text()
+    folders = "benchmarks|configs|docs|examples|resfu_jax|scripts|tests"
+    for path in re.findall(rf"\b((?:{folders})/[\w/]+\.(?:py|md|png|json))\b", text):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in TESTS, name
+
+
+@every_page
+def test_code_is_python(page):
+    for code in blocks(page, "python"):
+        compile(code, page.name, "exec")
+
+
+def test_first_example_of_the_readme():
+    names = {}
+    exec(blocks(ROOT / "README.md", "python")[0], names)
+    assert names["y"].shape == (1, 120, 164, 384)
+    assert names["smooth"].shape == (1, 100, 90, 384)
+
+
+def test_backbone_of_extending():
+    import jax.numpy as jnp
+
+    names = {}
+    exec(blocks(ROOT / "docs/extending.md", "python")[3], names)
+    logits = names["model"](jnp.ones((1, 32, 48, 3)))
+    assert logits.shape == (1, 32, 48, 5)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs Python in a process of its own, where jbu.py can be imported as extending.md has it."""
+    upsampler, use, config, _ = blocks(ROOT / "docs/extending.md", "python")
+    (tmp_path / "jbu.py").write_text(upsampler)
+    (tmp_path / "use.py").write_text(use)
+    (tmp_path / "shapes_jbu.py").write_text(config)
+
+    def run(*arguments):
+        paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": paths, "UPSAMPLERS": "jbu", "TMPDIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
+
+
+@pytest.mark.slow
+def test_upsampler_of_extending_passes_the_common_suite(run, tmp_path):
+    run(tmp_path / "use.py")
+    suite = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    output = run(*suite, "tests/test_upsamplers_common.py", "-k", "jbu")
+    assert re.search(r"^15 passed, \d+ deselected", output, re.M), output
+
+
+@pytest.mark.slow
+def test_upsampler_of_extending_trains(run, tmp_path):
+    output = run("train.py", "--config", tmp_path / "shapes_jbu.py", "--dry_run")
+    assert "step 2/2  validation: mIoU" in output
