@@ -108,6 +108,21 @@ def predictions(groups: dict[str, list[dict]], path: pathlib.Path, rows: int, zo
 
 
 GAP = 4  # between the panels of a prediction picture
+TEXT = {
+    "shapes": """\
+`configs/shapes_resfu.py` and `configs/shapes_bilinear.py`: 600 steps on the embedded dataset (8
+classes; filled, thin and touching mottled shapes), a MiT of four single blocks from scratch, head
+width 64. 560,094 and 456,552 parameters; everything but the upsampler is equal. The dilation of
+boundary IoU is 2 % of the diagonal. Other heads on the same backbone, with FADE and one seed:
+UPerNet (`configs/shapes_upernet.py`) 0.589 mIoU and 0.482 boundary IoU, SegFormer stage by stage
+with its linear projections (`configs/shapes_stagewise.py`) 0.538 and 0.428. Both, and
+`configs/shapes_direct.py`, take any upsampler after a colon.""",
+    "camvid": """\
+`configs/camvid_segformer_b0_resfu.py` and `configs/camvid_segformer_b0_bilinear.py`: SegFormer-B0
+from scratch at half resolution (240x180), 600 steps of 4 images, 3,569,761 and 3,453,163
+parameters. The runs are far too short for good absolute numbers; they show the two heads on real
+images with the same budget.""",
+}
 
 
 def main() -> None:
@@ -125,7 +140,8 @@ def main() -> None:
     predictions(groups, DOCS / f"{args.name}_predictions.png", rows=4 if shapes else 3, zoom=2)
     seeds = len(next(iter(groups.values())))
     (DOCS / f"{args.name}.md").write_text(
-        f"# `{args.name}`: last evaluation, {seeds} seed{'s' * (seeds > 1)}\n\n{table(groups)}\n\n"
+        f"# `{args.name}`: last evaluation, {seeds} seed{'s' * (seeds > 1)}\n\n"
+        f"{TEXT[args.name]}\n\n{table(groups)}\n\n"
         f"![curves]({args.name}_curves.png)\n\n![predictions]({args.name}_predictions.png)\n"
     )
 

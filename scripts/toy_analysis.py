@@ -306,11 +306,6 @@ def report(workdir: pathlib.Path, sets: dict) -> None:
     (DOCS / "toy.md").write_text(
         TEXT.format(seeds=seeds, rows="\n".join(rows), steps=STEPS, batch=BATCH)
     )
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition("<!-- toy -->\n")
-    _, _, after = rest.partition("<!-- /toy -->")
-    table_text = "\n".join(rows)
-    readme.write_text(f"{before}<!-- toy -->\n{table_text}\n<!-- /toy -->{after}")
     picture(workdir, members, sets["validation"])
     (workdir / "costs.json").write_text(json.dumps(table, indent=1))
 
