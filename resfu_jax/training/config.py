@@ -95,7 +95,7 @@ class DataConfig:
     name: str = "shapes"
     """Dataset and, after a slash, its configuration: "camvid/clean"."""
     dir: str | None = None
-    """Where prepared datasets are; None is the default of tensorflow_datasets."""
+    """Where prepared datasets are; None: `$RESFU_DATA_DIR`, else `~/.cache/resfu_jax`."""
     resize_scale: float = 1.0
     """Every image is resized by this factor before anything else, in training and evaluation."""
     resize_to: tuple[int, ...] | None = None
