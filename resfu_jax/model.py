@@ -88,13 +88,24 @@ class SegmentationModel(nnx.Module):
 
     def normalise(self, images: Num[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
         """(images - mean) / std, float32 at least."""
-        if images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"images must be (batch, height, width, 3), got {images.shape}")
-        if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
-        x = images.astype(at_least_float32(images.dtype))
-        mean, std = (jnp.asarray(v, x.dtype).reshape(1, 1, 1, 3) for v in (self.mean, self.std))
-        return (x - mean) / std
+        return normalise(images, self.mean, self.std)
+
+
+def normalise(
+    images: Num[Array, "b h w 3"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Array, "b h w 3"]:
+    """(images - mean) / std, float32 at least.
+
+    Raises:
+      ValueError: images of another shape, or neither uint8 nor floating point.
+    """
+    if images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"images must be (batch, height, width, 3), got {images.shape}")
+    if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
+    x = images.astype(at_least_float32(images.dtype))
+    mean, std = (jnp.asarray(v, x.dtype).reshape(1, 1, 1, 3) for v in (mean, std))
+    return (x - mean) / std
 
 
 def create_model(
