@@ -119,7 +119,7 @@ def predict(model, shares, image):
 
 # %%
 steps = 3 if SMALL else 300
-names = ["bilinear", "resfu"] if SMALL else ["nearest", "bilinear", "dysample", "carafe", "sapa", "resfu", "fade"]
+names = ["bilinear", "sapa"] if SMALL else ["nearest", "bilinear", "dysample", "carafe", "sapa", "resfu", "fade"]
 train = [draw(seed) for seed in range(1, 1 + min(steps, 50))]
 test = draw(0, count=8 if SMALL else 32)
 
@@ -183,9 +183,9 @@ class LinenDecoder(nn.Module):
         return nn.Dense(8)(x)
 
 
-linen_model = LinenDecoder("resfu")
+linen_model = LinenDecoder("sapa")
 shares, image, label = train[0]
-variables = linen_model.init(jax.random.key(0), shares, image)
+variables = jax.jit(linen_model.init)(jax.random.key(0), shares, image)
 print({name: sum(p.size for p in jax.tree.leaves(tree)) for name, tree in variables["params"].items()})
 
 
@@ -203,7 +203,7 @@ def linen_step(params, optimizer_state, shares, image, label):
 adam = optax.adam(3e-3)
 params, optimizer_state = variables["params"], adam.init(variables["params"])
 linen_losses = []
-for i in range(steps // 3):
+for i in range(max(2, steps // 3)):
     params, optimizer_state, loss = linen_step(params, optimizer_state, *train[i % len(train)])
     linen_losses.append(float(loss))
 print(f"loss {linen_losses[0]:.3f} -> {linen_losses[-1]:.3f}")
@@ -264,10 +264,10 @@ def equinox_step(model, optimizer_state, shares, image, label):
     return eqx.apply_updates(model, updates), optimizer_state, loss
 
 
-equinox_model = EquinoxDecoder("resfu", jax.random.key(0))
+equinox_model = EquinoxDecoder("sapa", jax.random.key(0))
 optimizer_state = adam.init(eqx.filter(equinox_model, eqx.is_inexact_array))
 equinox_losses = []
-for i in range(steps // 3):
+for i in range(max(2, steps // 3)):
     equinox_model, optimizer_state, loss = equinox_step(
         equinox_model, optimizer_state, *train[i % len(train)]
     )
@@ -278,8 +278,8 @@ print(f"loss {equinox_losses[0]:.3f} -> {equinox_losses[-1]:.3f}")
 # The values and the gradients are those of the NNX module:
 
 # %%
-up = resfu_jax.create_upsampler("resfu", features=32, guide_features=32, scale=4)
-wrapped = Upsampler("resfu", features=32, guide_features=32, scale=4)
+up = resfu_jax.create_upsampler("sapa", features=32, guide_features=32, scale=4)
+wrapped = Upsampler("sapa", features=32, guide_features=32, scale=4)
 value, gradients = nnx.jit(nnx.value_and_grad(lambda up: jnp.sum(up(features, guide) ** 2)))(up)
 value2, gradients2 = eqx.filter_jit(
     eqx.filter_value_and_grad(lambda up: jnp.sum(up(features, guide) ** 2))
@@ -327,5 +327,6 @@ for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# On: [train a segmentation network](2_train.ipynb), [features of a frozen ViT](3_vit_features.ipynb),
-# [official checkpoints](4_official_checkpoints.ipynb).
+# On: [train a segmentation network](https://colab.research.google.com/github/resfu-jax/resfu_jax/blob/main/colab/2_train.ipynb),
+# [features of a frozen ViT](https://colab.research.google.com/github/resfu-jax/resfu_jax/blob/main/colab/3_vit_features.ipynb),
+# [official checkpoints](https://colab.research.google.com/github/resfu-jax/resfu_jax/blob/main/colab/4_official_checkpoints.ipynb).

@@ -39,7 +39,9 @@ from resfu_jax.export import export_module
 from resfu_jax.serving import load_exported
 
 SMALL = "RESFU_NOTEBOOK_SMALL" in os.environ  # a test of this notebook: fewer members
-REPOSITORY = pathlib.Path("repository" if pathlib.Path("repository").is_dir() else "..")
+REPOSITORY = pathlib.Path(resfu_jax.__file__).parents[1]
+if not (REPOSITORY / "tests").is_dir():  # not an editable installation: what the first cell cloned
+    REPOSITORY = pathlib.Path("repository")
 print("JAX", jax.__version__, "on", jax.devices())
 
 # The comparison is one of float32: without this, GPUs and TPUs round the inputs of products.
@@ -177,7 +179,7 @@ handles = [
         ("tab:red", "o", "none", "worst gradient, PyTorch float32"),
     )
 ]
-axis.legend(handles=handles, fontsize=8)
+axis.legend(handles=handles, fontsize=8, loc="center left")
 plt.show()
 
 # %% [markdown]
