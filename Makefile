@@ -5,7 +5,7 @@ WORKDIR ?= runs/shapes_resfu
 WORKERS ?= auto
 BIN := $(VENV)/bin
 
-.PHONY: help install train test dry-run lint bench clean
+.PHONY: help install train test notebooks dry-run lint bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -23,6 +23,11 @@ train: install  ## train ReSFU on the embedded dataset `shapes` (two CPU cores: 
 
 test: install  ## run all tests (CPU)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+notebooks: install  ## write colab/*.ipynb from colab/*.py and execute them, into runs/notebooks
+	$(BIN)/jupytext --to ipynb --update colab/*.py
+	mkdir -p runs/notebooks
+	$(BIN)/jupyter execute colab/*.ipynb --output='../runs/notebooks/{notebook_name}'
 
 dry-run: install  ## two steps of every config, on made-up data (CPU)
 	JAX_PLATFORMS=cpu $(BIN)/python -m scripts.dry_run

@@ -56,12 +56,12 @@ def apply(up, features, guide):
 
 
 for name in ["bilinear", "carafe", "dysample", "sapa", "fade", "resfu"]:
-    up = resfu_jax.create_upsampler(
-        name, features=32, guide_features=32, scale=4, rngs=nnx.Rngs(0)
-    )
+    up = resfu_jax.create_upsampler(name, features=32, guide_features=32, scale=4, rngs=nnx.Rngs(0))
     y = apply(up, features, guide)
     parameters = sum(p.size for p in jax.tree.leaves(nnx.state(up, nnx.Param)))
-    print(f"{name:10} guide: {up.guide:9} {features.shape} -> {y.shape}, {parameters:6,} parameters")
+    print(
+        f"{name:10} guide: {up.guide:9} {features.shape} -> {y.shape}, {parameters:6,} parameters"
+    )
 
 # %% [markdown]
 # ## In a Flax model
@@ -95,7 +95,9 @@ class Decoder(nnx.Module):
 
 def draw(seed, count=8, size=64):
     rng = np.random.default_rng(seed)
-    images, labels = zip(*(draw_example(rng, size, max_shapes=4) for _ in range(count)))
+    images, labels = zip(
+        *(draw_example(rng, size, max_shapes=4) for _ in range(count)), strict=True
+    )
     shares = np.eye(8, dtype=np.float32)[np.stack(labels)]
     shares = shares.reshape(count, size // 4, 4, size // 4, 4, 8).mean(axis=(2, 4))
     return shares, np.stack(images).astype(np.float32) / 127.5 - 1, np.stack(labels)
@@ -119,7 +121,11 @@ def predict(model, shares, image):
 
 # %%
 steps = 3 if SMALL else 300
-names = ["bilinear", "sapa"] if SMALL else ["nearest", "bilinear", "dysample", "carafe", "sapa", "resfu", "fade"]
+names = (
+    ["bilinear", "sapa"]
+    if SMALL
+    else ["nearest", "bilinear", "dysample", "carafe", "sapa", "resfu", "fade"]
+)
 train = [draw(seed) for seed in range(1, 1 + min(steps, 50))]
 test = draw(0, count=8 if SMALL else 32)
 
@@ -127,10 +133,14 @@ predictions, losses = {}, {}
 for name in names:
     model = Decoder(name, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adamw(3e-3), wrt=nnx.Param)
-    losses[name] = [float(train_step(model, optimizer, *train[i % len(train)])) for i in range(steps)]
+    losses[name] = [
+        float(train_step(model, optimizer, *train[i % len(train)])) for i in range(steps)
+    ]
     predictions[name] = np.asarray(predict(model, *test[:2]))
     right = np.mean(predictions[name] == test[2])
-    print(f"{name:10} loss {np.mean(losses[name][-20:]):.3f}, {right:.1%} of the test's pixels right")
+    print(
+        f"{name:10} loss {np.mean(losses[name][-20:]):.3f}, {right:.1%} of the test's pixels right"
+    )
 
 # %% [markdown]
 # The outlines tell the members apart: `nearest` and `bilinear` can only guess them; `dysample` and `carafe`
@@ -186,7 +196,9 @@ class LinenDecoder(nn.Module):
 linen_model = LinenDecoder("sapa")
 shares, image, label = train[0]
 variables = jax.jit(linen_model.init)(jax.random.key(0), shares, image)
-print({name: sum(p.size for p in jax.tree.leaves(tree)) for name, tree in variables["params"].items()})
+print(
+    {name: sum(p.size for p in jax.tree.leaves(tree)) for name, tree in variables["params"].items()}
+)
 
 
 @jax.jit

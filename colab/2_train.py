@@ -37,7 +37,9 @@ from resfu_jax.visualize import colorize, overlay
 
 SMALL = "RESFU_NOTEBOOK_SMALL" in os.environ  # a test of this notebook: a few steps only
 REPOSITORY = pathlib.Path(resfu_jax.__file__).parents[1]
-if not (REPOSITORY / "train.py").is_file():  # not an editable installation: what the first cell cloned
+if not (
+    REPOSITORY / "train.py"
+).is_file():  # not an editable installation: what the first cell cloned
     REPOSITORY = pathlib.Path("repository")
 RUNS = pathlib.Path("runs").resolve()
 
@@ -64,7 +66,12 @@ def train(config, workdir, *flags):
 flags = ["--config.steps=300", "--config.eval.every=100", "--config.log_every=10"]
 upsamplers = ["bilinear", "resfu"]
 if SMALL:
-    flags = ["--config.steps=4", "--config.eval.every=2", "--config.log_every=1", "--config.batch_size=4"]
+    flags = [
+        "--config.steps=4",
+        "--config.eval.every=2",
+        "--config.log_every=1",
+        "--config.batch_size=4",
+    ]
     flags += ["--config.data.resize_scale=0.25", "--config.data.crop_size=(32, 32)"]
     upsamplers = ["bilinear"]
 
@@ -80,7 +87,9 @@ for name in upsamplers:
     lines = read_metrics(RUNS / f"shapes_{name}" / "metrics.jsonl")
     for axis, key in zip(axes, ("loss", "val/miou", "val/boundary_iou"), strict=True):
         points = [(line["step"], line[key]) for line in lines if key in line]
-        axis.plot(*zip(*points, strict=True), ".-", markersize=3 if key == "loss" else 8, label=name)
+        axis.plot(
+            *zip(*points, strict=True), ".-", markersize=3 if key == "loss" else 8, label=name
+        )
         axis.set(title=key, xlabel="step")
 axes[0].set_yscale("log")
 axes[0].legend()
@@ -107,7 +116,10 @@ for name in upsamplers:
     pictures[name] = [panels(path) for path in newest]
 
 _, axes = plt.subplots(
-    rows, 2 + len(upsamplers), figsize=(1.9 * (2 + len(upsamplers)), 1.9 * rows), layout="constrained"
+    rows,
+    2 + len(upsamplers),
+    figsize=(1.9 * (2 + len(upsamplers)), 1.9 * rows),
+    layout="constrained",
 )
 for i, row in enumerate(axes):
     shown = [*pictures[upsamplers[0]][i][:2], *(pictures[name][i][2] for name in upsamplers)]
@@ -153,7 +165,9 @@ def draw_village(rng, height=128, width=160):
 
     horizon = height * rng.uniform(0.45, 0.65)
     polygon([(0, 0), (width, 0), (width, height), (0, height)], tone(150, 195, 235), 0)
-    hills = [(x, horizon + 6 * np.sin(x / 25 + rng.uniform(0, 0.5))) for x in range(0, width + 9, 8)]
+    hills = [
+        (x, horizon + 6 * np.sin(x / 25 + rng.uniform(0, 0.5))) for x in range(0, width + 9, 8)
+    ]
     polygon([*hills, (width, height), (0, height)], tone(125, 165, 85), 1)
     for y in np.sort(rng.uniform(horizon, 0.95 * height, rng.integers(3, 8))):
         x, size = rng.uniform(0, width), (0.15 + 0.25 * (y - horizon) / height) * height

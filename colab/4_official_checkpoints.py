@@ -81,7 +81,9 @@ for key, value in arrays["param"].items():
 
 # %%
 up = resfu_jax.from_torch("zmhhmz/ReSFU:ReSFU", arrays["param"], **meta["args"])
-print(type(up).__name__, sum(p.size for p in jax.tree.leaves(nnx.state(up, nnx.Param))), "parameters")
+print(
+    type(up).__name__, sum(p.size for p in jax.tree.leaves(nnx.state(up, nnx.Param))), "parameters"
+)
 
 # %% [markdown]
 # A `state_dict` that does not fit is refused, and the error names every entry that is wrong:
@@ -155,10 +157,10 @@ for name in names:
 
 # %% [markdown]
 # float32 itself rounds, at 6e-8 of a value and more over many operations. The circles are the official
-# module's own float32 results against its float64 ones: ours differ as much as that.
+# module's own float32 results against its float64 ones: ours are of the same size.
 
 # %%
-figure, axis = plt.subplots(figsize=(7, 0.6 + 0.35 * len(rows)), layout="constrained")
+figure, axis = plt.subplots(figsize=(7, 1.2 + 0.35 * len(rows)), layout="constrained")
 for i, (_, _, output_error, gradient_error, torch_error) in enumerate(rows):
     for offset, color, ours, theirs in (
         (-0.13, "tab:blue", output_error, torch_error["out"]),
@@ -166,7 +168,9 @@ for i, (_, _, output_error, gradient_error, torch_error) in enumerate(rows):
     ):
         axis.plot(ours, i + offset, "x", color=color)
         axis.plot(theirs, i + offset, "o", color=color, fillstyle="none")
-axis.set(xscale="log", xlim=(1e-8, 1e-4), xlabel="relative error to float64, official PyTorch module")
+axis.set(
+    xscale="log", xlim=(1e-8, 1e-4), xlabel="relative error to float64, official PyTorch module"
+)
 axis.set_yticks(range(len(rows)), [name for name, *_ in rows])
 axis.invert_yaxis()
 axis.grid(axis="x", alpha=0.3)
@@ -179,7 +183,7 @@ handles = [
         ("tab:red", "o", "none", "worst gradient, PyTorch float32"),
     )
 ]
-axis.legend(handles=handles, fontsize=8, loc="center left")
+figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=2)
 plt.show()
 
 # %% [markdown]

@@ -1,0 +1,175 @@
+# %% [markdown]
+# # Features of a frozen ViT, upsampled by every member
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/resfu-jax/resfu_jax/blob/main/colab/3_vit_features.ipynb)
+#
+# A Vision Transformer sees your photo in patches of 16 x 16 pixels. Every upsampler of the library is fitted to
+# this one photo, without labels, and brings its features to four times their resolution.
+#
+# **Run time**: RUNTIME
+
+# %% tags=["active-ipynb"]
+# # Install. Where resfu_jax is there already, this does nothing.
+# from importlib.util import find_spec
+#
+# if find_spec("resfu_jax") is None:
+#     # This Colab's JAX may be too old. Keep its kind of accelerator when it is replaced.
+#     plugins = {"jax_cuda13_plugin": "cuda13", "jax_cuda12_plugin": "cuda12", "libtpu": "tpu"}
+#     accelerator = next((extra for name, extra in plugins.items() if find_spec(name)), "")
+#     %pip install --quiet "jax[{accelerator}]>=0.10" "resfu_jax[hub] @ git+https://github.com/resfu-jax/resfu_jax"
+#     # If Colab then asks to restart the session: do so, and go on with the next cell.
+
+# %%
+import os
+import time
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+from flax import nnx
+from matplotlib.cbook import get_sample_data
+from PIL import Image, ImageOps
+
+import resfu_jax
+from resfu_jax.backbones import ViT
+from resfu_jax.convert import load_pretrained
+from resfu_jax.self_supervised import GuidedUpsampler, extractor, fit, fitted
+from resfu_jax.upsamplers import takes_values
+from resfu_jax.visualize import PCA
+
+SMALL = "RESFU_NOTEBOOK_SMALL" in os.environ  # a test of this notebook: three members, two steps
+print("JAX", jax.__version__, "on", jax.devices())
+
+# %% [markdown]
+# ## The photo
+#
+# Name a file, or write `"upload"` on Colab. The default is a photo that comes with matplotlib. Its sides become
+# multiples of 64: patches of 16, times 4.
+
+# %%
+PHOTO = ""
+
+if PHOTO == "upload":
+    from google.colab import files
+
+    PHOTO = next(iter(files.upload()))
+with Image.open(PHOTO or get_sample_data("grace_hopper.jpg")) as file:
+    photo = np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+image = fitted(photo, side=256 if SMALL else 640, multiple=64)
+print(photo.shape, "->", image.shape)
+
+# %% [markdown]
+# ## The features
+#
+# ViT-Ti/16 (Steiner et al., "How to train your ViT?", 2021), 23 MB from the Hugging Face hub. The environment variable
+# `RESFU_VIT_WEIGHTS` names a file or another repository instead; if it is empty, the weights are random.
+
+# %%
+WEIGHTS = os.environ.get("RESFU_VIT_WEIGHTS", "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+
+vit = ViT("tiny", rngs=nnx.Rngs(0))
+if WEIGHTS:
+    load_pretrained(WEIGHTS, vit)
+extract = extractor(vit, mean=(127.5,) * 3, std=(127.5,) * 3)  # as these weights were trained
+features = extract(image[None])
+print("features", features.shape)
+
+# %% [markdown]
+# ## Fit
+#
+# The ViT itself is the teacher, at another scale: features of the photo at a quarter of its size, upsampled under
+# the photo's guidance, should be those of the whole photo. The loss is the share of their variance that is not
+# explained. A fit to one photo shows what an upsampler *can* do; it says nothing about other photos.
+
+# %%
+names = [name for name in resfu_jax.list_upsamplers() if not name.startswith("resfu_")]
+names.sort(
+    key=["nearest", "bilinear", "bicubic"].__contains__, reverse=True
+)  # the plain ones first
+if SMALL:
+    names = ["bilinear", "dysample", "sapa"]
+
+modules, losses = {}, {}
+for name in names:
+    started = time.perf_counter()
+    modules[name] = GuidedUpsampler(name, features=192, scale=4, rngs=nnx.Rngs(0))
+    losses[name] = fit(modules[name], extract, [image], steps=2 if SMALL else 100)
+    seconds = time.perf_counter() - started
+    print(f"{name:16} loss {losses[name][0]:.3f} -> {losses[name][-1]:.3f}, {seconds:.0f} s")
+
+# %% [markdown]
+# ## Compare
+#
+# Each picture shows three directions of the features as colours, the same three in all of them: those along which
+# the ViT's own features, at the top, vary most. Now the whole photo's features go in, so the output is at a
+# quarter of the photo's resolution, finer than anything in the fit.
+
+
+# %%
+@nnx.jit
+def upsample(module, features, image):
+    return module(features, image)
+
+
+colors = PCA.fit(np.asarray(features[0]))
+pictures = {"photo": image, "features": colors(np.asarray(features[0]))}
+for name, module in modules.items():
+    upsampled = np.asarray(upsample(module, features, image[None].astype(np.float32))[0])
+    pictures[f"{name} {losses[name][-1]:.2f}"] = colors(upsampled)
+
+columns = 5
+height = image.shape[0] / image.shape[1]
+rows = -(-len(pictures) // columns)
+_, axes = plt.subplots(
+    rows, columns, figsize=(2.4 * columns, rows * (2.4 * height + 0.25)), layout="constrained"
+)
+for axis in axes.flat:
+    axis.set_axis_off()
+for axis, (title, picture) in zip(axes.flat, pictures.items(), strict=False):
+    axis.imshow(picture, interpolation="nearest")
+    axis.set_title(title, fontsize=10)
+plt.show()
+
+# %% [markdown]
+# ## What one pixel looks at
+#
+# Most members reassemble: an output pixel is a weighted mean of input pixels. `weights` gives these weights, exactly. Here
+# is one pixel (the cross) at an outline, and its weights, on the part of the photo around it. A member without guide
+# gives the same shape everywhere, or one that the features alone tell; a guided one takes what lies on the pixel's
+# own side of the outline.
+
+# %%
+PIXEL = (0.5, 0.5)  # row and column, as shares of height and width
+
+h, w = features.shape[1:3]
+pixel = int(PIXEL[0] * 4 * h), int(PIXEL[1] * 4 * w)
+shown = [name for name in names if takes_values(modules[name].upsample)]
+
+
+@nnx.jit
+def weights(module, features, image):
+    return module.weights(features, image, pixel)
+
+
+columns = 4
+rows = -(-len(shown) // columns)
+reach = 5.5  # patches
+center = (pixel[1] + 0.5) * 4, (pixel[0] + 0.5) * 4  # x and y in the photo
+_, axes = plt.subplots(rows, columns, figsize=(2.4 * columns, 2.6 * rows), layout="constrained")
+for axis in axes.flat:
+    axis.set_axis_off()
+for axis, name in zip(axes.flat, shown, strict=False):
+    given = np.asarray(weights(modules[name], features, image[None].astype(np.float32))[0])
+    axis.imshow(image, alpha=0.6)
+    alpha = np.clip(np.abs(given) / np.abs(given).max(), 0, 1)
+    extent = (0, image.shape[1], image.shape[0], 0)
+    axis.imshow(given, cmap="autumn", alpha=0.8 * alpha, extent=extent, interpolation="nearest")
+    axis.plot(*center, "c+", markersize=12, markeredgewidth=2)
+    axis.set(xlim=(center[0] - 16 * reach, center[0] + 16 * reach))
+    axis.set(ylim=(center[1] + 16 * reach, center[1] - 16 * reach))
+    axis.set_title(name, fontsize=10)
+plt.show()
+
+# %% [markdown]
+# For a network that is trained with labels behind such features, see `configs/camvid_vit_frozen.py` and
+# [the results](https://github.com/resfu-jax/resfu_jax/blob/main/docs/results.md).
