@@ -219,13 +219,13 @@ info = data.dataset_info(DATASET, DATA)
 print(info.class_names, info.examples)
 
 # %% [markdown]
-# The config is that of `shapes`. For photographs start from pretrained weights (`configs/camvid_segformer_b0_resfu.py`),
-# with a GPU.
+# The config is that of `shapes`, with ReSFU. For photographs start from pretrained weights
+# (`configs/camvid_segformer_b0_resfu.py`), with a GPU.
 
 # %%
 own = [f"--config.data.name={DATASET}", f"--config.data.dir={DATA}"]
-steps = ["--config.steps=200", "--config.eval.every=100"]
-train("configs/shapes_resfu.py", RUNS / NAME, *own, *(flags if SMALL else steps))
+steps = ["--config.steps=200", "--config.eval.every=100", "--config.log_every=20"]
+train(f"configs/shapes_direct.py:{upsamplers[-1]}", RUNS / NAME, *own, *(flags if SMALL else steps))
 
 # %% [markdown]
 # ## Predict
