@@ -8,6 +8,7 @@ import jax
 import jaxtyping
 import pytest
 from absl import flags
+from jax._src.interpreters.partial_eval import DynamicJaxprTracer
 
 # The suite compiles much and computes little: without LLVM's optimisations, and without the
 # emitters that go through MLIR where they can be switched off, it takes a fraction of the time.
@@ -21,6 +22,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# Flax's random streams ask traced arrays for their sharding. JAX answers with an error, and to say
+# where the array came from it walks the whole program so far, each time: most of the time that
+# tracing the initialisers of a large network takes.
+DynamicJaxprTracer._origin_msg = lambda self: ""
 
 # grain's multiprocess prefetch reads absl flags, which nobody parses under pytest.
 flags.FLAGS.mark_as_parsed()
