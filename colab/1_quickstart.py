@@ -107,7 +107,7 @@ def draw(seed, count=8, size=64):
 def train_step(model, optimizer, shares, image, label):
     def loss_fn(model):
         logits = model(shares, image)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+        return optax.softmax_cross_entropy(logits, jax.nn.one_hot(label, 8)).mean()
 
     loss, gradients = nnx.value_and_grad(loss_fn)(model)
     optimizer.update(model, gradients)
@@ -205,7 +205,7 @@ print(
 def linen_step(params, optimizer_state, shares, image, label):
     def loss_fn(params):
         logits = linen_model.apply({"params": params}, shares, image)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+        return optax.softmax_cross_entropy(logits, jax.nn.one_hot(label, 8)).mean()
 
     loss, gradients = jax.value_and_grad(loss_fn)(params)
     updates, optimizer_state = adam.update(gradients, optimizer_state)
@@ -266,7 +266,7 @@ class EquinoxDecoder(eqx.Module):
 @eqx.filter_value_and_grad
 def equinox_loss(model, shares, image, label):
     logits = jax.vmap(model)(shares, image)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+    return optax.softmax_cross_entropy(logits, jax.nn.one_hot(label, 8)).mean()
 
 
 @eqx.filter_jit

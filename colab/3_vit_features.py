@@ -34,7 +34,6 @@ import resfu_jax
 from resfu_jax.backbones import ViT
 from resfu_jax.convert import load_pretrained
 from resfu_jax.self_supervised import GuidedUpsampler, extractor, fit, fitted
-from resfu_jax.upsamplers import takes_values
 from resfu_jax.visualize import PCA
 
 SMALL = "RESFU_NOTEBOOK_SMALL" in os.environ  # a test of this notebook: three members, two steps
@@ -138,17 +137,18 @@ plt.show()
 # %% [markdown]
 # ## What one pixel looks at
 #
-# Most members reassemble: an output pixel is a weighted mean of input pixels. `weights` gives these weights, exactly. Here
+# Most members, among them these, reassemble: an output pixel is a weighted mean of input pixels. `weights` gives these weights, exactly. Here
 # is one pixel (the cross) at an outline, and its weights, on the part of the photo around it. A member without guide
 # gives the same shape everywhere, or one that the features alone tell; a guided one takes what lies on the pixel's
 # own side of the outline.
 
 # %%
-PIXEL = (0.5, 0.5)  # row and column, as shares of height and width
+PIXEL = (0.609, 0.8)  # row and column, as shares of height and width: the shoulder, at its outline
 
 h, w = features.shape[1:3]
 pixel = int(PIXEL[0] * 4 * h), int(PIXEL[1] * 4 * w)
-shown = [name for name in names if takes_values(modules[name].upsample)]
+shown = ["nearest", "bilinear", "carafe", "dysample", "lda_aqu", "fade", "sapa", "resfu"]
+shown = [name for name in shown if name in modules]
 
 
 @nnx.jit
