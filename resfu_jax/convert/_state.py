@@ -1,12 +1,19 @@
 """Reads a PyTorch state dict entry by entry and reports all that is wrong with it at once."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+T = TypeVar("T", bound=nnx.Module)
+
+
+def unfilled(cls: type[T], *args: Any, **options: Any) -> T:
+    """The module with the shapes of its weights only: all of them are to be set."""
+    return nnx.eval_shape(lambda: cls(*args, rngs=nnx.Rngs(0), **options))
 
 
 class StateDict:

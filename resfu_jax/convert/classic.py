@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
-
-from resfu_jax.convert._state import StateDict
+from resfu_jax.convert._state import StateDict, unfilled
 from resfu_jax.upsamplers.classic import Deconvolution, PixelShuffle
 
 
@@ -20,14 +18,14 @@ def conv_transpose(
     output_padding: int = 0,
 ) -> Deconvolution:
     """`torch.nn.ConvTranspose2d` whose output is exactly `stride` times the input."""
-    up = Deconvolution(
+    up = unfilled(
+        Deconvolution,
         in_channels,
         scale=stride,
         out_features=out_channels,
         kernel_size=kernel_size,
         padding=padding,
         output_padding=output_padding,
-        rngs=nnx.Rngs(0),
     )
     s = StateDict(state, "ConvTranspose2d")
     s.set(up.kernel, "weight", layout="IOHW")
@@ -53,7 +51,7 @@ def conv_pixel_shuffle(
         )
     if padding != kernel_size // 2:
         raise ValueError(f"padding must be kernel_size // 2 = {kernel_size // 2}, got {padding}")
-    up = PixelShuffle(in_channels, scale=upscale_factor, kernel_size=kernel_size, rngs=nnx.Rngs(0))
+    up = unfilled(PixelShuffle, in_channels, scale=upscale_factor, kernel_size=kernel_size)
     s = StateDict(state, "Sequential(Conv2d, PixelShuffle)")
     s.set_layer(up, "0", layout="OIHW")
     s.done()

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
-from resfu_jax.convert._state import StateDict
+from resfu_jax.convert._state import StateDict, unfilled
 from resfu_jax.upsamplers.dysample import DySample
 
 
@@ -14,7 +13,7 @@ def dysample(
     state: Mapping[str, Any], *, in_channels: int, scale: int = 2, **options: Any
 ) -> DySample:
     """The official DySample; other options are named as ours."""
-    up = DySample(in_channels, scale=scale, rngs=nnx.Rngs(0), **options)
+    up = unfilled(DySample, in_channels, scale=scale, **options)
     s = StateDict(state, "DySample")
     s.set_layer(up.offset, "offset", layout="OI11")
     s.set_layer(up.scope, "scope", layout="OI11")

@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
-
-from resfu_jax.convert._state import StateDict
+from resfu_jax.convert._state import StateDict, unfilled
 from resfu_jax.upsamplers.fade import FADE
 
 
@@ -60,12 +58,12 @@ def _module(
     **kind: bool,
 ) -> FADE:
     """Our module from the official arguments; `in_channels_de` defaults to `in_channels_en`."""
-    return FADE(
+    return unfilled(
+        FADE,
         in_channels_en if in_channels_de is None else in_channels_de,
         in_channels_en,
         scale=scale,
         up_kernel_size=up_kernel_size,
-        rngs=nnx.Rngs(0),
         **kind,
     )
 

@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
-
-from resfu_jax.convert._state import StateDict
+from resfu_jax.convert._state import StateDict, unfilled
 from resfu_jax.upsamplers.lda_aqu import LDAAQU
 
 
@@ -13,7 +11,7 @@ def lda_aqu(
     state: Mapping[str, Any], *, in_channels: int, scale_factor: float = 2.0, **options: Any
 ) -> LDAAQU:
     """The official LDA_AQU; other options are named as ours."""
-    up = LDAAQU(in_channels, scale=scale_factor, rngs=nnx.Rngs(0), **options)
+    up = unfilled(LDAAQU, in_channels, scale=scale_factor, **options)
     s = StateDict(state, "LDA_AQU")
     s.set_layer(up.norm, "layer_norm.norm")
     s.set_layer(up.q, "proj_q", layout="OI11")

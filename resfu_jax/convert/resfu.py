@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
-
-from resfu_jax.convert._state import StateDict
+from resfu_jax.convert._state import StateDict, unfilled
 from resfu_jax.upsamplers.resfu import PCDC, ReSFU
 
 
@@ -18,9 +16,7 @@ def resfu(
     **options: Any,
 ) -> ReSFU:
     """The official ReSFU; `dim_x` defaults to `dim_y`, other options are named as ours."""
-    up = ReSFU(
-        dim_y if dim_x is None else dim_x, dim_y, scale=scale_factor, rngs=nnx.Rngs(0), **options
-    )
+    up = unfilled(ReSFU, dim_y if dim_x is None else dim_x, dim_y, scale=scale_factor, **options)
     s = StateDict(state, "ReSFU")
     s.set_layer(up.norm_x, "norm_x")
     s.set_layer(up.norm_y, "norm_y")
@@ -46,14 +42,14 @@ def pcdc_block(
     gn_dim: int = 8,
 ) -> PCDC:
     """The official PCDC_Block, one score branch of ReSFU."""
-    branch = PCDC(
+    branch = unfilled(
+        PCDC,
         width=in_channels,
         dilation=scale_factor,
         kernel_size=kernel_size,
         groups=groups,
         gn_dim=gn_dim,
         hidden=mid_channels,
-        rngs=nnx.Rngs(0),
     )
     s = StateDict(state, "PCDC_Block")
     _branch(s, "", branch)

@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
-
-from resfu_jax.convert._state import StateDict
+from resfu_jax.convert._state import StateDict, unfilled
 from resfu_jax.upsamplers.sapa import SAPA, SAPADeform
 
 
@@ -41,12 +39,12 @@ def sapa_exp(
     **options: Any,
 ) -> SAPA:
     """The NeurIPS paper's SAPAExp; `dim_x` defaults to `dim_y`, other options are named as ours."""
-    up = SAPA(
+    up = unfilled(
+        SAPA,
         dim_y if dim_x is None else dim_x,
         dim_y,
         scale=up_factor,
         embedding_dim=embedding_dim,
-        rngs=nnx.Rngs(0),
         **options,
     )
     return _set(StateDict(state, "SAPA"), up, "OI")
@@ -62,12 +60,12 @@ def sapa_base(
     **options: Any,
 ) -> SAPA:
     """The extended SAPA; `dim_x` defaults to `dim_y`, other options are named as ours."""
-    up = SAPA(
+    up = unfilled(
+        SAPA,
         dim_y if dim_x is None else dim_x,
         dim_y,
         scale=up_factor,
         norm="group" if norm else None,
-        rngs=nnx.Rngs(0),
         **options,
     )
     return _set(StateDict(state, "SAPA"), up, "OI11")
@@ -83,12 +81,12 @@ def sapa_deform(
     **options: Any,
 ) -> SAPADeform:
     """SAPADeform; `dim_x` defaults to `dim_y`, other options are named as ours."""
-    up = SAPADeform(
+    up = unfilled(
+        SAPADeform,
         dim_y if dim_x is None else dim_x,
         dim_y,
         scale=up_factor,
         norm="group" if norm else None,
-        rngs=nnx.Rngs(0),
         **options,
     )
     s = StateDict(state, "SAPADeform")
