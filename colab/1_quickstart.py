@@ -120,7 +120,7 @@ def predict(model, shares, image):
 
 
 # %%
-steps = 3 if SMALL else 300
+steps = 3 if SMALL else 150
 names = (
     ["bilinear", "sapa"]
     if SMALL

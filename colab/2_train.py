@@ -91,7 +91,7 @@ for name in upsamplers:
             *zip(*points, strict=True), ".-", markersize=3 if key == "loss" else 8, label=name
         )
         axis.set(title=key, xlabel="step")
-axes[0].set_yscale("log")
+axes[0].set_ylim(0)
 axes[0].legend()
 plt.show()
 

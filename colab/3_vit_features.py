@@ -137,10 +137,10 @@ plt.show()
 # %% [markdown]
 # ## What one pixel looks at
 #
-# Most members, among them these, reassemble: an output pixel is a weighted mean of input pixels. `weights` gives these weights, exactly. Here
-# is one pixel (the cross) at an outline, and its weights, on the part of the photo around it. A member without guide
-# gives the same shape everywhere, or one that the features alone tell; a guided one takes what lies on the pixel's
-# own side of the outline.
+# Most members, among them these, reassemble: an output pixel is a weighted mean of input pixels. `weights` gives
+# these weights, exactly. Here is one pixel (the cross) just inside an outline, and its weights on the part of the
+# photo around it. `nearest` to `lda_aqu` know the features only; `sapa` and `resfu` see the outline in the photo
+# and take mostly from the pixel's own side of it. `fade` takes one patch, and what the photo shows there.
 
 # %%
 PIXEL = (0.609, 0.8)  # row and column, as shares of height and width: the shoulder, at its outline
