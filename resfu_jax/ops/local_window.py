@@ -141,12 +141,14 @@ def _reassembly(weigh, scores, v, groups: int, implementation: Implementation | 
 
     def f(_, blocks):
         scores, padded = blocks
-        return (_cells.reassemble(weights_of(scores), padded.astype(dtype)).astype(v.dtype),)
+        padded = padded.reshape(*padded.shape[:3], -1).astype(dtype)
+        return (_cells.reassemble(weights_of(scores), padded).astype(v.dtype),)
 
     padded = _pad(v, kernel_size)
     out_shape = (*scores.shape[:3], v.shape[3])
     count, windows, pixels = _cells.blocks(out_shape, padded.shape, kernel_size)
-    arrays = (scores, padded)
+    # In the shape that `reassemble` gives it: XLA would write a padded map for each of two shapes.
+    arrays = (scores, padded.reshape(*padded.shape[:3], groups, -1))
     (out,) = map_row_blocks(f, count, (pixels, windows), (pixels,), (), arrays, forward_whole=True)
     return out
 
