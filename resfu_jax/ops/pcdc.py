@@ -220,14 +220,15 @@ def _blocks(
         shift = hidden_bias[None] - total * factor * hidden_scale[None]
         shift = (shift @ project + project_bias[None])[:, :, None, None]
         out = _sum_of_units(scores, factor.reshape(b, groups, inner, -1)[..., 0]) + shift
-        return jnp.moveaxis(out.astype(dtype), 1, 3)
+        return out.astype(dtype)
 
     last = (p.project, p.project_bias, p.hidden_scale, p.hidden_bias)
     params = (of_q, p.scale, *first, bias, mix, mix_bias, apart, last)
-    narrow, output = Rows(4, out_rows, out_rows), Rows(1, out_rows, out_rows)
-    return map_row_blocks_normalised(
+    narrow, output = Rows(4, out_rows, out_rows), Rows(2, out_rows, out_rows)
+    out = map_row_blocks_normalised(
         f, finish, count, inputs, narrow, output, params, arrays, keep=tile is None
     )
+    return jnp.moveaxis(out, 1, 3)
 
 
 @jax.custom_vjp
