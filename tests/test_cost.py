@@ -60,9 +60,9 @@ def test_resfu_at_high_ratio(direction, limit):
 @pytest.mark.parametrize(
     ("name", "forward", "both"),
     [
-        ("sapa", 0.25, 1.3),
-        ("carafe", 0.25, 0.65),
-        ("dysample", 0.15, 0.35),
+        ("sapa", 0.25, 1.1),
+        ("carafe", 0.25, 0.5),
+        ("dysample", 0.1, 0.3),
         ("fade", 0.2, 1.4),
     ],
 )

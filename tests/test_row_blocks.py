@@ -1,6 +1,7 @@
 """Ops in blocks of rows equal their reference, however the rows are cut."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -134,3 +135,18 @@ def check_gradients(f, expected, *arguments):
     np.testing.assert_allclose(f(*arguments), expected(*arguments), rtol=1e-5)
     gradients = (jax.jit(jax.grad(g, argnums=(0, 1)))(*arguments) for g in (f, expected))
     chex.assert_trees_all_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU compiler")
+def test_bfloat16_blocks_do_not_widen_the_map():
+    """Else each block costs as much as the whole map."""
+    block = Rows(1, 2, 2)
+
+    def f(x):
+        return map_row_blocks(lambda _, a: (a[0] * a[0],), 8, (block,), (block,), (), (x,))[0]
+
+    x = normal(0, 1, 16, 5, 3).astype(jnp.bfloat16)
+    compiled = jax.jit(f).lower(x).compile()
+    updated = re.findall(r"(\w+)\[\S+ dynamic-update-slice", compiled.as_text())
+    assert updated and set(updated) == {"u16"}
+    np.testing.assert_array_equal(compiled(x), x * x)

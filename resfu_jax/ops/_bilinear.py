@@ -8,6 +8,12 @@ from jaxtyping import Array, Float, Int
 
 from resfu_jax.ops._interp import Size
 
+# G contiguous groups of channels, each with P positions of its own for every output pixel.
+Maps = Float[Array, "b h w g d"]
+Positions = Float[Array, "b H W g p"]
+Samples = Float[Array, "b H W g p d"]
+Index = Int[Array, "b H W g p 3"]  # row, column, group
+
 
 def position_dtype(x: Array, positions: Array) -> DTypeLike:
     """Type of positions and weights: float32 or better."""
@@ -20,80 +26,86 @@ def clamp(u: Float[Array, "..."], n: Size) -> Float[Array, "..."]:
     return jnp.where((u > 0) & (u < last), u, jax.lax.stop_gradient(jnp.clip(u, 0, last)))
 
 
-def sample(
-    x: Float[Array, "n h w c"], rows: Float[Array, "n m"], columns: Float[Array, "n m"]
-) -> Float[Array, "n m c"]:
-    """Maps at m positions each, in pixels; corners outside count as zero.
+def sample(x: Maps, rows: Positions, columns: Positions, *, inside: bool) -> Samples:
+    """Every group of channels at P positions for each of H x W pixels.
 
-    The result has the dtype of the positions.
+    Positions are in pixels of x. Corners outside count as zero; `inside` says that all positions
+    lie within the pixel centres. The result has the dtype of the positions.
     """
-    index, weights = corners(x.shape[1:3], rows, columns)
+    border = zero_border(x, inside)
+    index, weights = corners(x.shape[1:3], rows, columns, border)
     # The map is widened, not its samples: gathers of narrow types are slow on a CPU.
-    return weighted_sum(weights, gather(pad(x.astype(weights.dtype)), index))
+    return weighted_sum(weights, gather(pad(x.astype(weights.dtype), border), index))
+
+
+def zero_border(x: Maps, inside: bool) -> int:
+    """Zeros to `pad` a map with, so that it answers every position.
+
+    First corners stop at -2 and n, where all four corners are zero. Inside, the second corner of
+    the last pixel has no weight, and the one before it serves as well.
+    """
+    several = all(isinstance(n, int) and n > 1 for n in x.shape[1:3])
+    return 0 if inside and several else 2
 
 
 def corners(
-    size: tuple[Size, Size], rows: Float[Array, "n m"], columns: Float[Array, "n m"]
-) -> tuple[Int[Array, "n m 2"], Float[Array, "n m 4"]]:
-    """First of the four corners around every position, as an index into `pad(x)`; their weights."""
-    row, down = _corner(rows, size[0])
-    column, right = _corner(columns, size[1])
+    size: tuple[Size, Size], rows: Positions, columns: Positions, border: int
+) -> tuple[Index, Float[Array, "b H W g p 4"]]:
+    """First of the four corners around every position, as an index into the padded map; weights."""
+    row, down = _corner(rows, size[0], border)
+    column, right = _corner(columns, size[1], border)
     weights = [(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right]
-    return jnp.stack([row + 2, column + 2], axis=-1), jnp.stack(weights, axis=-1)
+    group = jax.lax.broadcasted_iota(row.dtype, row.shape, 3)
+    return jnp.stack([row, column, group], axis=-1), jnp.stack(weights, axis=-1)
 
 
-def pad(x: Float[Array, "n h w c"]) -> Float[Array, "n h4 w4 c"]:
-    """A map padded by two zeros answers every position.
-
-    Indices stop at -2 and n, where all four corners are zero.
-    """
-    return jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
+def pad(x: Maps, border: int) -> Float[Array, "b hp wp g d"]:
+    """With a border of zeros."""
+    return jnp.pad(x, ((0, 0), (border, border), (border, border), (0, 0), (0, 0)))
 
 
-def unpad(padded: Float[Array, "n h4 w4 c"]) -> Float[Array, "n h w c"]:
+def unpad(padded: Float[Array, "b hp wp g d"], border: int) -> Maps:
     """Inverse of `pad`."""
-    return padded[:, 2:-2, 2:-2]
+    h, w = (n - border for n in padded.shape[1:3])
+    return padded[:, border:h, border:w]
 
 
-# Corners are gathered and scattered as one 2 x 2 window: a quarter of the slices to look up.
+# Corners are gathered and scattered as one 2 x 2 window: a quarter of the slices to look up. The
+# group is one more index: to bring each group into a map of its own takes as long as all the rest.
 
 
-def gather(
-    padded: Float[Array, "n h4 w4 c"], index: Int[Array, "n m 2"]
-) -> Float[Array, "n m 4 c"]:
+def gather(padded: Maps, index: Index) -> Float[Array, "b H W g p 4 d"]:
     """The four corners."""
-    c = padded.shape[3]
+    d = padded.shape[4]
     axes = jax.lax.GatherDimensionNumbers(
-        offset_dims=(1, 2, 3), collapsed_slice_dims=(), start_index_map=(0, 1)
+        offset_dims=(4, 5, 6), collapsed_slice_dims=(2,), start_index_map=(0, 1, 2)
     )
 
     def windows(x, index):
-        return jax.lax.gather(x, index, axes, (2, 2, c), mode="clip")
+        return jax.lax.gather(x, index, axes, (2, 2, 1, d), mode="clip")
 
-    return jax.vmap(windows)(padded, index).reshape(*index.shape[:2], 4, c)
+    return jax.vmap(windows)(padded, index).reshape(*index.shape[:5], 4, d)
 
 
-def scatter_add(
-    padded: Float[Array, "n h4 w4 c"], index: Int[Array, "n m 2"], values: Float[Array, "n m 4 c"]
-) -> Float[Array, "n h4 w4 c"]:
+def scatter_add(padded: Maps, index: Index, values: Float[Array, "b H W g p 4 d"]) -> Maps:
     """Add values to the four corners."""
     axes = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(1, 2, 3),
-        inserted_window_dims=(),
-        scatter_dims_to_operand_dims=(0, 1),
+        update_window_dims=(4, 5, 6),
+        inserted_window_dims=(2,),
+        scatter_dims_to_operand_dims=(0, 1, 2),
     )
 
     def windows(x, index, values):
         return jax.lax.scatter_add(x, index, values, axes, mode="clip")
 
-    values = values.reshape(*index.shape[:2], 2, 2, values.shape[3])
+    values = values.reshape(*index.shape[:5], 2, 2, values.shape[6])
     return jax.vmap(windows)(padded, index, values)
 
 
 @jax.custom_jvp
 def weighted_sum(
-    weights: Float[Array, "n m 4"], values: Float[Array, "n m 4 c"]
-) -> Float[Array, "n m c"]:
+    weights: Float[Array, "b H W g p 4"], values: Float[Array, "b H W g p 4 d"]
+) -> Samples:
     """Sum over the corners. Written out, it fuses with the gather."""
     return sum(weights[..., k, None] * values[..., k, :] for k in range(4))
 
@@ -104,13 +116,15 @@ def _(primals, tangents):
     # a CPU than fused reductions; to the values, slices would each become a padded map.
     (weights, values), (d_weights, d_values) = primals, tangents
     return weighted_sum(weights, values), sum(
-        jnp.einsum("nmk,nmkc->nmc", w, v, precision=jax.lax.Precision.HIGHEST)
+        jnp.einsum("...k,...kd->...d", w, v, precision=jax.lax.Precision.HIGHEST)
         for w, v in ((d_weights, values), (weights, d_values))
     )
 
 
-def _corner(u: Array, n: Size):
-    """Index, within -2 .. n, of the pixel at or before position `u`, and the distance to it."""
-    lower = jnp.floor(u)
-    index = jnp.clip(lower, -2, jnp.asarray(n, u.dtype)).astype(jnp.int32)
-    return index, u - lower
+def _corner(u: Array, n: Size, border: int):
+    """Index, in the padded axis, of the pixel at or before position `u`, and the distance to it."""
+    lower, last = jnp.floor(u), jnp.asarray(n, u.dtype) - 1
+    if border == 0:
+        lower = jnp.minimum(lower, last - 1)
+    index = jnp.clip(lower, -border, last - 1 + border).astype(jnp.int32)
+    return index + border, u - lower

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from resfu_jax.ops._dtypes import at_least_float32
@@ -191,9 +192,9 @@ def _map_normalised_bwd(f, finish, count, inputs, narrow, output, keep, saved, d
         def body(i, total):
             (g,) = cut((d_out,), i, (output,))
             (part,) = finish_of((params, sums), f(params, cut(arrays, i, inputs))[0])(g)
-            return jax.tree.map(jnp.add, total, part)
+            return add_to_sums(total, part)
 
-        of_finish, d_sums = loop(count, body, jax.tree.map(jnp.zeros_like, (params, sums)))
+        of_finish, d_sums = _cast(loop(count, body, zero_sums((params, sums))), (params, sums))
 
     def cotangents(i, results):
         # The narrow array's, block by block: it is several times as wide as the output's.
@@ -217,13 +218,13 @@ def _run(f, count, inputs, outputs, params, arrays):
         full[rows.axis] = rows.step * count
         # Not earlier than needed: the buffers exist from when the first array is computed.
         buffers.append(zeros_after(arrays[0], tuple(full), shape.dtype))
-    sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sum_shapes)
+    sums = zero_sums(sum_shapes)
 
     def body(i, state):
         buffers, sums = state
         blocks, parts = f(params, cut(arrays, i, inputs))
         buffers = [_put(a, b, i, r) for a, b, r in zip(buffers, blocks, outputs, strict=True)]
-        return buffers, jax.tree.map(jnp.add, sums, parts)
+        return buffers, add_to_sums(sums, parts)
 
     buffers, sums = loop(count, body, (buffers, sums))
     return tuple(buffers), sums
@@ -235,28 +236,67 @@ def _run_backward(f, count, inputs, params, arrays, cotangents, done):
     `cotangents(i, results)` are those of the results of block i. The gradients exist from when
     `done` is computed.
     """
-    d_params = jax.tree.map(lambda a: jnp.zeros(a.shape, at_least_float32(a.dtype)), params)
+    d_params = zero_sums(params)
     d_arrays = [zeros_after(done, a.shape, at_least_float32(a.dtype)) for a in arrays]
 
     def body(i, state):
         d_params, d_arrays = state
         results, vjp = jax.vjp(f, params, cut(arrays, i, inputs))
         parts, blocks = vjp(cotangents(i, results))
-        d_params = jax.tree.map(lambda a, b: a + b.astype(a.dtype), d_params, parts)
+        d_params = add_to_sums(d_params, parts)
         d_arrays = [add(a, b, i, r) for a, b, r in zip(d_arrays, blocks, inputs, strict=True)]
         return d_params, d_arrays
 
     d_params, d_arrays = loop(count, body, (d_params, d_arrays))
-    cast = functools.partial(jax.tree.map, lambda a, b: a.astype(b.dtype))
-    return cast(d_params, params), cast(tuple(d_arrays), arrays)
+    return _cast(d_params, params), _cast(tuple(d_arrays), arrays)
+
+
+def zero_sums(like: Any) -> Any:
+    """Zeros to which the blocks' parts are added, in float32 or wider."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, at_least_float32(a.dtype)), like)
+
+
+def add_to_sums(sums: Any, parts: Any) -> Any:
+    """The sums with the parts of one more block."""
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, parts)
+
+
+def _cast(tree: Any, like: Any) -> Any:
+    return jax.tree.map(lambda a, b: a.astype(b.dtype), tree, like)
 
 
 def loop(count: Size, body, state):
-    """Run `state = body(i, state)` over the blocks."""
+    """Run `state = body(i, state)` over the blocks.
+
+    What the body sums up is float32 or wider; arrays that it fills by `add` may be narrower.
+    """
     if isinstance(count, int) and count == 1:
         return body(0, state)
     bound = count if isinstance(count, int) else jnp.asarray(count, jnp.int32)
-    return jax.lax.fori_loop(0, bound, body, state)
+    dtypes = jax.tree.map(lambda a: a.dtype, state)
+    state = jax.lax.fori_loop(0, bound, body, jax.tree.map(_words, state))
+    return jax.tree.map(_as, state, dtypes)
+
+
+def _words(a: Array) -> Array:
+    """On a CPU, bfloat16 as its bits.
+
+    XLA's CPU compiler updates a slice of bfloat16 by way of float32, and for that writes the whole
+    array again.
+    """
+    narrow = a.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+    return _as(a, jnp.dtype(jnp.uint16)) if narrow else a
+
+
+def _as(a: Array, dtype: np.dtype) -> Array:
+    """In the dtype of an array of the state, or back from it."""
+    if a.dtype == dtype:
+        return a
+    if dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(a.astype(jnp.bfloat16), dtype)
+    if a.dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(a, dtype)
+    return a.astype(dtype)
 
 
 def cut(arrays: tuple[Array, ...], i, blocks: tuple[Rows, ...]) -> tuple[Any, ...]:
@@ -279,7 +319,7 @@ def _start(a: Array, i, rows: Rows, offset: int = 0) -> list[Array]:
 
 
 def _put(a: Array, block: Array, i, rows: Rows) -> Array:
-    return jax.lax.dynamic_update_slice(a, block.astype(a.dtype), _start(a, i, rows))
+    return jax.lax.dynamic_update_slice(a, _as(block, a.dtype), _start(a, i, rows))
 
 
 def add(a: Array, block: Any, i, rows: Rows) -> Array:

@@ -23,14 +23,17 @@ from resfu_jax.ops import _bilinear
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._order import zeros_after
-from resfu_jax.ops._row_blocks import Rows, add, block_rows, cut, loop, map_row_blocks
-from resfu_jax.ops.deformable_sample import (
-    by_channel,
-    by_group,
-    by_pixel,
-    corners,
-    deformable_sample,
+from resfu_jax.ops._row_blocks import (
+    Rows,
+    add,
+    add_to_sums,
+    block_rows,
+    cut,
+    loop,
+    map_row_blocks,
+    zero_sums,
 )
+from resfu_jax.ops.deformable_sample import by_group, corners, deformable_sample
 
 Implementation = Literal["reference", "blocks"]
 
@@ -119,18 +122,20 @@ def _in_blocks(q, k, v, points, bias, heads):
 def _in_blocks_bwd(heads, saved, g):
     # Written out, so that what each block adds to k and v is scattered into one map.
     q, k, v, points, bias = saved
-    groups, dtype = points.shape[3], _bilinear.position_dtype(k, points)
-    padded = tuple(_bilinear.pad(by_group(a, groups).astype(dtype)) for a in (k, v))
+    dtype = _bilinear.position_dtype(k, points)
+    maps = [by_group(a, points.shape[3]) for a in (k, v)]
+    border = _bilinear.zero_border(maps[0], inside=False)
+    padded = tuple(_bilinear.pad(a.astype(dtype), border) for a in maps)
     count, block = _blocks(k, v, points)
 
     def body(i, state):
         d_q, d_points, d_padded, d_bias = state
         rows, p, d_out = cut((q, points, g), i, (block, block, block))
-        index, weights, vjp_weights = corners(k, p, "zeros")
+        index, weights, vjp_weights = corners(k, p, "zeros", border)
 
         def attend(q, weights, corners, bias):
             keys, values = (
-                by_pixel(_bilinear.weighted_sum(weights, c), p).astype(a.dtype)
+                _bilinear.weighted_sum(weights, c).astype(a.dtype)
                 for a, c in zip((k, v), corners, strict=True)
             )
             return _attend(q, keys, values, bias, heads).astype(v.dtype)
@@ -143,19 +148,20 @@ def _in_blocks_bwd(heads, saved, g):
             _bilinear.scatter_add(total, index, d)
             for total, d in zip(d_padded, d_corners, strict=True)
         )
-        return d_q, d_points, d_padded, jax.tree.map(jnp.add, d_bias, d_bias_here)
+        return d_q, d_points, d_padded, add_to_sums(d_bias, d_bias_here)
 
     zeros = (
         zeros_after(g, q.shape, q.dtype),
         zeros_after(g, points.shape, points.dtype),
         tuple(jnp.zeros_like(a) for a in padded),
-        jax.tree.map(jnp.zeros_like, bias),
+        zero_sums(bias),
     )
     d_q, d_points, d_padded, d_bias = loop(count, body, zeros)
     d_k, d_v = (
-        by_channel(_bilinear.unpad(d), groups).astype(a.dtype)
+        _bilinear.unpad(d, border).reshape(a.shape).astype(a.dtype)
         for d, a in zip(d_padded, (k, v), strict=True)
     )
+    d_bias = jax.tree.map(lambda a, b: a.astype(b.dtype), d_bias, bias)
     return d_q, d_k, d_v, d_points, d_bias
 
 

@@ -73,41 +73,24 @@ def deformable_sample(
 
 
 def _sample(x: Array, points: Array, padding_mode: PaddingMode) -> Array:
-    out = _bilinear.sample(by_group(x, points.shape[3]), *positions(x, points, padding_mode))
-    return by_pixel(out, points).astype(x.dtype)
+    inside = padding_mode == "border"
+    x, positions = by_group(x, points.shape[3]), _positions(x, points, padding_mode)
+    return _bilinear.sample(x, *positions, inside=inside).astype(x.dtype)
 
 
-def positions(x: Array, points: Array, padding_mode: PaddingMode) -> tuple[Array, Array]:
-    """Rows and columns, each (b groups, H W p): groups are images of their own."""
-    b, hh, ww, groups, p, _ = points.shape
-    points = points.astype(_bilinear.position_dtype(x, points)).transpose(0, 3, 1, 2, 4, 5)
-    points = points.reshape(b * groups, hh * ww * p, 2)
+def by_group(x: Float[Array, "b h w c"], groups: int) -> _bilinear.Maps:
+    """Groups of channels apart."""
+    return x.reshape(*x.shape[:3], groups, x.shape[3] // groups)
+
+
+def _positions(x: Array, points: Array, padding_mode: PaddingMode) -> tuple[Array, Array]:
+    """Rows and columns."""
+    points = points.astype(_bilinear.position_dtype(x, points))
     rows, columns = points[..., 0], points[..., 1]
     if padding_mode == "border":
         rows = _bilinear.clamp(rows, x.shape[1])
         columns = _bilinear.clamp(columns, x.shape[2])
     return rows, columns
-
-
-def by_group(x: Float[Array, "b h w c"], groups: int) -> Float[Array, "bg h w d"]:
-    """The map of each group."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h, w, groups, c // groups).transpose(0, 3, 1, 2, 4)
-    return x.reshape(b * groups, h, w, c // groups)
-
-
-def by_channel(x: Float[Array, "bg h w d"], groups: int) -> Float[Array, "b h w c"]:
-    """Inverse of `by_group`."""
-    bg, h, w, d = x.shape
-    return jnp.moveaxis(x.reshape(bg // groups, groups, h, w, d), 1, 3).reshape(
-        bg // groups, h, w, groups * d
-    )
-
-
-def by_pixel(samples: Float[Array, "bg m d"], points: Array) -> Float[Array, "b H W g p d"]:
-    """The samples of each pixel."""
-    b, hh, ww, groups, p, _ = points.shape
-    return jnp.moveaxis(samples.reshape(b, groups, hh, ww, p, -1), 1, 3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -117,8 +100,7 @@ def _in_blocks(x: Array, points: Array, padding_mode: PaddingMode) -> Array:
     def f(x, blocks):
         return (_sample(x, blocks[0], padding_mode),)
 
-    # Not for memory: over the whole map, one slow loop would gather, sum up and bring the groups
-    # back into their places.
+    # Not for memory: over the whole map, one slow loop would gather and sum up.
     (out,) = map_row_blocks(f, count, (block,), (block,), x, (points,))
     return out
 
@@ -132,31 +114,33 @@ def _blocks(x: Array, points: Array) -> tuple[Size, Rows]:
 def _in_blocks_bwd(padding_mode, saved, g):
     # Written out, so that what each block adds to x is scattered into one map.
     x, points = saved
-    groups, dtype = points.shape[3], _bilinear.position_dtype(x, points)
-    padded = _bilinear.pad(by_group(x, groups).astype(dtype))
+    dtype = _bilinear.position_dtype(x, points)
+    maps = by_group(x, points.shape[3])
+    border = _bilinear.zero_border(maps, padding_mode == "border")
+    padded = _bilinear.pad(maps.astype(dtype), border)
     count, block = _blocks(x, points)
 
     def body(i, state):
         d_padded, d_points = state
         p, d_out = cut((points, g), i, (block, block))
-        index, weights, vjp = corners(x, p, padding_mode)
+        index, weights, vjp = corners(x, p, padding_mode, border)
         values = _bilinear.gather(padded, index)
-        d_out = jnp.moveaxis(d_out, 3, 1).reshape(*weights.shape[:2], -1).astype(dtype)
         _, vjp_sum = jax.vjp(_bilinear.weighted_sum, weights, values)
-        d_weights, d_values = vjp_sum(d_out)
+        d_weights, d_values = vjp_sum(d_out.astype(dtype))
         d_padded = _bilinear.scatter_add(d_padded, index, d_values)
         return d_padded, add(d_points, *vjp(d_weights), i, block)
 
     zeros = jnp.zeros(padded.shape, dtype), zeros_after(g, points.shape, points.dtype)
     d_padded, d_points = loop(count, body, zeros)
-    return by_channel(_bilinear.unpad(d_padded), groups).astype(x.dtype), d_points
+    return _bilinear.unpad(d_padded, border).reshape(x.shape).astype(x.dtype), d_points
 
 
-def corners(x: Array, points: Array, padding_mode: PaddingMode):
+def corners(x: Array, points: Array, padding_mode: PaddingMode, border: int):
     """`_bilinear.corners` of the points, and the function from their gradient to the points'."""
 
     def weights_of(points):
-        index, weights = _bilinear.corners(x.shape[1:3], *positions(x, points, padding_mode))
+        positions = _positions(x, points, padding_mode)
+        index, weights = _bilinear.corners(x.shape[1:3], *positions, border)
         return weights, index
 
     weights, vjp, index = jax.vjp(weights_of, points, has_aux=True)

@@ -50,12 +50,11 @@ def grid_sample(
         raise ValueError(
             f"padding_mode must be one of {get_args(PaddingMode)}, got {padding_mode!r}"
         )
-    b, h, w, c = x.shape
-    size = grid.shape[1:3]
-    grid = grid.astype(position_dtype(x, grid)).reshape(b, size[0] * size[1], 2)
-    columns = _pixel(grid[..., 0], w, padding_mode, align_corners)
-    rows = _pixel(grid[..., 1], h, padding_mode, align_corners)
-    return sample(x, rows, columns).reshape(b, *size, c).astype(x.dtype)
+    grid = grid.astype(position_dtype(x, grid))[..., None, None, :]
+    columns = _pixel(grid[..., 0], x.shape[2], padding_mode, align_corners)
+    rows = _pixel(grid[..., 1], x.shape[1], padding_mode, align_corners)
+    samples = sample(x[..., None, :], rows, columns, inside=padding_mode != "zeros")
+    return samples[..., 0, 0, :].astype(x.dtype)
 
 
 def _pixel(g: Array, n: Size, padding_mode: PaddingMode, align_corners: bool) -> Array:

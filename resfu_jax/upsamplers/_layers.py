@@ -10,7 +10,16 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._dtypes import at_least_float32, promote
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops._row_blocks import Rows, block_rows, map_row_blocks
+from resfu_jax.ops._row_blocks import (
+    Rows,
+    add,
+    add_to_sums,
+    block_rows,
+    cut,
+    loop,
+    map_row_blocks,
+    zero_sums,
+)
 from resfu_jax.ops.group_norm import group_norm
 
 EPS = 1e-5  # of every norm of the published modules
@@ -60,6 +69,43 @@ def apply_linear(x: Float[Array, "b h w c"], layer: nnx.Linear) -> Float[Array, 
     """`layer(x)` in the dtype of x."""
     x = x @ layer.kernel[...].astype(x.dtype)
     return x if layer.bias is None else x + layer.bias[...].astype(x.dtype)[None, None, None]
+
+
+def project(
+    x: Float[Array, "b h w c"], layer: nnx.Linear
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w d"]]:
+    """x, for its further use, and `layer(x)`.
+
+    Of both gradients to x, the second is added to the first in place, block by block: JAX would add
+    two maps and write a third.
+    """
+    x, y = _fork(x, layer.kernel[...].astype(x.dtype))
+    return x, y if layer.bias is None else y + layer.bias[...].astype(x.dtype)[None, None, None]
+
+
+@jax.custom_vjp
+def _fork(x: Array, kernel: Array) -> tuple[Array, Array]:
+    return x, x @ kernel
+
+
+def _fork_bwd(saved, g):
+    x, kernel = saved
+    b, h, w, c = x.shape
+    rows = block_rows(h, b * w * c)
+    block, added = Rows(1, rows, rows), Rows(1, rows, rows, offsets=(0,))
+
+    def body(i, state):
+        d_x, d_kernel = state
+        x_rows, d_y = cut((x, g[1]), i, (block, block))
+        d_x = add(d_x, (d_y @ kernel.T,), i, added)
+        return d_x, add_to_sums(d_kernel, jnp.einsum("bhwc,bhwd->cd", x_rows, d_y))
+
+    d_x = g[0].astype(at_least_float32(x.dtype))
+    d_x, d_kernel = loop(h // rows, body, (d_x, zero_sums(kernel)))
+    return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
+
+
+_fork.defvjp(lambda x, kernel: (_fork(x, kernel), (x, kernel)), _fork_bwd)
 
 
 def apply_norm(

@@ -33,6 +33,7 @@ from resfu_jax.upsamplers._layers import (
     check_whole,
     compute_dtype,
     need,
+    project,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
@@ -117,21 +118,24 @@ class DySample(nnx.Module):
         check_features(features, self.features)
         check_output_size("dysample", features, output_size, self.scale)
         x = features.astype(compute_dtype(self.dtype, features))
+        x, points = self.points(x)
         v = reassembled(x, values, groups=(self.groups,))
         samples = deformable_sample(
-            v, self.points(x), padding_mode="border", implementation=self.implementation
+            v, points, padding_mode="border", implementation=self.implementation
         )
         return samples.reshape(*samples.shape[:3], v.shape[3])
 
-    def points(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W g 1 2"]:
-        """Where every output pixel samples: (row, column) in pixels of x."""
-        offset = self._project(x, self.offset)
+    def points(
+        self, x: Float[Array, "b h w c"]
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b H W g 1 2"]]:
+        """`project`'s x, and where every output pixel samples: (row, column) in its pixels."""
+        x, offset = self._project(x, self.offset)
         offset = offset.astype(at_least_float32(offset.dtype))
         if self.scope is None:
             offset = 0.25 * offset
         else:
-            scope = self._project(x, self.scope).astype(offset.dtype)
-            offset = 0.5 * jax.nn.sigmoid(scope) * offset
+            x, scope = self._project(x, self.scope)
+            offset = 0.5 * jax.nn.sigmoid(scope.astype(offset.dtype)) * offset
         b, hh, ww, _ = offset.shape
         # The channels are (column, row) times group.
         offset = offset.reshape(b, hh, ww, 2, self.groups)[..., ::-1, :].swapaxes(-1, -2)
@@ -141,9 +145,12 @@ class DySample(nnx.Module):
             return (2 * p + (1 - self.scale)).astype(offset.dtype) / (2 * self.scale)
 
         own = jnp.stack(jnp.meshgrid(own(hh), own(ww), indexing="ij"), axis=-1)
-        return (offset + own[None, :, :, None])[..., None, :]
+        return x, (offset + own[None, :, :, None])[..., None, :]
 
-    def _project(self, x: Array, layer: nnx.Linear) -> Float[Array, "b H W d"]:
-        if self.style == "lp":
-            return pixel_shuffle(apply_linear(x, layer), self.scale)
-        return apply_linear(pixel_shuffle(x, self.scale), layer)
+    def _project(
+        self, x: Array, layer: nnx.Linear
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b H W d"]]:
+        if self.style == "pl":
+            return x, apply_linear(pixel_shuffle(x, self.scale), layer)
+        x, y = project(x, layer)
+        return x, pixel_shuffle(y, self.scale)
