@@ -247,7 +247,7 @@ def test_weights_of_an_output_pixel(name):
     """They are what the pixel makes of any values; they sum to 1 where nothing lies beyond."""
     x, *guide = inputs(name, batch=1, size=(6, 7))
     up, pixel = build(name), (6, 9)
-    find = jax.jit(lambda x, *guide: pixel_weights(up, x, pixel, guide=guide[0] if guide else None))
+    find = jax.jit(lambda x, *guide: pixel_weights(up, x, pixel, *guide))
     weights = find(x, *guide)
     assert weights.shape == (1, 6, 7)
     values = jax.random.normal(jax.random.key(5), (1, 6, 7, 1))
@@ -265,19 +265,18 @@ def test_weights_of_an_output_pixel(name):
 @every
 def test_wrong_values_are_named(name, as_users_call):
     up, (x, *guide) = build(name), inputs(name, batch=1)
-    options = dict(guide=guide[0]) if guide else dict(output_size=(6, 10))
 
     def trace(f, *arrays, **keywords):
         jax.eval_shape(lambda: f(*arrays, **keywords))
 
     if name not in REASSEMBLING:
         with pytest.raises(ValueError, match="upsampler must be one that reassembles"):
-            trace(pixel_weights, up, x, (0, 0), **options)
+            trace(pixel_weights, up, x, (0, 0), *guide)
         return
     with pytest.raises(ValueError, match="values must be .* a vector for every pixel"):
         trace(up, x, *guide, values=x[:, 1:])
     with pytest.raises(ValueError, match="pixel must lie in the output of 6x10"):
-        trace(pixel_weights, up, x, (6, 0), **options)
+        trace(pixel_weights, up, x, (6, 0), *guide)
     if name in ("dysample", "lda_aqu", "sapa_deform", "fade"):  # groups; the gate
         with pytest.raises(ValueError, match="values must have"):
             trace(up, x, *guide, values=x[..., :3])

@@ -14,7 +14,7 @@ from resfu_jax.upsamplers._registry import (
     register,
     upsampler_entry,
 )
-from resfu_jax.upsamplers._weights import pixel_weights, takes_values
+from resfu_jax.upsamplers._weights import keeps_space, pixel_weights, takes_values
 from resfu_jax.upsamplers.carafe import CARAFE
 from resfu_jax.upsamplers.classic import Deconvolution, Interpolation, PixelShuffle
 from resfu_jax.upsamplers.dysample import DySample
@@ -39,6 +39,7 @@ __all__ = [
     "check_output_size",
     "check_whole",
     "create_upsampler",
+    "keeps_space",
     "list_upsamplers",
     "need_guide",
     "pixel_weights",

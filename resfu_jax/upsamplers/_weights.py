@@ -1,14 +1,18 @@
 """What an output pixel is made of."""
 
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
-from resfu_jax.ops._interp import Size
 from resfu_jax.upsamplers._layers import need
+from resfu_jax.upsamplers.fade import FADE
+from resfu_jax.upsamplers.sapa import SAPA
+
+Index = int | Integer[Array, ""]
 
 
 def takes_values(upsampler: nnx.Module | type[nnx.Module]) -> bool:
@@ -17,13 +21,22 @@ def takes_values(upsampler: nnx.Module | type[nnx.Module]) -> bool:
     return "values" in inspect.signature(cls.__call__).parameters
 
 
+def keeps_space(upsampler: nnx.Module) -> bool:
+    """Whether every output is a sum of features alone, so that the two can be compared.
+
+    Not if it makes new features, mixes the guide in (FADE's gate), or maps the features (`v_embed`
+    of SAPA).
+    """
+    mixes = isinstance(upsampler, FADE) and upsampler.gate is not None
+    maps = isinstance(upsampler, SAPA) and upsampler.v is not None
+    return takes_values(upsampler) and not mixes and not maps
+
+
 def pixel_weights(
     upsampler: nnx.Module,
     features: Float[Array, "b h w c"],
-    pixel: tuple[int, int],
-    *,
-    guide: Float[Array, "b H W cg"] | None = None,
-    output_size: tuple[Size, Size] | None = None,
+    pixel: tuple[Index, Index],
+    *inputs: Any,
 ) -> Float[Array, "b h w"]:
     """The weights that one output pixel gives to the pixels of the features.
 
@@ -35,8 +48,8 @@ def pixel_weights(
       upsampler: one that takes `values`.
       features: low-resolution features.
       pixel: row and column of the output pixel, counted from 0.
-      guide: for guided upsamplers.
-      output_size: for the others, as in their call.
+      *inputs: what the upsampler is called with after the features: the guide, or the output's
+        size, if any.
 
     Raises:
       ValueError: an upsampler without such weights, or a pixel outside the output.
@@ -46,13 +59,15 @@ def pixel_weights(
         "upsampler must be one that reassembles features, which has weights; "
         f"{type(upsampler).__name__} makes new ones",
     )
-    other = guide if upsampler.guide == "features" else output_size
 
     def up(values: Array) -> Array:
-        return upsampler(features, other, values=values)
+        return upsampler(features, *inputs, values=values)
 
     out, vjp = jax.vjp(up, features)
-    inside = all(0 <= i < n for i, n in zip(pixel, out.shape[1:3], strict=True))
-    need(inside, f"pixel must lie in the output of {out.shape[1]}x{out.shape[2]}, got {pixel}")
+    for i, n in zip(pixel, out.shape[1:3], strict=True):
+        need(
+            isinstance(i, Array) or 0 <= i < n,
+            f"pixel must lie in the output of {out.shape[1]}x{out.shape[2]}, got {pixel}",
+        )
     (weights,) = vjp(jnp.zeros_like(out).at[:, *pixel].set(1 / out.shape[3]))
     return weights.sum(axis=-1)
