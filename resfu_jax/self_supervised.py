@@ -2,26 +2,32 @@
 
     extract = extractor(backbone)
     up = GuidedUpsampler("resfu", features=192, scale=4, rngs=nnx.Rngs(0))
-    losses = fit(up, extract, [fitted(photo, side=896, multiple=64)])
+    losses = fit(up, extract, [fitted(photo, side=448, multiple=16)])
     finer = up(extract(images), images)          # stride 4 from a backbone of stride 16
 
-The backbone itself is the teacher, at another scale. With f the backbone, I an image and I/s the
-image at 1/s of its size, the features of the small image, brought to s times their size under the
-image's guidance, should be those of the whole image:
+The backbone itself is the teacher. With f the backbone, P its stride, I an image and s the scale,
+the features of the image shifted by fractions of P, interleaved, are a map s times as large:
 
-    loss = mean ((U(f(I/s), I) - f(I)) / sigma)^2
+    dense[s a + p, s b + q] = f(I shifted by (P/s) (p - (s-1)/2, q - (s-1)/2))[a, b]
+    loss = mean ((U(f(I), I) - dense) / sigma)^2
 
-with sigma the standard deviation of each channel of f(I), so that channels count alike and the loss
-is the share of the variance that is not explained: 0 is perfect, 1 as bad as a constant.
+with U the upsampler and sigma the standard deviation of each channel of the dense map, so that
+channels count alike and the loss is the share of the variance that is not explained: 0 is perfect,
+1 as bad as a constant. One pass of the backbone and the upsampler thus learn to stand for s^2
+passes.
 
-The objective is that of NAF (Chambon et al., "NAF: Zero-Shot Feature Upsampling via Neighborhood
-Attention Filtering", 2025: squared errors) and of JAFAR (Couairon et al., "JAFAR: Jack up Any
-Feature at Any Resolution", NeurIPS 2025: with a cosine, and random scales); LiFT (Suri et al., ECCV
-2024) has it for x2. FeatUp (Fu et al., ICLR 2024) compares jittered views instead, LoftUp (Huang et
-al., ICCV 2025) needs masks and a teacher. Theirs are trained on millions of images; here, the
+Interleaving is the "shift-and-stitch" of Long et al., "Fully Convolutional Networks for Semantic
+Segmentation", CVPR 2015, section 3.2; shifted views of one image as the teacher of an upsampler are
+FeatUp's (Fu et al., ICLR 2024), which also zooms, and models how the backbone pools. The other
+habit is to let the features of a small version of the image explain those of the image itself: LiFT
+(Suri et al., ECCV 2024), JAFAR (Couairon et al., NeurIPS 2025), NAF (Chambon et al., 2025). It asks
+of a backbone that features do not depend on the size of things: between 224 and 896 pixels those of
+a ViT-Ti differ so much that bilinear upsampling explains none of the variance. Shifts keep the
+size. The published upsamplers of this kind are trained on up to millions of images; here, the
 interest is the same budget for every upsampler of the library, down to a single photo.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -95,27 +101,26 @@ class GuidedUpsampler(nnx.Module):
           images: RGB in 0 .. 255, uint8 or floating point, of any size: they are resized to that of
             the output. Unguided upsamplers ignore them.
         """
-        guide = self.guide(features, images)
-        return self.upsample(features) if guide is None else self.upsample(features, guide)
+        return self.upsample(features, *self.guide(features, images))
 
     def weights(
         self,
         features: Float[Array, "b h w c"],
         images: Num[Array, "b H W 3"],
-        pixel: tuple[int, int],
+        pixel: tuple[Any, Any],
     ) -> Float[Array, "b h w"]:
         """What an output pixel is made of, as `upsamplers.pixel_weights`."""
-        guide = self.guide(features, images)
-        return pixel_weights(self.upsample, features, pixel, guide=guide)
+        return pixel_weights(self.upsample, features, pixel, *self.guide(features, images))
 
     def guide(
         self, features: Float[Array, "b h w c"], images: Num[Array, "b H W 3"]
-    ) -> Float[Array, "b sh sw g"] | None:
-        """What guides the upsampler; None if nothing does."""
+    ) -> tuple[Float[Array, "b sh sw g"], ...]:
+        """What guides the upsampler; nothing for an unguided one."""
         if self.stem is None:
-            return None
+            return ()
         images = normalise(images, IMAGENET_MEAN, IMAGENET_STD)
-        return self.stem(_resized(images, self.scale, features.shape).astype(features.dtype))
+        images = _resized(images, self.scale, features.shape)
+        return (self.stem(images.astype(features.dtype)),)
 
 
 def extractor(
@@ -145,8 +150,8 @@ def fitted(
 ) -> Num[np.ndarray, "H W 3"]:
     """The image with its longer side `side`, both sides resized to multiples of `multiple`.
 
-    For `fit`, the multiple is the backbone's stride times the upsampler's scale. The proportions
-    change by less than half a multiple.
+    For `fit`, the multiple is the backbone's stride. The proportions change by less than half a
+    multiple.
 
     Args:
       image: uint8, RGB.
@@ -172,14 +177,15 @@ def fit(
 ) -> list[float]:
     """Fits a `GuidedUpsampler` to images, in place; a step sees one image.
 
-    The features are computed once for each image, so a step costs what the upsampler costs.
-    Images of different sizes compile a program each: better resize them to a few.
+    The features are computed once for each image, in 1 + scale^2 passes of the backbone, so a step
+    costs what the upsampler costs. Images of different sizes compile a program each: better resize
+    them to a few.
 
     Args:
       module: of the scale wanted and the features' channels.
       extract: images `(1, H, W, 3)` in 0 .. 255 to features `(1, h, w, C)`, as `extractor` makes.
-      images: RGB in 0 .. 255. Their sides are multiples of the scale times the backbone's stride,
-        for instance by `fitted`.
+      images: RGB in 0 .. 255. Their sides are multiples of the backbone's stride, for instance by
+        `fitted`.
       steps: of Adam, on one image each; every image once before any comes again.
       learning_rate: peak; it rises for a tenth of the steps and falls to zero as a cosine.
       seed: of the images' order.
@@ -232,7 +238,7 @@ def fit(
 def training_pairs(
     extract: Extract, images: Sequence[Num[np.ndarray, "_h _w 3"]], scale: int
 ) -> list[tuple[Array, Array, Array]]:
-    """For every image, features of it at 1 / scale of its size, its own, and the guiding image.
+    """For every image, its features, their dense map, and the image at that map's size.
 
     Raises:
       ValueError: as `fit`.
@@ -241,22 +247,41 @@ def training_pairs(
         raise ValueError("images must be at least one, got none")
     pairs = []
     for i, image in enumerate(images):
-        if image.ndim != 3 or image.shape[2] != 3 or any(n % scale for n in image.shape[:2]):
-            raise ValueError(
-                f"images[{i}] must be (height, width, 3) with sides that are multiples of the "
-                f"scale, {scale}, times the backbone's stride, got shape {image.shape}"
-            )
-        whole = jnp.asarray(image, jnp.float32)[None]
-        small = resize(whole, tuple(n // scale for n in image.shape[:2]), antialias=True)
-        low, high = (jax.lax.stop_gradient(extract(x)) for x in (small, whole))
-        expected = (1, *(scale * n for n in low.shape[1:3]), low.shape[3])
-        if high.shape != expected:
-            raise ValueError(
-                f"features of images[{i}] must be {scale} times as large as those of the image at "
-                f"1/{scale} of its size, {expected}, got {high.shape}"
-            )
-        pairs.append((low, high, _resized(whole, scale, low.shape)))
+        if image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"images[{i}] must be (height, width, 3), got shape {image.shape}")
+        image = jnp.asarray(image, jnp.float32)[None]
+        low = extract(image)
+        high = dense_features(extract, image, scale, stride=image.shape[1] / low.shape[1])
+        pairs.append((low, high, _resized(image, scale, low.shape)))
     return pairs
+
+
+def dense_features(
+    extract: Extract, images: Float[Array, "b H W 3"], scale: int, *, stride: float
+) -> Float[Array, "b sh sw c"]:
+    """Features at `scale` times the resolution of the backbone's, from scale^2 shifted images.
+
+    Shifts by fractions of a pixel interpolate linearly; beyond the image, its edge is repeated.
+
+    Args:
+      extract: images to features.
+      images: RGB in 0 .. 255, with sides that are multiples of the backbone's stride.
+      scale: s, whole.
+      stride: of the backbone, in pixels.
+    """
+
+    def shifted(images: Array, axis: int, by: float) -> Array:
+        lower = math.floor(by)
+        places = np.arange(images.shape[axis]) + lower
+        below, above = (jnp.take(images, places + i, axis, mode="clip") for i in (0, 1))
+        return below + (by - lower) * (above - below)
+
+    by = [stride / scale * (p - (scale - 1) / 2) for p in range(scale)]
+    rows = [shifted(images, 1, y) for y in by]
+    maps = [[extract(shifted(row, 2, x)) for x in by] for row in rows]
+    dense = jnp.stack([jnp.stack(columns, axis=3) for columns in maps], axis=2)
+    b, h, _, w, _, c = dense.shape
+    return dense.reshape(b, scale * h, scale * w, c)
 
 
 def _resized(images: Array, scale: int, features: tuple[int, ...]) -> Array:
