@@ -1,13 +1,19 @@
-"""Pictures: segmentations in the classes' colours, features by their principal components."""
+"""Pictures: segmentations in the classes' colours, features by their principal components, weights.
+
+A picture is an array of RGB pixels. Matplotlib is imported where it is used.
+"""
 
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
 from PIL import Image
+
+Path = str | os.PathLike[str]
+Panel = tuple[str, UInt8[np.ndarray, "_h _w 3"]]  # title and picture
 
 
 def colorize(
@@ -43,6 +49,77 @@ def side_by_side(
     return np.concatenate([panels[0], space, panels[1], space, panels[2]], axis=1)
 
 
+def compare_predictions(
+    path: Path, pictures: Mapping[str, Sequence[Path]], *, gap: int = 4, **layout: float
+) -> None:
+    """Image | label | prediction of each model, a row for every image.
+
+    Args:
+      path: the picture to write.
+      pictures: files as `side_by_side` makes them, the same images for every model.
+      gap: as there.
+      layout: of `save_grid`.
+    """
+    panels: list[Panel] = []
+    for files in zip(*pictures.values(), strict=True):
+        shown = []
+        for file in files:
+            with Image.open(file) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            width = (pixels.shape[1] - 2 * gap) // 3
+            shown.append([pixels[:, i * (width + gap) :][:, :width] for i in range(3)])
+        titles = ("", "") if panels else ("image", "label")
+        panels += zip(titles, shown[0], strict=False)
+        panels += [
+            ("" if titles[0] == "" else name, prediction)
+            for name, (_, _, prediction) in zip(pictures, shown, strict=True)
+        ]
+    save_grid(path, panels, columns=2 + len(pictures), **layout)
+
+
+def save_grid(
+    path: Path,
+    panels: Sequence[Panel],
+    *,
+    columns: int,
+    width: float = 2.2,
+    space: float = 0.05,
+    dpi: int = 110,
+) -> None:
+    """Writes panels side by side, row by row, under their titles.
+
+    Args:
+      path: the picture to write; its suffix says which kind.
+      panels: titles and pictures; all are shown in the shape of the first.
+      columns: panels in a row.
+      width: of a panel, in inches.
+      space: between panels, in inches.
+      dpi: pixels of an inch.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    height = width * panels[0][1].shape[0] / panels[0][1].shape[1]
+    titles = [0.22 if any(title for title, _ in row) else 0.0 for row in rows]
+    whole = (
+        columns * width + (columns - 1) * space,
+        len(rows) * height + (len(rows) - 1) * space + sum(titles),
+    )
+    figure = Figure(figsize=whole, dpi=dpi)
+    top = 0.0
+    for row, title_height in zip(rows, titles, strict=True):
+        top += title_height + height
+        for i, (title, picture) in enumerate(row):
+            box = (i * (width + space), whole[1] - top, width, height)
+            axes = figure.add_axes([a / b for a, b in zip(box, whole * 2, strict=True)])
+            axes.imshow(picture, aspect="auto")
+            axes.axis("off")
+            axes.set_title(title, fontsize=9, pad=3)
+        top += space
+    _make_parent(path)
+    figure.savefig(path)
+
+
 @dataclasses.dataclass(frozen=True)
 class PCA:
     """The three main directions of a set of feature vectors, as colours.
@@ -61,7 +138,8 @@ class PCA:
         x = np.asarray(features, np.float64).reshape(-1, features.shape[-1])
         mean = x.mean(axis=0)
         _, _, rows = np.linalg.svd(x - mean, full_matrices=False)
-        directions = rows[:3].T
+        # A tiny map may have fewer than three.
+        directions = np.concatenate([rows, np.zeros((3, x.shape[1]))])[:3].T
         # A direction's sign is arbitrary; fix it, so that pictures repeat.
         directions = directions * np.sign(directions[np.abs(directions).argmax(axis=0), range(3)])
         low, high = np.percentile((x - mean) @ directions, (1, 99), axis=0)
@@ -74,10 +152,9 @@ class PCA:
         return (255 * np.clip(y, 0, 1)).round().astype(np.uint8)
 
 
-def save_png(path: str | os.PathLike[str], picture: UInt8[np.ndarray, "h w 3"]) -> None:
+def save_png(path: Path, picture: UInt8[np.ndarray, "h w 3"]) -> None:
     """Writes a picture, making its directory if needed."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(path)
     Image.fromarray(picture).save(path)
 
 
@@ -95,14 +172,126 @@ def overlay(
     return mixed.round().astype(np.uint8)
 
 
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The part of an image that shows the weights of one pixel: whole cells of the features.
+
+    Attributes:
+      pixel: row and column in the image.
+      cell: height and width of a pixel of the features, in pixels of the image.
+      rows: first and last + 1 of the features' rows shown.
+      columns: likewise.
+    """
+
+    pixel: tuple[int, int]
+    cell: tuple[int, int]
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+    @classmethod
+    def around(
+        cls,
+        pixel: tuple[int, int],
+        image: tuple[int, int],
+        features: tuple[int, int],
+        *,
+        rows: int = 9,
+    ) -> "Window":
+        """So many rows of features around a pixel, and columns in proportion to the image.
+
+        Args:
+          pixel: row and column in the image.
+          image: height and width of the image, multiples of those of the features.
+          features: height and width of the features.
+          rows: at most.
+        """
+        cell = tuple(n // m for n, m in zip(image, features, strict=True))
+        count = min(rows, features[0])
+        counts = (count, min(features[1], max(1, round(count * features[1] / features[0]))))
+        spans = []
+        for p, n, size, side in zip(pixel, counts, features, cell, strict=True):
+            first = min(max(p // side - n // 2, 0), size - n)
+            spans.append((first, first + n))
+        return cls(tuple(pixel), cell, *spans)
+
+    def show(
+        self,
+        image: UInt8[np.ndarray, "H W 3"],
+        weights: Float[np.ndarray, "h w"] | None = None,
+        *,
+        zoom: int = 4,
+    ) -> UInt8[np.ndarray, "_ _ 3"]:
+        """The window of the image, a cross at the pixel, and the weights over the darkened image.
+
+        The largest weight is drawn opaque, others in proportion; orange is positive, blue negative.
+
+        Args:
+          image: the whole image.
+          weights: of the features' pixels.
+          zoom: how much larger than in the image the window is shown.
+        """
+        (top, bottom), (left, right) = (
+            (first * n, last * n)
+            for (first, last), n in zip((self.rows, self.columns), self.cell, strict=True)
+        )
+        size = (zoom * (right - left), zoom * (bottom - top))
+        part = Image.fromarray(image[top:bottom, left:right])
+        picture = np.asarray(part.resize(size, Image.Resampling.BICUBIC))
+        if weights is not None:
+            part = weights[slice(*self.rows), slice(*self.columns)]
+            cells = np.kron(part, np.ones([zoom * n for n in self.cell]))
+            opacity = np.abs(cells)[..., None] / max(np.abs(weights).max(), 1e-12)
+            colour = np.where(cells[..., None] > 0, _POSITIVE, _NEGATIVE)
+            picture = (1 - opacity) * 0.45 * picture + opacity * colour
+            picture = picture.round().astype(np.uint8)
+        centre = (
+            zoom * (self.pixel[0] - top) + zoom // 2,
+            zoom * (self.pixel[1] - left) + zoom // 2,
+        )
+        return mark(picture, centre)
+
+    def frame(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
+        """The whole image, the pixel and the window's outline drawn in."""
+        spans = zip((self.rows, self.columns), self.cell, strict=True)
+        (top, bottom), (left, right) = ((first * n, last * n - 1) for (first, last), n in spans)
+        picture = mark(image, self.pixel)
+        width = max(1, image.shape[0] // 150)
+        for i in range(width):
+            for edge in (
+                np.s_[top + i, left : right + 1],
+                np.s_[bottom - i, left : right + 1],
+                np.s_[top : bottom + 1, left + i],
+                np.s_[top : bottom + 1, right - i],
+            ):
+                picture[edge] = 255
+        return picture
+
+
+_POSITIVE, _NEGATIVE = (255, 170, 30), (60, 130, 255)
+
+
+def mark(picture: UInt8[np.ndarray, "h w 3"], pixel: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+    """A copy with a cross at a pixel: white, outlined in black."""
+    size = max(3, picture.shape[0] // 40)
+    y, x = np.indices(picture.shape[:2])
+    dy, dx = np.abs(y - pixel[0]), np.abs(x - pixel[1])
+    long, short = np.maximum(dy, dx), np.minimum(dy, dx)
+    width = size // 6
+    out = np.where(((short <= 2 * width + 1) & (long <= size + width + 1))[..., None], 0, picture)
+    return np.where(((short <= width) & (long <= size))[..., None], 255, out).astype(np.uint8)
+
+
 def save_labels(
-    path: str | os.PathLike[str],
+    path: Path,
     labels: UInt8[np.ndarray, "h w"],
     palette: Sequence[tuple[int, int, int]],
 ) -> None:
     """Writes class indices as a PNG that shows them in their colours (PIL mode "P")."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(path)
     picture = Image.fromarray(labels)
     picture.putpalette([value for color in palette for value in color])
     picture.save(path)
+
+
+def _make_parent(path: Path) -> None:
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -23,11 +23,11 @@ import jax
 import matplotlib
 import numpy as np
 from flax import nnx
-from PIL import Image
 
 from resfu_jax import training
 from resfu_jax.heads import create_head
 from resfu_jax.training import read_metrics
+from resfu_jax.visualize import compare_predictions
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -42,7 +42,6 @@ SPLITS = ("camvid", "camvid/clean")
 RARE = ("Pole", "SignSymbol", "Fence")
 SHOWN = ("bilinear", "carafe", "fade", "resfu")  # in the picture
 RECORD = DOCS / "results.json"
-GAP = 4  # between the panels of a prediction picture
 
 
 def directory(root: pathlib.Path, split: str, member: str, seed: int) -> pathlib.Path:
@@ -157,26 +156,11 @@ def pictures(root: pathlib.Path, path: pathlib.Path, rows: int = 3) -> None:
         print(f"{path.name} stays: it needs a run of {', '.join(SHOWN)} in {root}")
         return
 
-    def panels(first: pathlib.Path, i: int) -> list[np.ndarray]:
-        with Image.open(first.with_name(first.name.replace("_0.png", f"_{i}.png"))) as picture:
-            pixels = np.asarray(picture)[..., :3]
-        width = (pixels.shape[1] - 2 * GAP) // 3
-        return [pixels[:, j * (width + GAP) : j * (width + GAP) + width] for j in range(3)]
-
-    lines = []
-    for i in range(rows):
-        shown = [panels(runs[m][-1], i) for m in SHOWN]
-        row = [*shown[0][:2], *(p[2] for p in shown)]
-        margin = ((0, GAP), (0, GAP), (0, 0))
-        lines.append(np.concatenate([np.pad(p, margin, constant_values=255) for p in row], axis=1))
-    picture = np.concatenate(lines, axis=0)
-    titles = ["image", "label", *SHOWN]
-    figure, axis = plt.subplots(figsize=(14, 14 * picture.shape[0] / picture.shape[1]))
-    axis.imshow(picture)
-    for j, title in enumerate(titles):
-        axis.text((j + 0.5) / len(titles), 1.01, title, transform=axis.transAxes, ha="center")
-    axis.axis("off")
-    figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.05)
+    files = {
+        m: [f.with_name(f.name.replace("_0.png", f"_{i}.png")) for i in range(rows)]
+        for m, (*_, f) in runs.items()
+    }
+    compare_predictions(path, files, width=1.8)
 
 
 def between(page: pathlib.Path, mark: str, text: str) -> None:

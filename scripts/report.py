@@ -12,9 +12,9 @@ import pathlib
 
 import matplotlib
 import numpy as np
-from PIL import Image
 
 from resfu_jax.training import read_metrics
+from resfu_jax.visualize import compare_predictions
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -81,33 +81,6 @@ def curves(groups: dict[str, list[dict]], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def predictions(groups: dict[str, list[dict]], path: pathlib.Path, rows: int, zoom: int) -> None:
-    """Image | label | prediction of each upsampler, for the first validation images."""
-
-    def panels(run, i):
-        picture = Image.open(run["workdir"] / "predictions" / f"step{run['steps']:07d}_{i}.png")
-        width = (picture.width - 2 * GAP) // 3
-        lefts = [j * (width + GAP) for j in range(3)]
-        return [np.asarray(picture)[:, x : x + width, :3] for x in lefts]
-
-    margin = ((0, GAP), (0, GAP), (0, 0))
-    lines = []
-    for i in range(rows):
-        shown = [panels(runs[0], i) for runs in groups.values()]
-        row = [*shown[0][:2], *(p[2] for p in shown)]
-        row = [np.pad(p, margin, constant_values=255) for p in row]
-        lines.append(np.concatenate(row, axis=1))
-    picture = Image.fromarray(np.concatenate(lines, axis=0))
-    figure, axis = plt.subplots(figsize=(picture.width * zoom / 110, picture.height * zoom / 110))
-    axis.imshow(picture, interpolation="nearest")
-    titles = ["image", "label", *groups]
-    for j, title in enumerate(titles):
-        axis.text((j + 0.5) / len(titles), 1.01, title, transform=axis.transAxes, ha="center")
-    axis.axis("off")
-    figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.05)
-
-
-GAP = 4  # between the panels of a prediction picture
 TEXT = {
     "shapes": """\
 `configs/shapes_resfu.py` and `configs/shapes_bilinear.py`: 600 steps on the embedded dataset (8
@@ -137,7 +110,17 @@ def main() -> None:
     DOCS.mkdir(exist_ok=True)
     curves(groups, DOCS / f"{args.name}_curves.png")
     shapes = args.name == "shapes"
-    predictions(groups, DOCS / f"{args.name}_predictions.png", rows=4 if shapes else 3, zoom=2)
+    compare_predictions(
+        DOCS / f"{args.name}_predictions.png",
+        {
+            upsampler: [
+                runs[0]["workdir"] / "predictions" / f"step{runs[0]['steps']:07d}_{i}.png"
+                for i in range(4 if shapes else 3)
+            ]
+            for upsampler, runs in groups.items()
+        },
+        width=2.4 if shapes else 4.4,
+    )
     seeds = len(next(iter(groups.values())))
     (DOCS / f"{args.name}.md").write_text(
         f"# `{args.name}`: last evaluation, {seeds} seed{'s' * (seeds > 1)}\n\n"

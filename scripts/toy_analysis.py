@@ -25,7 +25,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -42,10 +41,7 @@ from resfu_jax.model import create_model
 from resfu_jax.ops import resize
 from resfu_jax.ops._row_blocks import one_block
 from resfu_jax.upsamplers import upsampler_entry
-from resfu_jax.visualize import PCA
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from resfu_jax.visualize import PCA, save_grid
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -319,16 +315,7 @@ def picture(workdir: pathlib.Path, members: list[str], val_set: dict) -> None:
     for m in members:
         up = np.load(workdir / f"{m}.npy")
         panels.append((m + "*" * (m in own), (PCA.fit(up) if m in own else pca)(up)))
-    columns = 7
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.75 * columns, 1.95 * rows))
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, (title, panel) in zip(axes.flat, panels, strict=False):
-        axis.imshow(panel, interpolation="nearest")
-        axis.set_title(title, fontsize=9)
-    figure.tight_layout(pad=0.3)
-    figure.savefig(DOCS / "toy_pca.png", dpi=100)
+    save_grid(DOCS / "toy_pca.png", panels, columns=7, width=1.75, dpi=100)
 
 
 def main() -> None:
