@@ -335,6 +335,17 @@ class Predictor:
         """What images of this height and width (after resizing) are padded to."""
         return self._next_side(height), self._next_side(width)
 
+    def resized(self, pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "_ _ 3"]:
+        """An image at the size at which the model sees it, before the padding."""
+        size, scale = pixels.shape[:2], self.scale
+        if self.resize_to is not None:
+            scale *= min(self.resize_to[0] / min(size), self.resize_to[1] / max(size))
+        height, width = (max(1, round(scale * n)) for n in size)
+        if (height, width) == size:
+            return pixels
+        image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+        return np.asarray(image)
+
     def _next_side(self, n: int) -> int:
         m = side = self.inference.multiple
         while side < n:
@@ -400,15 +411,7 @@ class Predictor:
             pixels = read_image(item.path) if item.pixels is None else item.pixels
         except ImageError as error:
             return dataclasses.replace(item, error=error)
-        size = pixels.shape[:2]
-        scale = self.scale
-        if self.resize_to is not None:
-            scale *= min(self.resize_to[0] / min(size), self.resize_to[1] / max(size))
-        height, width = (max(1, round(scale * n)) for n in size)
-        if (height, width) != size:
-            image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
-            pixels = np.asarray(image)
-        return dataclasses.replace(item, pixels=pixels, size=size)
+        return dataclasses.replace(item, pixels=self.resized(pixels), size=pixels.shape[:2])
 
     def _batch(self, rows: list[_Item], size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
         images = np.empty((self.batch_size, *size, 3), np.uint8)

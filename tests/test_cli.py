@@ -7,6 +7,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,10 +15,11 @@ from PIL import Image
 from tiny_run import make_run, tiny_config_of
 
 import resfu_jax
-from resfu_jax import data, training
+from resfu_jax import data, training, visualize
 from resfu_jax.cli import COMMANDS, main
 from resfu_jax.predictor import Predictor
 from resfu_jax.serving import load_exported
+from resfu_jax.training import BackboneConfig, HeadConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 RNG = np.random.default_rng(0)
@@ -247,6 +249,100 @@ def test_a_real_process(run, photos, tmp_path, compilation_cache):
     )
     np.testing.assert_array_equal(read(tmp_path / "out" / "labels" / "a.png")[0], expected.labels)
     assert list((tmp_path / ".cache" / "resfu_jax" / "xla").iterdir())
+
+
+@pytest.fixture(scope="module")
+def linear_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "probe"
+    config = tiny_config_of()
+    vit = dict(width=16, depth=1, heads=2, image_size=32, patch_size=16)
+    config.model.backbone = BackboneConfig(name="vit", variant="tiny", options=vit)
+    config.model.head = HeadConfig(name="linear", upsampler="sapa", width=8, norm=True)
+    make_run(workdir, config, {3: None})
+    return workdir
+
+
+def test_visualize_runs(run, linear_run, photos, tmp_path, capsys):
+    figure, panels = tmp_path / "new" / "figure.png", tmp_path / "panels"
+    command = ["visualize", str(photos / "a.png"), "--out", str(figure), "--panels", str(panels)]
+    assert main([*command, "--checkpoint", str(run)]) == 0, capsys.readouterr()
+    assert "4 panels" in capsys.readouterr().out
+    assert read(figure)[0].shape[1] > 900
+    assert [path.name for path in sorted(panels.iterdir())] == [
+        "00_photo.png",
+        "01_backbone_s_features.png",
+        "02_tiny_upsampled.png",
+        "03_tiny_prediction.png",
+    ]
+    predictor = Predictor.from_checkpoint(run)
+    labels = predictor.predict(photos / "a.png")[0].labels
+    expected = visualize.overlay(read(photos / "a.png")[0], labels, predictor.palette)
+    np.testing.assert_array_equal(read(panels / "03_tiny_prediction.png")[0], expected)
+
+    assert main([*command, "--checkpoint", str(linear_run), "--pixel", "3", "4", "19", "29"]) == 0
+    assert "12 panels" in capsys.readouterr().out
+    # The photo is seen as 16x32: 1x2 patches, and 4x8 features at stride 4.
+    assert read(panels / "01_backbone_s_features.png")[0].shape == (1, 2, 3)
+    assert read(panels / "02_probe_upsampled.png")[0].shape == (4, 8, 3)
+    assert main([*command, "--checkpoint", str(run), "--pixel", "3", "4"]) == 1
+    assert "tiny has a SegFormerHead" in capsys.readouterr().err
+
+
+def test_visualize_upsamplers_fitted_to_a_photo(photos, tmp_path, capsys, monkeypatch):
+    def means(images):
+        b, h, w, _ = images.shape
+        x = jnp.asarray(images, jnp.float32).reshape(b, h // 8, 8, w // 8, 8, 3).mean((2, 4))
+        return jnp.concatenate([x, x[..., :1]], axis=-1) / 255
+
+    module = sys.modules["resfu_jax.cli.visualize"]  # the package has a function of this name
+    monkeypatch.setattr(module, "_backbone", lambda *_: (means, 8))
+    panels, figure = tmp_path / "panels", tmp_path / "figure.png"
+    members = ["bilinear", "pixel_shuffle", "sapa"]
+    command = ["visualize", str(photos / "a.png"), "--pretrained", "x", "--out", str(figure)]
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+        status = main(
+            [*command, "--upsamplers", *members, "--steps", "2", "--side", "64", "--scale", "2"]
+            + ["--pixel", "3", "4", "--panels", str(panels)]
+        )
+    assert status == 0, capsys.readouterr()
+    assert "16 panels" in capsys.readouterr().out
+    names = [path.stem for path in sorted(panels.iterdir())]
+    for i, name in enumerate(members, 3):
+        assert re.fullmatch(rf"{i:02d}_{name}_error_\d_\d\d", names[i])
+    assert names[12] == "12_pixel_shuffle_makes_new_features"
+    # The photo of 20x30 is seen as 40x64, eight features across become sixteen.
+    assert read(panels / "00_photo.png")[0].shape == (40, 64, 3)
+    assert read(panels / f"{names[3]}.png")[0].shape == (10, 16, 3)
+
+
+def test_pixels_are_clicked(monkeypatch):
+    monkeypatch.setattr(plt, "get_backend", lambda: "tkagg")
+    monkeypatch.setattr(plt, "ginput", lambda **_: [(4.2, 3.6), (0.0, 11.0)])
+    clicked = sys.modules["resfu_jax.cli.visualize"]._clicked(np.zeros((12, 9, 3), np.uint8))
+    assert clicked == ((4, 4), (11, 0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.png"], "give either --checkpoint RUN ... or --pretrained FILE"),
+        (["none.png", "--pretrained", "x"], "none.png: no such file"),
+        (["a.png", "--checkpoint", "RUN", "--pixel", "20", "3"], "the photo of 20 rows and 30"),
+        (["a.png", "--checkpoint", "nowhere"], "nowhere is not a folder"),
+        (["a.png", "--pretrained", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["a.png", "--pretrained", "x", "--upsamplers", "resfy"], "unknown upsampler 'resfy'"),
+        (["a.png", "--pretrained", "x", "--click"], "--click needs a window"),
+        (["a.png", "--pretrained", "x", "--variant", "huge"], "variant must be one of tiny"),
+    ],
+)
+def test_wrong_input_to_visualize(run, photos, tmp_path, capsys, arguments, message, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    name, *options = [str(run) if a == "RUN" else a for a in arguments]
+    out = tmp_path / "figure.png"
+    assert main(["visualize", str(photos / name), *options, "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert "Traceback" not in error and not out.exists()
 
 
 def test_export(run, tmp_path, capsys):

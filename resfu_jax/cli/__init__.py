@@ -15,11 +15,13 @@ from resfu_jax.cli.export import export
 from resfu_jax.cli.predict import predict
 from resfu_jax.cli.prepare import prepare
 from resfu_jax.cli.upsamplers import benchmark, upsamplers
+from resfu_jax.cli.visualize import visualize
 
 # They return None or the exit status. Wrong input is a ValueError or OSError, shown in one line.
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "predict": predict,
     "evaluate": evaluate,
+    "visualize": visualize,
     "export": export,
     "upsamplers": upsamplers,
     "benchmark": benchmark,

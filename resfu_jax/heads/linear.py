@@ -28,12 +28,12 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from resfu_jax.heads._layers import (
-    apply_upsampler,
     check_arguments,
     check_maps,
     classifier_init,
     create_head_upsampler,
 )
+from resfu_jax.ops._interp import Size
 from resfu_jax.ops.group_norm import group_norm
 
 _STEM_STRIDES = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (4, 2)}
@@ -118,17 +118,21 @@ class LinearHead(nnx.Module):
           ValueError: maps that do not have `in_features` channels, or sizes between which the
             upsampler cannot go.
         """
+        x = self.upsample(*self.upsampler_inputs(features, images))
+        return self.classify(self.dropout(x))
+
+    def upsampler_inputs(
+        self, features: Sequence[Float[Array, "b _h _w _c"]], images: Float[Array, "b H W 3"]
+    ) -> tuple[Float[Array, "b _h _w _d"], Float[Array, "b h w g"] | tuple[Size, Size]]:
+        """The features, and the guide; the output's size for an upsampler without a guide."""
         check_maps(features, self.in_features)
         x = features[0] if len(features) == 1 else jnp.concatenate(features, axis=-1)
         if self.norm is not None:
             x = self.norm(x)
-        if self.stem is None:
-            s = self.guide_stride
-            size = tuple((n + s - 1) // s for n in images.shape[1:3])
-            x = self.upsample(x, output_size=size)
-        else:
-            x = apply_upsampler(self.upsample, x, self.stem(images.astype(x.dtype)))
-        return self.classify(self.dropout(x))
+        if self.stem is not None:
+            return x, self.stem(images.astype(x.dtype))
+        s = self.guide_stride
+        return x, tuple((n + s - 1) // s for n in images.shape[1:3])
 
 
 class ImageStem(nnx.Module):
