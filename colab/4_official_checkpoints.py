@@ -6,7 +6,7 @@
 # Weights of the official modules go into the JAX ones, whose values and gradients are then compared with
 # what the official modules gave. After that: your own `.pth`, and one file that runs without this library.
 #
-# **Run time**: RUNTIME
+# **Run time**: about 2 minutes on two CPU cores (2.3 minutes of processor time), after the installation. No GPU is needed.
 
 # %% tags=["active-ipynb"]
 # # Install. Where resfu_jax is there already, this does nothing.
