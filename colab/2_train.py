@@ -194,8 +194,9 @@ def draw_village(rng, height=128, width=160):
     return np.clip(pixels, 0, 255).astype(np.uint8), np.asarray(label)
 
 
-if not FOLDER:
-    FOLDER = pathlib.Path("village")
+drawn = not FOLDER
+if drawn:
+    FOLDER = RUNS / "drawn_village"
     rng = np.random.default_rng(0)
     for kind in ("images", "labels"):
         (FOLDER / kind).mkdir(parents=True, exist_ok=True)
@@ -213,7 +214,7 @@ if not FOLDER:
 
 # %%
 DATASET = f"image_folder/{NAME}"
-DATA = pathlib.Path("data").resolve()
+DATA = RUNS / "data"
 data.prepare(DATASET, DATA, manual_dir=FOLDER)
 info = data.dataset_info(DATASET, DATA)
 print(info.class_names, info.examples)
@@ -235,7 +236,7 @@ train(f"configs/shapes_direct.py:{upsamplers[-1]}", RUNS / NAME, *own, *(flags i
 
 # %%
 predictor = resfu_jax.Predictor.from_checkpoint(RUNS / NAME)
-if pathlib.Path(FOLDER) == pathlib.Path("village"):
+if drawn:
     rng = np.random.default_rng(1)
     images = [draw_village(rng, 160, 208)[0] for _ in range(3)]
 else:
