@@ -43,7 +43,7 @@ print("JAX", jax.__version__, "on", jax.devices())
 # ## The photo
 #
 # Name a file, or write `"upload"` on Colab. The default is a photo that comes with matplotlib. Its sides become
-# multiples of 64: patches of 16, times 4.
+# multiples of 16, the patches.
 
 # %%
 PHOTO = ""
@@ -54,7 +54,7 @@ if PHOTO == "upload":
     PHOTO = next(iter(files.upload()))
 with Image.open(PHOTO or get_sample_data("grace_hopper.jpg")) as file:
     photo = np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
-image = fitted(photo, side=256 if SMALL else 640, multiple=64)
+image = fitted(photo, side=128 if SMALL else 448, multiple=16)
 print(photo.shape, "->", image.shape)
 
 # %% [markdown]
@@ -76,9 +76,10 @@ print("features", features.shape)
 # %% [markdown]
 # ## Fit
 #
-# The ViT itself is the teacher, at another scale: features of the photo at a quarter of its size, upsampled under
-# the photo's guidance, should be those of the whole photo. The loss is the share of their variance that is not
-# explained. A fit to one photo shows what an upsampler *can* do; it says nothing about other photos.
+# The ViT itself is the teacher: its features of the photo, shifted by fractions of a patch and interleaved, are
+# four times as fine. That takes 16 passes; the upsampler learns to get there from one. The loss is the share of
+# the teacher's variance that is not explained. A fit to one photo shows what an upsampler *can* do; it says nothing
+# about other photos.
 
 # %%
 names = ["nearest", "bilinear", "bicubic"]
@@ -100,13 +101,7 @@ for name in names:
 # ## Compare
 #
 # Each picture shows three directions of the features as colours, the same three in all of them: those along which
-# the ViT's own features, at the top, vary most. Now the whole photo's features go in, so the output is at a
-# quarter of the photo's resolution, finer than anything in the fit. The numbers are the losses of the fit.
-#
-# `nearest` to `bicubic`, and `dysample`, stay as coarse as the patches. `sapa` and `resfu` follow the photo's
-# outlines with features of the ViT only; `fade` and `fade_lite` mix the photo itself in, and show its details.
-# `deconv` and `pixel_shuffle` have the lowest losses because they learn the photo by heart, with 0.6 and 5 million
-# weights: with other features than those of the fit they draw a checkerboard.
+# the ViT's own features, at the top, vary most. The numbers are the losses of the fit.
 
 
 # %%
