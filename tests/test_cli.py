@@ -302,14 +302,14 @@ def test_visualize_upsamplers_fitted_to_a_photo(photos, tmp_path, capsys, monkey
     with jax.numpy_dtype_promotion("standard"):  # optax relies on it
         status = main(
             [*command, "--upsamplers", *members, "--steps", "2", "--side", "64", "--scale", "2"]
-            + ["--pixel", "3", "4", "--panels", str(panels)]
+            + ["--pixel", "3", "4", "--panels", str(panels), "--columns", "5"]
         )
     assert status == 0, capsys.readouterr()
-    assert "16 panels" in capsys.readouterr().out
+    assert "20 panels" in capsys.readouterr().out
     names = [path.stem for path in sorted(panels.iterdir())]
     for i, name in enumerate(members, 3):
         assert re.fullmatch(rf"{i:02d}_{name}_error_\d_\d\d", names[i])
-    assert names[12] == "12_pixel_shuffle_makes_new_features"
+    assert names[14] == "14_pixel_shuffle_makes_new_features"
     # The photo of 20x30 is seen as 40x64, eight features across become sixteen.
     assert read(panels / "00_photo.png")[0].shape == (40, 64, 3)
     assert read(panels / f"{names[3]}.png")[0].shape == (10, 16, 3)
@@ -327,6 +327,7 @@ def test_pixels_are_clicked(monkeypatch):
     [
         (["a.png"], "give either --checkpoint RUN ... or --pretrained FILE"),
         (["none.png", "--pretrained", "x"], "none.png: no such file"),
+        (["a.png", "--pretrained", "x", "--columns", "0"], "--columns must be at least 1, got 0"),
         (["a.png", "--checkpoint", "RUN", "--pixel", "20", "3"], "the photo of 20 rows and 30"),
         (["a.png", "--checkpoint", "nowhere"], "nowhere is not a folder"),
         (["a.png", "--pretrained", "nowhere.safetensors"], "nowhere.safetensors"),

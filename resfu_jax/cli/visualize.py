@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from resfu_jax.visualize import Panel
 
 MEMBERS = ("bilinear", "dysample", "carafe", "sapa", "resfu")
-COLUMNS = 4
 
 Pixels = tuple[tuple[int, int], ...]
 
@@ -27,6 +26,7 @@ def visualize(
     click: bool = False,
     out: Path = Path("figure.png"),
     panels: Path | None = None,
+    columns: int = 4,
     which: str = "best",
     data_dir: Path | None = None,
     backbone: Literal["vit", "mit", "resnet"] = "vit",
@@ -58,6 +58,7 @@ def visualize(
       click: choose the pixels in a window; the enter key ends the choice.
       out: the figure.
       panels: folder for the single pictures.
+      columns: panels in a row of the figure.
       which: checkpoint of the runs: best (by mIoU), latest, or a step.
       data_dir: where the runs' dataset was prepared.
       backbone: kind of the pretrained backbone.
@@ -75,6 +76,8 @@ def visualize(
 
     if bool(checkpoint) == (pretrained is not None):
         raise ValueError("give either --checkpoint RUN ... or --pretrained FILE")
+    if columns < 1:
+        raise ValueError(f"--columns must be at least 1, got {columns}")
     image = read_image(photo)
     if click:
         pixel += _clicked(image)
@@ -101,6 +104,7 @@ def visualize(
             image,
             pixel,
             upsamplers,
+            columns=columns,
             scale=scale,
             side=side,
             steps=steps,
@@ -110,7 +114,7 @@ def visualize(
         for i, (title, picture) in enumerate(drawn):
             name = "_".join("".join(c if c.isalnum() else " " for c in title).split())
             save_png(panels / f"{i:02d}_{name}.png", picture)
-    save_grid(out, drawn, columns=COLUMNS)
+    save_grid(out, drawn, columns=columns)
     print(f"{out}: {len(drawn)} panels")
 
 
@@ -174,6 +178,7 @@ def _fitted(
     pixels: Pixels,
     upsamplers: tuple[str, ...],
     *,
+    columns: int,
     scale: int,
     side: int,
     steps: int,
@@ -211,7 +216,7 @@ def _fitted(
         loss = fit(module, extract, [seen], steps=steps, seed=seed)[-1]
         finer = np.asarray(run(module, low, seen[None])[0])
         drawn.append((f"{name}: error {loss:.2f}", pca(finer)))
-    rest = [("", np.full_like(seen, 255))] * (-len(drawn) % COLUMNS)
+    rest = [("", np.full_like(seen, 255))] * (-len(drawn) % columns)
     drawn += rest
     for pixel in pixels:
         context, draw = _window(image, pixel, seen, drawn[1][1], dense.shape[1:3])
