@@ -183,7 +183,7 @@ def test_sharded_batch_equals_unsharded(name):
         up, arrays = nnx.merge(graphdef, double(params)), double(inputs(name, batch=8))
         y = run(up, [jax.device_put(a, sharding) for a in arrays])
         assert y.dtype == jnp.float64 and len(y.sharding.device_set) == 8
-        np.testing.assert_allclose(y, run(up, arrays), atol=1e-10)
+        np.testing.assert_allclose(y, run(up, arrays), atol=1e-6)
 
 
 @every
