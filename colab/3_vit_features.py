@@ -6,7 +6,7 @@
 # A Vision Transformer sees your photo in patches of 16 x 16 pixels. Every upsampler of the library is fitted to
 # this one photo, without labels, and brings its features to four times their resolution.
 #
-# **Run time**: about 3 minutes on two CPU cores (6 minutes of processor time), after the installation.
+# **Run time**: an estimated 5 minutes on two CPU cores, after the installation.
 
 # %% tags=["active-ipynb"]
 # # Install. Where resfu_jax is there already, this does nothing.
@@ -54,7 +54,7 @@ if PHOTO == "upload":
     PHOTO = next(iter(files.upload()))
 with Image.open(PHOTO or get_sample_data("grace_hopper.jpg")) as file:
     photo = np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
-image = fitted(photo, side=128 if SMALL else 448, multiple=16)
+image = fitted(photo, side=128 if SMALL else 320, multiple=16)
 print(photo.shape, "->", image.shape)
 
 # %% [markdown]

@@ -131,10 +131,14 @@ def test_killed_and_stopped_runs_continue_bit_for_bit(whole, data_dir, tmp_path)
     assert "continuing from step" in output
 
 
-def test_eight_devices_and_two_workers_give_the_same_trajectory(whole, data_dir, tmp_path):
-    run(data_dir, tmp_path, "--config.data.num_workers=2", devices=8)
+def test_eight_devices_and_two_workers_give_the_same_trajectory(data_dir, tmp_path):
+    # Adam divides gradients that are all rounding by their own size; SGD leaves them small.
+    sgd = ["--config.optimizer.name=sgd", "--config.optimizer.learning_rate=0.01"]
+    one, eight = tmp_path / "one", tmp_path / "eight"
+    run(data_dir, one, *sgd)
+    run(data_dir, eight, *sgd, "--config.data.num_workers=2", devices=8)
     (steps, values), (expected_steps, expected) = (
-        zip(*losses(workdir), strict=True) for workdir in (tmp_path, whole[0])
+        zip(*losses(workdir), strict=True) for workdir in (eight, one)
     )
     assert steps == expected_steps
     np.testing.assert_allclose(values, expected, rtol=2e-5)
