@@ -140,7 +140,7 @@ def test_eight_devices_and_two_workers_give_the_same_trajectory(data_dir, tmp_pa
     (steps, values), (expected_steps, expected) = (
         zip(*losses(workdir), strict=True) for workdir in (eight, one)
     )
-    assert steps == expected_steps
+    assert steps == expected_steps and values[-1] < 0.8 * values[0]
     np.testing.assert_allclose(values, expected, rtol=2e-5)
 
 
