@@ -6,7 +6,7 @@
 # A Vision Transformer sees your photo in patches of 16 x 16 pixels. Every upsampler of the library is fitted to
 # this one photo, without labels, and brings its features to four times their resolution.
 #
-# **Run time**: an estimated 5 minutes on two CPU cores, after the installation.
+# **Run time**: an estimated 8 minutes on two CPU cores, after the installation.
 
 # %% tags=["active-ipynb"]
 # # Install. Where resfu_jax is there already, this does nothing.
