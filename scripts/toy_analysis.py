@@ -34,7 +34,6 @@ from flax.traverse_util import unflatten_dict as unflatten
 from tqdm import tqdm
 
 import resfu_jax
-from configs import shapes_bilinear
 from resfu_jax import data, training
 from resfu_jax.heads._layers import ConvBNReLU
 from resfu_jax.model import create_model
@@ -44,6 +43,9 @@ from resfu_jax.upsamplers import upsampler_entry
 from resfu_jax.visualize import PCA, save_grid
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from configs import shapes_bilinear  # noqa: E402
+
 DOCS = ROOT / "docs"
 MEMBERS = (
     "nearest bilinear bicubic deconv pixel_shuffle carafe dysample dysample_plus dysample_s "
