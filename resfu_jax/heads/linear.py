@@ -34,6 +34,7 @@ from resfu_jax.heads._layers import (
     create_head_upsampler,
 )
 from resfu_jax.ops._interp import Size
+from resfu_jax.ops.conv import conv_general_dilated
 from resfu_jax.ops.group_norm import group_norm
 
 _STEM_STRIDES = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (4, 2)}
@@ -154,6 +155,7 @@ class ImageStem(nnx.Module):
             (3, 3),
             strides=stride,
             padding="VALID",
+            conv_general_dilated=conv_general_dilated,
             dtype=dtype,
             param_dtype=param_dtype,
             rngs=rngs,

@@ -52,18 +52,21 @@ def one_block() -> Iterator[None]:
 Function = Callable[[Any, tuple[Array, ...]], tuple[Array, ...]]
 
 
-def block_rows(height: Size, row_values: Size, most: int | None = None) -> int:
+def block_rows(
+    height: Size, row_values: Size, most: int | None = None, *, at_least: int = 0
+) -> int:
     """Rows of a block, a divisor of `height`; 1 where a size is symbolic.
 
     Args:
       height: rows of all blocks.
       row_values: values of a row of the widest map, over the batch.
       most: rows that a block has at most, if the caller wants fewer than fit.
+      at_least: values of a block that are worth leaving the cache for.
     """
     if not isinstance(height, int) or not isinstance(row_values, int):
         return 1
     values = BLOCK_VALUES.get(jax.default_backend(), _BLOCK_VALUES_ELSEWHERE)
-    fit = values // max(1, row_values)
+    fit = max(values, at_least) // max(1, row_values)
     most = max(1, fit if most is None else min(fit, most))
     return max(n for n in range(1, min(most, height) + 1) if height % n == 0)
 

@@ -1,0 +1,180 @@
+"""Dense convolution whose gradients avoid XLA's slow path on a CPU."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from resfu_jax.ops._row_blocks import Rows, block_rows, map_row_blocks
+
+Implementation = Literal["reference", "blocks"]
+Pairs = tuple[tuple[int, int], tuple[int, int]]
+
+_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+_FEW = 16  # channels, like those of an image, whose windows are short runs of memory
+
+
+def conv(
+    x: Float[Array, "b h w c"],
+    kernel: Float[Array, "kh kw c o"],
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | Pairs = 0,
+    dilation: int | tuple[int, int] = 1,
+    implementation: Implementation | None = None,
+) -> Float[Array, "b h2 w2 o"]:
+    """Convolution, with zeros around x.
+
+    With stride (s, t), dilation (d, e) and the padded x,
+
+        out[i, j] = sum_uv x[s i + d u, t j + e v] @ kernel[u, v]
+
+    Args:
+      x: feature maps.
+      kernel: weights, HWIO, of the dtype of `x`.
+      stride: step between outputs, pixels; one number or (rows, columns).
+      padding: zeros around x, pixels; one number or ((top, bottom), (left, right)).
+      dilation: distance of the taps, pixels; one number or (rows, columns).
+      implementation: `"reference"` is XLA's convolution. `"blocks"` has its values and gradients
+        from products of the kernel, as a matrix, with the windows of a block of rows, where XLA
+        is slow on a CPU: the gradient to the kernel, and all of a convolution with a stride. `None` takes `"blocks"` on a CPU where the sizes are known, and
+        `"reference"` elsewhere.
+
+    Raises:
+      ValueError: a kernel that does not fit `x`, an unknown implementation, or a stride, dilation
+        or padding out of range.
+    """
+    if x.ndim != 4 or kernel.ndim != 4 or kernel.shape[2] != x.shape[3]:
+        raise ValueError(
+            "kernel must be (kh, kw, channels, outputs) for x (batch, height, width, channels) "
+            f"with the same channels, got kernel {kernel.shape} and x {x.shape}"
+        )
+    if kernel.dtype != x.dtype:
+        raise ValueError(f"kernel must have x's dtype {x.dtype}, got {kernel.dtype}; cast it")
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    padding = ((padding,) * 2,) * 2 if isinstance(padding, int) else padding
+    if min(n for pair in padding for n in pair) < 0:
+        raise ValueError(f"padding must not be negative, got {padding}")
+    for n, m, pair, d in zip(kernel.shape, x.shape[1:], padding, dilation, strict=False):
+        if isinstance(m, int) and d * (n - 1) >= m + sum(pair):
+            raise ValueError(
+                f"kernel must not be larger than the padded x, got kernel {kernel.shape[:2]} with "
+                f"dilation {dilation} and x {x.shape[1:3]} with padding {padding}"
+            )
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(
+            f"implementation must be one of {get_args(Implementation)} or None, "
+            f"got {implementation!r}"
+        )
+    known = all(isinstance(n, int) for n in x.shape)
+    if implementation is None:
+        implementation = "blocks" if known and jax.default_backend() == "cpu" else "reference"
+    if implementation == "reference":
+        return _reference(x, kernel, stride, padding, dilation)
+    if stride != (1, 1) and x.shape[3] >= _FEW:
+        return _blocks(x, kernel, stride, padding, dilation)
+    return _gradient_in_blocks(x, kernel, stride, padding, dilation)
+
+
+def conv_general_dilated(
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    **options: Any,
+) -> Array:
+    """`conv` with the signature of `jax.lax.conv_general_dilated`, as `nnx.Conv` wants it.
+
+    What `conv` does not do, like groups and precisions, goes to JAX.
+    """
+    plain = not any(value for value in options.values() if value is not None)
+    if padding == "VALID":
+        padding = ((0, 0), (0, 0))
+    if (
+        plain
+        and lhs.ndim == 4
+        and not isinstance(padding, str)
+        and set(lhs_dilation or (1,)) == {1}
+        and feature_group_count == 1
+        and jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, _DIMENSIONS) == dimension_numbers
+    ):
+        padding = tuple(tuple(pair) for pair in padding)
+        dilation = tuple(rhs_dilation or (1, 1))
+        return conv(lhs, rhs, stride=tuple(window_strides), padding=padding, dilation=dilation)
+    return jax.lax.conv_general_dilated(
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        lhs_dilation,
+        rhs_dilation,
+        dimension_numbers,
+        feature_group_count,
+        **options,
+    )
+
+
+def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else value
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"{name} must be one or two positive whole numbers, got {value}")
+    return pair
+
+
+def _reference(x, kernel, stride, padding, dilation):
+    return jax.lax.conv_general_dilated(
+        x, kernel, stride, padding, rhs_dilation=dilation, dimension_numbers=_DIMENSIONS
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _gradient_in_blocks(x, kernel, *options):
+    return _reference(x, kernel, *options)
+
+
+def _gradient_in_blocks_bwd(stride, padding, dilation, saved, g):
+    x, kernel = saved
+    options = stride, padding, dilation
+    (d_x,) = jax.vjp(lambda x: _reference(x, kernel, *options), x)[1](g)
+    (d_kernel,) = jax.vjp(lambda kernel: _blocks(x, kernel, *options), kernel)[1](g)
+    return d_x, d_kernel
+
+
+_gradient_in_blocks.defvjp(
+    lambda *args: (_gradient_in_blocks(*args), args[:2]), _gradient_in_blocks_bwd
+)
+
+
+def _blocks(x, kernel, stride, padding, dilation):
+    kh, kw, c, o = kernel.shape
+    (s, t), (d, e) = stride, dilation
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    b, height, width, _ = x.shape
+    h, w = (height - d * (kh - 1) - 1) // s + 1, (width - e * (kw - 1) - 1) // t + 1
+    # Each block reads the kernel and adds to its gradient: it should not be much smaller.
+    rows = block_rows(h, b * w * max(kh * kw * c, o), at_least=4 * kernel.size)
+
+    def f(kernel, blocks):
+        (x,) = blocks
+        windows = [
+            jax.lax.slice(
+                x,
+                (0, d * u, e * v, 0),
+                (b, d * u + s * (rows - 1) + 1, e * v + t * (w - 1) + 1, c),
+                (1, s, t, 1),
+            )
+            for u in range(kh)
+            for v in range(kw)
+        ]
+        return (jnp.concatenate(windows, axis=3) @ kernel.reshape(kh * kw * c, o),)
+
+    inputs = (Rows(1, s * rows, s * (rows - 1) + d * (kh - 1) + 1),)
+    (out,) = map_row_blocks(f, h // rows, inputs, (Rows(1, rows, rows),), kernel, (x,))
+    return out

@@ -1,0 +1,159 @@
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from resfu_jax.ops.conv import conv, conv_general_dilated
+
+WIDE, IMAGE = (2, 9, 8, 16), (2, 9, 8, 3)
+CASES = [
+    (WIDE, (3, 3), dict(padding=1)),
+    (IMAGE, (3, 3), dict(padding=1)),
+    (WIDE, (3, 3), dict(stride=2)),
+    (WIDE, (3, 5), dict(stride=(2, 3), padding=((1, 0), (2, 3)))),
+    (IMAGE, (7, 7), dict(stride=4, padding=3)),
+    (WIDE, (3, 3), dict(dilation=2, padding=2)),
+    (WIDE, (2, 3), dict(stride=2, dilation=(3, 1))),
+    ((1, 1, 1, 4), (1, 1), {}),
+]
+
+
+def inputs(size, kernel, dtype=jnp.float32, outputs=5):
+    keys = jax.random.split(jax.random.key(0), 2)
+    return (
+        jax.random.normal(keys[0], size, dtype),
+        jax.random.normal(keys[1], (*kernel, size[3], outputs), dtype),
+    )
+
+
+@pytest.fixture
+def short_blocks(monkeypatch):
+    """Blocks of a row, whatever the kernel's size: several of them."""
+    module = sys.modules["resfu_jax.ops.conv"]  # `ops.conv` is the function
+    monkeypatch.setattr(module, "block_rows", lambda *args, **options: 1)
+
+
+def by_definition(x, kernel, stride=1, padding=0, dilation=1):
+    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    (s, t), (d, e) = np.broadcast_to(stride, 2), np.broadcast_to(dilation, 2)
+    x = np.pad(x, ((0, 0), *np.broadcast_to(padding, (2, 2)), (0, 0)))
+    kh, kw = kernel.shape[:2]
+    h, w = (x.shape[1] - d * (kh - 1) - 1) // s + 1, (x.shape[2] - e * (kw - 1) - 1) // t + 1
+    out = np.zeros((len(x), h, w, kernel.shape[3]))
+    for i in range(h):
+        for j in range(w):
+            window = x[:, s * i :: d, t * j :: e][:, :kh, :kw]
+            out[:, i, j] = np.einsum("buvc,uvco->bo", window, kernel)
+    return out
+
+
+@pytest.mark.parametrize("implementation", [None, "reference", "blocks"])
+@pytest.mark.parametrize("size, kernel, options", CASES)
+def test_equals_definition(implementation, size, kernel, options, short_blocks):
+    x, k = inputs(size, kernel)
+    out = jax.jit(functools.partial(conv, implementation=implementation, **options))(x, k)
+    np.testing.assert_allclose(out, by_definition(x, k, **options), atol=2e-5)
+
+
+@pytest.mark.parametrize("size, kernel, options", CASES)
+@pytest.mark.parametrize("rows", ["one", "all"])
+def test_gradients_equal_those_of_xla(size, kernel, options, rows, request):
+    if rows == "one":
+        request.getfixturevalue("short_blocks")
+    x, k = inputs(size, kernel)
+
+    def gradients(implementation):
+        def loss(x, k):
+            out = conv(x, k, implementation=implementation, **options)
+            return jnp.vdot(out, jax.random.normal(jax.random.key(1), out.shape))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(x, k)
+
+    for ours, expected in zip(gradients("blocks"), gradients("reference"), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_second_derivative(stride, short_blocks):
+    x, k = inputs((1, 3, 3, 16), (2, 2), outputs=1)
+
+    def hessian(implementation):
+        def loss(k):
+            return jnp.sum(conv(x, k, stride=stride, implementation=implementation) ** 3)
+
+        return jax.jacrev(jax.grad(loss))(k)
+
+    np.testing.assert_allclose(hessian("blocks"), hessian("reference"), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_vmap_over_images_and_kernels(stride, short_blocks):
+    x, k = inputs(WIDE, (3, 3))
+    x, k = jnp.stack([x, 2 * x]), jnp.stack([k, k + 1])
+    together = jax.vmap(functools.partial(conv, stride=stride, implementation="blocks"))(x, k)
+    for i in range(2):
+        np.testing.assert_allclose(together[i], by_definition(x[i], k[i], stride), atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_bfloat16_sums_kernel_gradients_in_float32(stride, short_blocks):
+    # 64 blocks of 64 terms of 1: added up in bfloat16, the sum would stop at 256.
+    x = jnp.ones((1, 64 * stride, 64 * stride, 16), jnp.bfloat16)
+    k = jnp.zeros((1, 1, 16, 1), jnp.bfloat16)
+    run = functools.partial(conv, stride=stride, implementation="blocks")
+    gradient = jax.grad(lambda k: jnp.sum(run(x, k).astype(jnp.float32)))(k)
+    assert gradient.dtype == jnp.bfloat16
+    assert (gradient == 64 * 64).all()
+
+
+def test_exports_with_symbolic_sizes():
+    b, h, w = jax.export.symbolic_shape("b, h, w")
+    exported = jax.export.export(jax.jit(functools.partial(conv, padding=1)))(
+        jax.ShapeDtypeStruct((b, h, w, 3), jnp.float32),
+        jax.ShapeDtypeStruct((3, 3, 3, 5), jnp.float32),
+    )
+    x, k = inputs(IMAGE, (3, 3))
+    np.testing.assert_allclose(exported.call(x, k), by_definition(x, k, padding=1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(padding=1),
+        dict(padding="VALID", strides=2),
+        dict(padding="SAME", strides=2),
+        dict(kernel_dilation=2),
+        dict(feature_group_count=2),
+        dict(precision="highest"),
+        dict(input_dilation=2, padding=1),
+        dict(padding="CIRCULAR"),
+    ],
+)
+def test_as_the_convolution_of_a_flax_layer(options):
+    x, _ = inputs(WIDE, (3, 3))
+    build = functools.partial(nnx.Conv, 16, 6, (3, 3), **options)
+    expected = build(rngs=nnx.Rngs(0))(x)
+    ours = build(conv_general_dilated=conv_general_dilated, rngs=nnx.Rngs(0))(x)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kernel, options, message",
+    [
+        (jnp.zeros((3, 3, 4, 1)), {}, "same channels"),
+        (jnp.zeros((3, 3, 3)), {}, "same channels"),
+        (jnp.zeros((3, 3, 3, 1), jnp.bfloat16), {}, "cast it"),
+        (jnp.zeros((3, 3, 3, 1)), {"implementation": "block"}, "implementation must be one of"),
+        (jnp.zeros((3, 3, 3, 1)), {"stride": 0}, "stride must be one or two positive"),
+        (jnp.zeros((3, 3, 3, 1)), {"dilation": (1, 0)}, "dilation must be one or two positive"),
+        (jnp.zeros((3, 3, 3, 1)), {"padding": -1}, "padding must not be negative"),
+        (jnp.zeros((7, 3, 3, 1)), {}, "kernel must not be larger than the padded x"),
+    ],
+)
+def test_wrong_input(kernel, options, message, as_users_call):
+    with pytest.raises(ValueError, match=message):
+        conv(jnp.zeros((1, 5, 5, 3)), kernel, **options)
