@@ -1,6 +1,7 @@
 """Segmenter's linear head with ReSFU's wiring, and models whose backbone is frozen."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -10,6 +11,7 @@ from resfu_jax import list_upsamplers
 from resfu_jax.heads import LinearHead, create_head
 from resfu_jax.model import create_model
 from resfu_jax.ops.resize import resize
+from resfu_jax.upsamplers import takes_values, upsampler_entry
 
 IMAGE = (2, 32, 48, 3)
 
@@ -101,6 +103,64 @@ def test_every_upsampler(upsampler):
     )
     run = lambda head, x, images: head((x,), images)  # noqa: E731
     assert jax.eval_shape(run, head, normal((2, 2, 3, 32)), normal(IMAGE)).shape == (2, 8, 12, 3)
+
+
+CLASSIFY_FIRST = [n for n in list_upsamplers() if takes_values(upsampler_entry(n).cls)]
+
+
+@pytest.mark.parametrize("upsampler", CLASSIFY_FIRST)
+def test_logits_equal_those_of_upsampled_features(upsampler):
+    """The written order: upsample, drop channels, classify."""
+    features, classes = 32, 3
+    head = create_head(
+        "linear",
+        in_features=(features,),
+        num_classes=classes,
+        upsampler=upsampler,
+        width=features,
+        dropout=0.5,
+        rngs=nnx.Rngs(0),
+    )
+    head.classify.kernel.set_value(normal((features, classes), 3))
+    head.classify.bias.set_value(normal((classes,), 4))
+    graph, parameters, rest = nnx.split(head, nnx.Param, ...)
+    x, images = normal((2, 3, 4, features)), normal((2, 48, 64, 3), 1)
+
+    def written_out(head):
+        maps = head.upsample(*head.upsampler_inputs((x,), images))
+        return head.classify(head.dropout(maps))
+
+    def run(f):
+        def loss(parameters):
+            out = f(nnx.merge(graph, parameters, rest, copy=True))
+            return jnp.vdot(out, normal(out.shape, 5)), out
+
+        return jax.jit(jax.grad(loss, has_aux=True))(parameters)
+
+    (ours, out), (literal, expected) = run(lambda head: head((x,), images)), run(written_out)
+    np.testing.assert_allclose(out, expected, atol=2e-5 * np.abs(expected).max())
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(literal))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(literal), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4 * largest)
+
+
+def test_wide_features_are_never_large():
+    """A probe of 768 channels at the pixels of the image: logits and kernels, no features."""
+    head = nnx.eval_shape(
+        lambda: create_head(
+            "linear_probe",
+            in_features=(768,),
+            num_classes=21,
+            upsampler="bilinear",
+            rngs=nnx.Rngs(0),
+        )
+    )
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 16, 16, 768), (1, 256, 256, 3))]
+    compiled = jax.jit(lambda head, x, images: head((x,), images)).lower(head, *shapes).compile()
+    logits = 4 * 256 * 256 * 21
+    memory = compiled.memory_analysis()
+    assert memory.output_size_in_bytes == logits
+    assert memory.temp_size_in_bytes <= 2 * logits  # the features there: 36 times
 
 
 def test_errors(as_users_call):

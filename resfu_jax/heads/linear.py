@@ -16,6 +16,10 @@ H x W, patches of side P, width C and K classes, with `guide_stride` S and `scal
 
 `classify` is a 1x1 convolution, `norm` a GroupNorm over all channels. Upsamplers without a guide
 have no stem. Several maps of a backbone are used as their concatenation, at the size of the first.
+
+For given kernels, most upsamplers are linear in the features, as `classify` is. Where there are
+fewer classes than features, the head classifies first and upsamples the logits, with the kernels of
+the features: the same result, and no map of C channels is ever large.
 """
 
 from collections.abc import Sequence
@@ -36,6 +40,7 @@ from resfu_jax.heads._layers import (
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops.conv import conv_general_dilated
 from resfu_jax.ops.group_norm import group_norm
+from resfu_jax.upsamplers import keeps_space
 
 _STEM_STRIDES = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (4, 2)}
 
@@ -119,8 +124,24 @@ class LinearHead(nnx.Module):
           ValueError: maps that do not have `in_features` channels, or sizes between which the
             upsampler cannot go.
         """
-        x = self.upsample(*self.upsampler_inputs(features, images))
-        return self.classify(self.dropout(x))
+        x, other = self.upsampler_inputs(features, images)
+        groups = getattr(self.upsample, "value_groups", 1)
+        if keeps_space(self.upsample) and groups * self.num_classes < x.shape[-1]:
+            return self._upsampled_logits(x, other, groups)
+        return self.classify(self.dropout(self.upsample(x, other)))
+
+    def _upsampled_logits(self, x, other, groups):
+        """`classify(dropout(upsample(x, other)))`; each group of channels has logits of its own."""
+        layer, shape = self.classify, (*x.shape[:3], groups, -1)
+        values, kernel, bias = layer.promote_dtype(
+            (self.dropout(x), layer.kernel[...], layer.bias[...]), dtype=layer.dtype
+        )
+        kernel = kernel.reshape(groups, -1, self.num_classes)
+        values = jnp.einsum("bhwgc,gck->bhwgk", values.reshape(shape), kernel)
+        values = values.reshape(*x.shape[:3], groups * self.num_classes)
+        logits = self.upsample(x, other, values=values).astype(bias.dtype)
+        logits = logits.reshape(*logits.shape[:3], groups, self.num_classes).sum(axis=3)
+        return logits + bias[None, None, None]
 
     def upsampler_inputs(
         self, features: Sequence[Float[Array, "b _h _w _c"]], images: Float[Array, "b H W 3"]

@@ -219,11 +219,11 @@ def check_guide(features: Array, guide: Array, channels: int) -> None:
 
 
 def reassembled(
-    features: Array, values: Array | None, *, groups: tuple[int, ...] = ()
+    features: Array, values: Array | None, *, groups: int = 1
 ) -> Float[Array, "b h w d"]:
     """What is reassembled: the features, or other values at their pixels, in their dtype.
 
-    The channels of the values must divide into each number of `groups`.
+    The channels of the values must divide into the groups.
     """
     if values is None:
         return features
@@ -232,11 +232,10 @@ def reassembled(
         f"values must be {(*features.shape[:3], 'channels')}, a vector for every pixel of the "
         f"features, got shape {values.shape}",
     )
-    for n in groups:
-        need(
-            values.shape[3] % n == 0,
-            f"values must have a multiple of {n} channels (the groups), got {values.shape[3]}",
-        )
+    need(
+        values.shape[3] % groups == 0,
+        f"values must have a multiple of {groups} channels (the groups), got {values.shape[3]}",
+    )
     return values.astype(features.dtype)
 
 

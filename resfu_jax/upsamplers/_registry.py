@@ -29,7 +29,8 @@ def register(name: str, **options: Any) -> Callable[[T], T]:
     The class is built as `cls(features, guide_features, scale=..., rngs=..., **options)` and has a
     class attribute `guide`: `"none"`, called as `up(features, output_size=None)`, or `"features"`,
     called as `up(features, guide)`. One whose output is linear in what it reassembles also takes
-    `values`, which then stand in for the features: those only decide the weights.
+    `values`, which then stand in for the features: those only decide the weights. Where groups of
+    channels have weights of their own, `value_groups` is their number.
     """
 
     def add(cls: T) -> T:

@@ -101,6 +101,11 @@ class CARAFE(nnx.Module):
             **types,
         )
 
+    @property
+    def value_groups(self) -> int:
+        """Groups of channels, blocks of successive ones, that have weights of their own."""
+        return self.up_group
+
     def __call__(
         self,
         features: Float[Array, "b h w c"],
@@ -116,7 +121,7 @@ class CARAFE(nnx.Module):
         check_features(features, self.features)
         check_output_size("carafe", features, output_size, self.scale)
         x = features.astype(compute_dtype(self.dtype, features))
-        v = reassembled(x, values, groups=(self.up_group,))
+        v = reassembled(x, values, groups=self.value_groups)
         return local_attention(
             self.scores(x), v, groups=self.up_group, implementation=self.implementation
         )

@@ -103,6 +103,11 @@ class DySample(nnx.Module):
             else None
         )
 
+    @property
+    def value_groups(self) -> int:
+        """Groups of channels, blocks of successive ones, that have weights of their own."""
+        return self.groups
+
     def __call__(
         self,
         features: Float[Array, "b h w c"],
@@ -119,7 +124,7 @@ class DySample(nnx.Module):
         check_output_size("dysample", features, output_size, self.scale)
         x = features.astype(compute_dtype(self.dtype, features))
         x, points = self.points(x)
-        v = reassembled(x, values, groups=(self.groups,))
+        v = reassembled(x, values, groups=self.value_groups)
         samples = deformable_sample(
             v, points, padding_mode="border", implementation=self.implementation
         )

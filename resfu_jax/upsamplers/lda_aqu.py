@@ -16,6 +16,8 @@ Source: Du et al., "LDA-AQU: Adaptive Query-guided Upsampling via Local Deformab
 Multimedia 2024; the semantics are those of the authors' released module.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -119,6 +121,11 @@ class LDAAQU(nnx.Module):
         table = (nh, k_u**2, width // nh)
         self.table = nnx.Param(_WEIGHT_INIT(rngs.params(), table, param_dtype)) if rpb else None
 
+    @property
+    def value_groups(self) -> int:
+        """Groups of channels, blocks of successive ones, that have weights of their own."""
+        return math.lcm(self.nh, self.n_groups)
+
     def __call__(
         self,
         features: Float[Array, "b h w c"],
@@ -141,7 +148,7 @@ class LDAAQU(nnx.Module):
         return deformable_attention(
             q * (q.shape[-1] // self.nh) ** -0.5,
             apply_linear(normed, self.k),
-            reassembled(x, values, groups=(self.nh, self.n_groups)),
+            reassembled(x, values, groups=self.value_groups),
             points,
             heads=self.nh,
             bias=None if self.table is None else self.table[...].astype(x.dtype),

@@ -273,6 +273,11 @@ class SAPADeform(nnx.Module):
         phases = scale**2 if high_offset else 1
         self.offset = linear(features, 2 * groups * num_point * phases)
 
+    @property
+    def value_groups(self) -> int:
+        """Groups of channels, blocks of successive ones, that have weights of their own."""
+        return self.groups
+
     def __call__(
         self,
         features: Float[Array, "b h w {self.features}"],
@@ -293,7 +298,7 @@ class SAPADeform(nnx.Module):
         q = apply_linear(apply_norm(y, self.norm_y), self.q)
         k = apply_linear(normed, self.k)
         points = self.points(normed, y.shape[1:3])
-        v = reassembled(x, values, groups=(self.groups,))
+        v = reassembled(x, values, groups=self.value_groups)
         return deformable_attention(
             q, k, v, points, heads=self.groups, implementation=self.implementation
         )
