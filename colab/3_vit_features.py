@@ -6,7 +6,7 @@
 # A Vision Transformer sees your photo in patches of 16 x 16 pixels. Every upsampler of the library is fitted to
 # this one photo, without labels, and brings its features to four times their resolution.
 #
-# **Run time**: an estimated 8 minutes on two CPU cores, after the installation.
+# **Run time**: 5 minutes on two CPU cores, after the installation; most of it is the fits.
 
 # %% tags=["active-ipynb"]
 # # Install. Where resfu_jax is there already, this does nothing.
@@ -133,9 +133,10 @@ plt.show()
 # ## What one pixel looks at
 #
 # Most members, among them these, reassemble: an output pixel is a weighted mean of input pixels. `weights` gives
-# these weights, exactly. Here is one pixel (the cross) just inside an outline, and its weights on the part of the
-# photo around it. `nearest` to `lda_aqu` know the features only; `sapa` and `resfu` see the outline in the photo
-# and take mostly from the pixel's own side of it. `fade` takes one patch, and what the photo shows there.
+# these weights, exactly. Here is one pixel (the cross) at an outline, and its weights on the part of the photo around
+# it. `nearest` to `lda_aqu` know the features only; `fade`, `sapa` and `resfu` see the photo, too. `sapa` takes from
+# the patches along the outline; `resfu`, after so short a fit, stays near the bilinear weights that it refines; `fade`
+# takes one patch, and what the photo shows there.
 
 # %%
 PIXEL = (0.609, 0.8)  # row and column, as shares of height and width: the shoulder, at its outline
