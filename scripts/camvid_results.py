@@ -3,12 +3,12 @@
     python -m resfu_jax.data prepare camvid && python -m resfu_jax.data prepare camvid/clean
     python scripts/camvid_results.py --workdir runs/camvid_vit
 
-Each run is `train.py --config configs/camvid_vit_frozen.py:NAME`; complete ones in the workdir are
-not repeated, a killed one continues. `--missing` trains only what docs/results.json does not have
-yet, `--report` nothing; tables are of what is recorded there and in the workdir. The backbone is
-fetched from Hugging Face (`pip install -e ".[hub]"`); `--pretrained FILE` takes a file. Written are
-docs/results.json, the tables in docs/results.md and README.md, docs/results_curves.png and
-docs/results_predictions.png.
+Each run is `train.py --config configs/camvid_vit_frozen.py:NAME`, or camvid_vit_augmented.py in one
+of the experiments; complete ones in the workdir are not repeated, a killed one continues.
+`--missing` trains only what docs/results.json does not have yet, `--report` nothing; tables are of
+what is recorded there and in the workdir. The backbone is fetched from Hugging Face (`pip install
+-e ".[hub]"`); `--pretrained FILE` takes a file. Written are docs/results.json, the tables in
+docs/results.md and README.md, docs/results_curves.png and docs/results_predictions.png.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import jax
 import matplotlib
@@ -38,20 +39,53 @@ from configs import camvid_vit_frozen  # noqa: E402
 
 DOCS = ROOT / "docs"
 MEMBERS = ("nearest", "bilinear", "carafe", "dysample", "sapa", "fade", "lda_aqu", "resfu")
-SPLITS = ("camvid", "camvid/clean")
 RARE = ("Pole", "SignSymbol", "Fence")
 SHOWN = ("bilinear", "carafe", "fade", "resfu")  # in the picture
 RECORD = DOCS / "results.json"
 
 
-def directory(root: pathlib.Path, split: str, member: str, seed: int) -> pathlib.Path:
+class Experiment(NamedTuple):
+    """Members trained alike.
+
+    Attributes:
+      title: of its tables.
+      config: file in configs/.
+      data: name of the dataset.
+      members: upsamplers.
+      seeds: runs of each.
+    """
+
+    title: str
+    config: str
+    data: str
+    members: tuple[str, ...]
+    seeds: int
+
+
+EXPERIMENTS = {
+    "camvid": Experiment("`camvid`", "camvid_vit_frozen", "camvid", MEMBERS, 3),
+    "camvid/clean": Experiment("`camvid/clean`", "camvid_vit_frozen", "camvid/clean", MEMBERS, 3),
+    "camvid/augmented": Experiment(
+        "`camvid` at twice the size, augmented",
+        "camvid_vit_augmented",
+        "camvid",
+        ("bilinear", "resfu"),
+        1,
+    ),
+    "camvid/no_gate": Experiment(
+        "`camvid`, FADE without its gate", "camvid_vit_frozen", "camvid", ("semishift",), 1
+    ),
+}
+
+
+def directory(root: pathlib.Path, experiment: str, member: str, seed: int) -> pathlib.Path:
     """Where a run is."""
-    return root / split.replace("/", "_") / f"{member}_{seed}"
+    return root / experiment.replace("/", "_") / f"{member}_{seed}"
 
 
-def load(root: pathlib.Path, split: str, member: str, seed: int) -> dict | None:
+def load(root: pathlib.Path, experiment: str, member: str, seed: int) -> dict | None:
     """What a finished run left; None if it is not finished."""
-    path = directory(root, split, member, seed)
+    path = directory(root, experiment, member, seed)
     history = read_metrics(path / "metrics.jsonl")
     evaluations = [line for line in history if "val/miou" in line]
     if not evaluations:
@@ -64,11 +98,11 @@ def load(root: pathlib.Path, split: str, member: str, seed: int) -> dict | None:
 
 
 def recorded() -> dict[str, dict[str, dict[int, dict]]]:
-    """Runs of docs/results.json by split, member and seed."""
+    """Runs of docs/results.json by experiment, member and seed."""
     runs = json.loads(RECORD.read_text())["runs"] if RECORD.exists() else {}
     return {
-        split: {member: {run["seed"]: run for run in found} for member, found in members.items()}
-        for split, members in runs.items()
+        name: {member: {run["seed"]: run for run in found} for member, found in members.items()}
+        for name, members in runs.items()
     }
 
 
@@ -128,11 +162,16 @@ def classes(results: dict[str, list[dict]]) -> str:
 
 
 def curves(results: dict[str, list[dict]], path: pathlib.Path) -> None:
-    """Training loss over the steps (one seed), mIoU and boundary IoU of every run at the end."""
+    """Training loss over the steps (one seed), mIoU and boundary IoU of every run at the end.
+
+    Of the oldest records only the end is known.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     colours = dict(zip(MEMBERS, plt.colormaps["tab10"].colors, strict=False))
     for i, (member, runs) in enumerate(results.items()):
-        axes[0].plot(*zip(*runs[-1]["losses"], strict=True), color=colours[member], label=member)
+        losses = [run["losses"] for run in runs if "losses" in run]
+        if losses:
+            axes[0].plot(*zip(*losses[-1], strict=True), color=colours[member], label=member)
         for key, marker in (("val/miou", "o"), ("val/boundary_iou", "s")):
             values = [run[key] for run in runs]
             style = dict(color=colours[member], marker=marker, linestyle="none", alpha=0.7)
@@ -151,7 +190,7 @@ def pictures(root: pathlib.Path, path: pathlib.Path, rows: int = 3) -> None:
 
     The pictures are in the workdirs: without a run of each member there, the file stays as it is.
     """
-    runs = {m: sorted(root.glob(f"{SPLITS[0]}/{m}_*/predictions/step*_0.png")) for m in SHOWN}
+    runs = {m: sorted(root.glob(f"camvid/{m}_*/predictions/step*_0.png")) for m in SHOWN}
     if not all(runs.values()):
         print(f"{path.name} stays: it needs a run of {', '.join(SHOWN)} in {root}")
         return
@@ -172,24 +211,26 @@ def between(page: pathlib.Path, mark: str, text: str) -> None:
     page.write_text(f"{head}<!-- {mark} -->\n{text}\n{end}{tail}")
 
 
-def report(root: pathlib.Path, seeds: int) -> None:
+def report(root: pathlib.Path) -> None:
     """Writes record, tables, curves and pictures."""
     record = recorded()
     found = {}
-    for split in SPLITS:
-        for member in MEMBERS:
-            runs = record.get(split, {}).get(member, {})
-            runs |= {s: run for s in range(seeds) if (run := load(root, split, member, s))}
+    for name, experiment in EXPERIMENTS.items():
+        for member in experiment.members:
+            runs = record.get(name, {}).get(member, {})
+            seeds = range(experiment.seeds)
+            runs |= {s: run for s in seeds if (run := load(root, name, member, s))}
             if runs:
-                found.setdefault(split, {})[member] = [runs[seed] for seed in sorted(runs)]
-    costs = {member: measure(member) for member in MEMBERS}
+                found.setdefault(name, {})[member] = [runs[seed] for seed in sorted(runs)]
+    costs = {member: measure(member) for member in {m for runs in found.values() for m in runs}}
     RECORD.write_text(
         json.dumps({"runs": found, "heads": costs, "jax": jax.__version__}, indent=1) + "\n"
     )
     text = []
-    for split, results in found.items():
-        text += [f"## `{split}`", table(results, costs, "resfu"), classes(results)]
-    main = found[SPLITS[0]]
+    for name, results in found.items():
+        title = EXPERIMENTS[name].title
+        text += [f"## {title}", table(results, costs, "resfu"), classes(results)]
+    main = found["camvid"]
     curves(main, DOCS / "results_curves.png")
     pictures(root, DOCS / "results_predictions.png")
     for name in ("curves", "predictions"):
@@ -203,30 +244,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/camvid_vit"))
     parser.add_argument("--pretrained", help="file of the backbone's weights")
-    parser.add_argument("--members", nargs="+", default=MEMBERS, choices=MEMBERS)
-    parser.add_argument("--splits", nargs="+", default=SPLITS, choices=SPLITS)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--members", nargs="+", help="of an experiment's, only these")
+    parser.add_argument("--experiments", nargs="+", default=EXPERIMENTS, choices=EXPERIMENTS)
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--missing", action="store_true", help="not what is recorded already")
     args, overrides = parser.parse_known_args()
     record = recorded() if args.missing else {}
-    for seed in range(0 if args.report else args.seeds):
-        for split in args.splits:
-            for member in args.members:
-                if seed in record.get(split, {}).get(member, {}):
+    for seed in range(0 if args.report else max(e.seeds for e in EXPERIMENTS.values())):
+        for name in args.experiments:
+            experiment = EXPERIMENTS[name]
+            for member in experiment.members if seed < experiment.seeds else ():
+                if member not in (args.members or experiment.members):
                     continue
-                if load(args.workdir, split, member, seed):
+                if seed in record.get(name, {}).get(member, {}):
                     continue
-                workdir = directory(args.workdir, split, member, seed)
+                if load(args.workdir, name, member, seed):
+                    continue
+                workdir = directory(args.workdir, name, member, seed)
                 command = [
                     *(sys.executable, ROOT / "train.py", "--workdir", workdir),
-                    f"--config={ROOT}/configs/camvid_vit_frozen.py:{member}",
-                    *(f"--config.seed={seed}", f"--config.data.name={split}", *overrides),
+                    f"--config={ROOT}/configs/{experiment.config}.py:{member}",
+                    *(f"--config.seed={seed}", f"--config.data.name={experiment.data}"),
+                    *overrides,
                 ]
                 if args.pretrained:
                     command.append(f"--config.model.backbone.pretrained={args.pretrained}")
                 subprocess.run(command, check=True)
-    report(args.workdir, args.seeds)
+    report(args.workdir)
 
 
 if __name__ == "__main__":
