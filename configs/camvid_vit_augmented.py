@@ -7,7 +7,7 @@ covers 8 x 8 pixels of them and guide and logits are at stride 2. Training sees 
 that `camvid_vit_frozen` has, mirrored or not; the test goes over windows of the same size, mirrored
 too. Any upsampler after the colon.
 
-Result: docs/results.md.
+Result: ReSFU 0.637 mIoU, bilinear 0.574; docs/results.md.
 """
 
 from configs import camvid_vit_frozen
