@@ -126,7 +126,9 @@ class LinearHead(nnx.Module):
         """
         x, other = self.upsampler_inputs(features, images)
         groups = getattr(self.upsample, "value_groups", 1)
-        if keeps_space(self.upsample) and groups * self.num_classes < x.shape[-1]:
+        # Another classifier may have been put in, like none at all to get the features.
+        linear = isinstance(self.classify, nnx.Linear) and keeps_space(self.upsample)
+        if linear and groups * self.num_classes < x.shape[-1]:
             return self._upsampled_logits(x, other, groups)
         return self.classify(self.dropout(self.upsample(x, other)))
 
