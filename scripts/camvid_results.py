@@ -222,7 +222,8 @@ def report(root: pathlib.Path) -> None:
             runs |= {s: run for s in seeds if (run := load(root, name, member, s))}
             if runs:
                 found.setdefault(name, {})[member] = [runs[seed] for seed in sorted(runs)]
-    costs = {member: measure(member) for member in {m for runs in found.values() for m in runs}}
+    members = dict.fromkeys(member for runs in found.values() for member in runs)
+    costs = {member: measure(member) for member in members}
     RECORD.write_text(
         json.dumps({"runs": found, "heads": costs, "jax": jax.__version__}, indent=1) + "\n"
     )
@@ -244,7 +245,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/camvid_vit"))
     parser.add_argument("--pretrained", help="file of the backbone's weights")
-    parser.add_argument("--members", nargs="+", help="of an experiment's, only these")
+    members = sorted({member for e in EXPERIMENTS.values() for member in e.members})
+    parser.add_argument("--members", nargs="+", default=members, choices=members)
     parser.add_argument("--experiments", nargs="+", default=EXPERIMENTS, choices=EXPERIMENTS)
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--missing", action="store_true", help="not what is recorded already")
@@ -254,9 +256,7 @@ def main() -> None:
         for name in args.experiments:
             experiment = EXPERIMENTS[name]
             for member in experiment.members if seed < experiment.seeds else ():
-                if member not in (args.members or experiment.members):
-                    continue
-                if seed in record.get(name, {}).get(member, {}):
+                if member not in args.members or seed in record.get(name, {}).get(member, {}):
                     continue
                 if load(args.workdir, name, member, seed):
                     continue

@@ -5,9 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from resfu_jax.ops.conv import conv, conv_general_dilated
+from resfu_jax.ops.conv import conv
 
 WIDE, IMAGE = (2, 9, 8, 16), (2, 9, 8, 3)
 CASES = [
@@ -118,27 +117,6 @@ def test_exports_with_symbolic_sizes():
     )
     x, k = inputs(IMAGE, (3, 3))
     np.testing.assert_allclose(exported.call(x, k), by_definition(x, k, padding=1), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(padding=1),
-        dict(padding="VALID", strides=2),
-        dict(padding="SAME", strides=2),
-        dict(kernel_dilation=2),
-        dict(feature_group_count=2),
-        dict(precision="highest"),
-        dict(input_dilation=2, padding=1),
-        dict(padding="CIRCULAR"),
-    ],
-)
-def test_as_the_convolution_of_a_flax_layer(options):
-    x, _ = inputs(WIDE, (3, 3))
-    build = functools.partial(nnx.Conv, 16, 6, (3, 3), **options)
-    expected = build(rngs=nnx.Rngs(0))(x)
-    ours = build(conv_general_dilated=conv_general_dilated, rngs=nnx.Rngs(0))(x)
-    np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from resfu_jax.heads._layers import (
     create_head_upsampler,
 )
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops.conv import conv_general_dilated
+from resfu_jax.ops.conv import conv
 from resfu_jax.ops.group_norm import group_norm
 from resfu_jax.upsamplers import keeps_space
 
@@ -134,13 +134,15 @@ class LinearHead(nnx.Module):
 
     def _upsampled_logits(self, x, other, groups):
         """`classify(dropout(upsample(x, other)))`; each group of channels has logits of its own."""
-        layer, shape = self.classify, (*x.shape[:3], groups, -1)
+        layer, (b, h, w, _) = self.classify, x.shape
         values, kernel, bias = layer.promote_dtype(
             (self.dropout(x), layer.kernel[...], layer.bias[...]), dtype=layer.dtype
         )
-        kernel = kernel.reshape(groups, -1, self.num_classes)
-        values = jnp.einsum("bhwgc,gck->bhwgk", values.reshape(shape), kernel)
-        values = values.reshape(*x.shape[:3], groups * self.num_classes)
+        values = jnp.einsum(
+            "bhwgc,gck->bhwgk",
+            values.reshape(b, h, w, groups, -1),
+            kernel.reshape(groups, -1, self.num_classes),
+        ).reshape(b, h, w, groups * self.num_classes)
         logits = self.upsample(x, other, values=values).astype(bias.dtype)
         logits = logits.reshape(*logits.shape[:3], groups, self.num_classes).sum(axis=3)
         return logits + bias[None, None, None]
@@ -172,29 +174,24 @@ class ImageStem(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        conv = lambda n, m, stride: nnx.Conv(  # noqa: E731
-            n,
-            m,
-            (3, 3),
-            strides=stride,
-            padding="VALID",
-            conv_general_dilated=conv_general_dilated,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
-        self.conv1 = conv(3, width, strides[0])
+        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.conv1 = nnx.Conv(3, width, (3, 3), strides=strides[0], **types)
         self.norm = GroupNorm(width, param_dtype=param_dtype)
-        self.conv2 = conv(width, features, strides[1])
+        self.conv2 = nnx.Conv(width, features, (3, 3), strides=strides[1], **types)
 
     def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w g"]:
         """The guide, of the compute type."""
+        x = jax.nn.relu(self.norm(_conv_replicated(images, self.conv1)))
+        return _conv_replicated(x, self.conv2)
 
-        def padded(x: Array) -> Array:
-            return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
 
-        x = jax.nn.relu(self.norm(self.conv1(padded(images))))
-        return self.conv2(padded(x))
+def _conv_replicated(x: Float[Array, "b h w c"], layer: nnx.Conv) -> Float[Array, "b h2 w2 d"]:
+    """The layer's 3x3 convolution with replicated borders, which `nnx.Conv` does not have."""
+    x, kernel, bias = layer.promote_dtype(
+        (x, layer.kernel[...], layer.bias[...]), dtype=layer.dtype
+    )
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    return conv(x, kernel, stride=layer.strides) + bias[None, None, None]
 
 
 class GroupNorm(nnx.Module):

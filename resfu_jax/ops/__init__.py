@@ -1,6 +1,6 @@
 """Pure functions of NHWC arrays: no parameters, no Flax."""
 
-from resfu_jax.ops.conv import conv, conv_general_dilated
+from resfu_jax.ops.conv import conv
 from resfu_jax.ops.deformable_attention import deformable_attention
 from resfu_jax.ops.deformable_sample import deformable_sample
 from resfu_jax.ops.depthwise_conv import depthwise_conv
@@ -20,7 +20,6 @@ __all__ = [
     "adaptive_avg_pool",
     "box_filter",
     "conv",
-    "conv_general_dilated",
     "deformable_attention",
     "deformable_sample",
     "depthwise_conv",

@@ -61,7 +61,8 @@ def block_rows(
       height: rows of all blocks.
       row_values: values of a row of the widest map, over the batch.
       most: rows that a block has at most, if the caller wants fewer than fit.
-      at_least: values of a block that are worth leaving the cache for.
+      at_least: values that a block may have even if it then leaves the cache, for a caller to
+        whom more blocks cost more than that.
     """
     if not isinstance(height, int) or not isinstance(row_values, int):
         return 1

@@ -1,8 +1,7 @@
 """Dense convolution whose gradients avoid XLA's slow path on a CPU."""
 
 import functools
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -77,48 +76,6 @@ def conv(
     if stride != (1, 1) and x.shape[3] >= _FEW:
         return _blocks(x, kernel, stride, padding, dilation)
     return _gradient_in_blocks(x, kernel, stride, padding, dilation)
-
-
-def conv_general_dilated(
-    lhs: Array,
-    rhs: Array,
-    window_strides: Sequence[int],
-    padding: str | Sequence[tuple[int, int]],
-    lhs_dilation: Sequence[int] | None = None,
-    rhs_dilation: Sequence[int] | None = None,
-    dimension_numbers: Any = None,
-    feature_group_count: int = 1,
-    **options: Any,
-) -> Array:
-    """`conv` with the signature of `jax.lax.conv_general_dilated`, as `nnx.Conv` wants it.
-
-    What `conv` does not do, like groups and precisions, goes to JAX.
-    """
-    plain = not any(value for value in options.values() if value is not None)
-    if padding == "VALID":
-        padding = ((0, 0), (0, 0))
-    if (
-        plain
-        and lhs.ndim == 4
-        and not isinstance(padding, str)
-        and set(lhs_dilation or (1,)) == {1}
-        and feature_group_count == 1
-        and jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, _DIMENSIONS) == dimension_numbers
-    ):
-        padding = tuple(tuple(pair) for pair in padding)
-        dilation = tuple(rhs_dilation or (1, 1))
-        return conv(lhs, rhs, stride=tuple(window_strides), padding=padding, dilation=dilation)
-    return jax.lax.conv_general_dilated(
-        lhs,
-        rhs,
-        window_strides,
-        padding,
-        lhs_dilation,
-        rhs_dilation,
-        dimension_numbers,
-        feature_group_count,
-        **options,
-    )
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
