@@ -221,7 +221,9 @@ def test_lr_mult_scales_the_branches_only():
     assert len(one) == 28
     for path, g in one.items():
         factor = 500.0 if path[0] in ("semantic_scores", "detail_scores") else 1.0
-        np.testing.assert_allclose(many[path][...], factor * g[...], rtol=1e-4, atol=1e-6)
+        # Entries are sums of terms as large as the largest entry, which float32 rounds.
+        g = factor * np.asarray(g[...])
+        np.testing.assert_allclose(many[path][...], g, rtol=1e-4, atol=1e-6 * np.abs(g).max())
 
 
 def test_initialisation_is_the_official_one():

@@ -32,9 +32,9 @@ class Rows(NamedTuple):
     """
 
     axis: int
-    step: int
-    length: int
-    offsets: tuple[int, ...] = ()
+    step: Size
+    length: Size
+    offsets: tuple[Size, ...] = ()
 
 
 @contextlib.contextmanager
@@ -315,7 +315,7 @@ def _cut(a: Array, i, rows: Rows) -> Any:
     return pieces if rows.offsets else pieces[0]
 
 
-def _start(a: Array, i, rows: Rows, offset: int = 0) -> list[Array]:
+def _start(a: Array, i, rows: Rows, offset: Size = 0) -> list[Array]:
     i = jnp.asarray(i, jnp.int32)
     start = [jnp.zeros_like(i)] * a.ndim
     start[rows.axis] = i * rows.step + offset

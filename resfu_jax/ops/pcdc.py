@@ -19,8 +19,8 @@ fractions. So a small k is convolved as it is.
 Source: "A Refreshed Similarity-based Upsampler for Direct High-Ratio Feature Upsampling".
 """
 
+import functools
 import math
-from collections.abc import Iterable
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._interp import Size
+from resfu_jax.ops._order import zeros_after
 from resfu_jax.ops._polyphase import (
     extend,
     extend_axis,
@@ -36,7 +36,7 @@ from resfu_jax.ops._polyphase import (
     upsampled_moments,
     whole_ratio,
 )
-from resfu_jax.ops._row_blocks import Rows, block_rows, map_row_blocks_normalised
+from resfu_jax.ops._row_blocks import Rows, block_rows, loop, map_row_blocks_normalised
 from resfu_jax.ops.group_norm import group_mean, group_moments, group_norm
 from resfu_jax.ops.grouped_conv import grouped_conv, grouped_linear
 from resfu_jax.ops.resize import resize
@@ -131,8 +131,8 @@ def _blocks(
     b, hh, ww, _ = q.shape
     side, hidden = p.kernel.shape[0], p.kernel.shape[3]
     o, dtype = hidden // groups, q.dtype
-    of_q = group_moments(q, groups=norm_groups, eps=EPS)
-    weights = p.kernel.reshape(side**2, -1, groups, o).transpose(2, 3, 0, 1)  # group out tap in
+    weights = p.kernel * p.scale.reshape(groups, -1).T[None, None].repeat(o, 3)
+    weights = weights.reshape(side**2, -1, groups, o).transpose(2, 3, 0, 1)  # group out tap in
     central = -weights.sum(axis=2)
     weights = weights.reshape(groups, o, -1)
 
@@ -147,64 +147,86 @@ def _blocks(
     mix = p.mix.reshape(o, groups, o).transpose(1, 2, 0)
     bias, mix_bias = (a.reshape(groups, o) for a in (p.bias, p.mix_bias))
 
-    # Within a block, channels come first: rows of pixels are what all steps go along.
-    def normalised(q, of_q, scale):
-        return _by_group(_centred(q, of_q, scale), groups)
-
-    def compress(t, bias, mix, mix_bias, apart):
-        """relu, mix, relu, and what leaves the block."""
-        *_, h, w = t.shape
-        t = jax.nn.relu(t + bias[None, :, :, None, None])
-        u = jax.nn.relu(_per_group(mix, t) + mix_bias[None, :, :, None, None])
-        scores = _per_group(apart, u).reshape(b, groups, inner, taps, h, w)
-        u = u.astype(at_least_float32(u.dtype))
+    def compress(t, width, bias, mix, mix_bias, apart):
+        """relu, mix, relu, and what leaves the block, of the first `ww` of `width` columns."""
+        t = jax.nn.relu(t + bias[None, :, :, None])
+        u = jax.nn.relu(_per_group(mix, t) + mix_bias[None, :, :, None])
+        scores = _per_group(apart, u).reshape(b, groups, inner, taps, -1, width)[..., :ww]
+        u = u.astype(at_least_float32(u.dtype)).reshape(b, groups, o, -1, width)[..., :ww]
         return scores, (u.sum(axis=(3, 4)), jnp.square(u).sum(axis=(3, 4)))
 
     ratio = whole_ratio(k.shape[1:3], q.shape[1:3])
     if ratio == (dilation, dilation) and dilation > 1:
         small = k.astype(at_least_float32(k.dtype))
+        h, w = small.shape[1:3]
         centre = group_mean(small.mean(axis=(1, 2)), norm_groups)
         mean, square = upsampled_moments(small, ratio, centre)
         mean = group_mean(mean, norm_groups)
         variance = group_mean(square, norm_groups) - jnp.square(mean - centre)
-        k = _centred(k, (mean, jax.lax.rsqrt(variance + EPS)), p.scale)
         # One ring of responses beyond the image, for the interpolation at its border.
-        k = _by_group(extend(k, side // 2 + 1), groups)
-        h = k.shape[3] - (side - 1)
-        rows = [k[:, :, :, u : u + h] for u in range(side)]
-        windows = _windows(rows, range(side), k.shape[4] - (side - 1))
-        response = _per_group(weights, jnp.concatenate(windows, axis=2))
+        border = side // 2 + 1
+        k = _centred(k, mean, jax.lax.rsqrt(variance + EPS))
+        k = jnp.moveaxis(extend(k, border), 3, 1)
+        k = k.reshape(b, groups, -1, *k.shape[2:])
+        h, w = h + 2, w + 2
+        windows = [k[..., v : v + h, u : u + w] for v, u in _offsets(side, 1)]
+        windows = jnp.concatenate(windows, axis=2).reshape(b, groups, -1, h * w)
+        response = _per_group(weights, windows).reshape(b, groups, o, h, w)
         response = jnp.moveaxis(response, 2, 4)  # columns are upsampled with channels last
         response = jnp.moveaxis(upsample_extended_axis(response, dilation, 3), 4, 2)
         n = block_rows(h - 2, b * ww * dilation * hidden, tile and tile // dilation)
-        inputs = (Rows(3, n, n + 2), Rows(1, n * dilation, n * dilation))
+        out_rows, count = n * dilation, (h - 2) // n
+        inputs = (Rows(3, n, n + 2), Rows(3, out_rows, out_rows))
 
         def f(params, blocks):
-            of_q, scale, central, *rest, _ = params
+            central, *rest, _ = params
             response, q = blocks
-            t = _per_group(central, normalised(q, of_q, scale))
-            return compress(t + upsample_extended_axis(response, dilation, 3), *rest)
+            t = _per_group(central, q.reshape(b, groups, -1, out_rows * ww))
+            t = t + upsample_extended_axis(response, dilation, 3).reshape(t.shape)
+            return compress(t, ww, *rest)
 
-        first, arrays, count = (central,), (response, q), (h - 2) // n
-        out_rows = n * dilation
+        first, arrays = (central,), (response, _normalised(q, q, groups, norm_groups, 0))
     else:
         if k.shape[1:3] != (hh, ww):
             k = resize(k, (hh, ww))
-        of_k = group_moments(k, groups=norm_groups, eps=EPS)
-        border, steps = dilation * (side // 2), tuple(range(0, dilation * side, dilation))
-        k = extend_axis(k, border, 1)
-        out_rows = block_rows(hh, b * ww * hidden, tile)
-        inputs = (Rows(1, out_rows, out_rows, steps), Rows(1, out_rows, out_rows))
+        border = dilation * (side // 2)
+        k = _normalised(k, k, groups, norm_groups, border)
+        q = _normalised(q, k, groups, norm_groups, border)
+        width = ww + 2 * border
+        out_rows = block_rows(hh, b * width * hidden, tile)
+        length, count = out_rows * width, hh // out_rows
+        shifts = _offsets(side, dilation)
+        of_k_and_q = shifts, (shifts[len(shifts) // 2],)
+        known = all(isinstance(n, int) for n in (hh, ww))
+        if known:
+            k, q = (a.reshape(*a.shape[:3], -1) for a in (k, q))
+            inputs = tuple(
+                Rows(3, length, length, tuple(v * width + u for v, u in offsets))
+                for offsets in of_k_and_q
+            )
+        else:
+            # Whether such a piece is within the map is a product of unknown sizes, which
+            # `jax.export` cannot decide: rows instead, one more, and the piece of those.
+            inputs = tuple(
+                Rows(3, out_rows, out_rows + 1, tuple(v for v, _ in offsets))
+                for offsets in of_k_and_q
+            )
+
+        def taken(rows, u):
+            return rows if known else rows.reshape(*rows.shape[:3], -1)[..., u : u + length]
 
         def f(params, blocks):
-            of_q, scale, of_k, weights, *rest, _ = params
-            rows, q = blocks
-            rows = [extend_axis(normalised(a, of_k, scale), border, 4) for a in rows]
-            windows = [*_windows(rows, steps, ww), normalised(q, of_q, scale)]
-            return compress(_per_group(weights, jnp.concatenate(windows, axis=2)), *rest)
+            weights, *rest, _ = params
+            windows = [
+                taken(rows, u)
+                for block, offsets in zip(blocks, of_k_and_q, strict=True)
+                for rows, (_, u) in zip(block, offsets, strict=True)
+            ]
+            windows = jnp.concatenate(windows, axis=2)
+            return compress(_per_group(weights, windows), width, *rest)
 
         weights = jnp.concatenate([weights, central], axis=2)
-        first, arrays, count = (of_k, weights), (k, q), hh // out_rows
+        first, arrays = (weights,), (k, q)
 
     def finish(params, sums, scores):
         """Statistics of u, and what its norm makes of the projections."""
@@ -223,7 +245,7 @@ def _blocks(
         return out.astype(dtype)
 
     last = (p.project, p.project_bias, p.hidden_scale, p.hidden_bias)
-    params = (of_q, p.scale, *first, bias, mix, mix_bias, apart, last)
+    params = (*first, bias, mix, mix_bias, apart, last)
     narrow, output = Rows(4, out_rows, out_rows), Rows(2, out_rows, out_rows)
     out = map_row_blocks_normalised(
         f, finish, count, inputs, narrow, output, params, arrays, keep=tile is None
@@ -255,26 +277,98 @@ def _sum_of_units_bwd(saved, d_out):
 _sum_of_units.defvjp(lambda s, f: (_sum_of_units(s, f), (s, f)), _sum_of_units_bwd)
 
 
-def _windows(rows: list[Array], columns: Iterable[int], width: Size) -> list[Array]:
-    """The taps of a convolution: `width` columns from every one of `columns` on, row by row."""
-    return [a[..., v : v + width] for a in rows for v in columns]
+def _offsets(side: int, dilation: int) -> tuple[tuple[int, int], ...]:
+    """Row and column of the taps of a convolution, from the first one on."""
+    steps = range(0, dilation * side, dilation)
+    return tuple((row, column) for row in steps for column in steps)
 
 
-def _per_group(weights: Float[Array, "g o i"], x: Float[Array, "b g i h w"]) -> Array:
+def _per_group(weights: Float[Array, "g o i"], x: Float[Array, "b g i n"]) -> Array:
     """Each group's matrix times its pixels."""
-    *lead, _, h, w = x.shape
-    weights = jnp.broadcast_to(weights[None], (x.shape[0], *weights.shape))
-    return jnp.matmul(weights, x.reshape(*x.shape[:3], h * w)).reshape(*lead, -1, h, w)
+    return jnp.broadcast_to(weights[None], (x.shape[0], *weights.shape)) @ x
 
 
-def _by_group(x: Float[Array, "b h w c"], groups: int) -> Float[Array, "b g d h w"]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _normalised(
+    x: Float[Array, "b h w c"], done: Array, groups: int, norm_groups: int, border: int
+) -> Float[Array, "b g d h2 w2"]:
+    """The normalised map, without the norm's scale and bias, made after `done`.
+
+    Its borders are replicated, and channels come first: long rows are what all steps then go along.
+    With all pixels in one axis, a tap of a convolution is a shift of them all. It wraps around into
+    the next row, in columns that only the borders have; the last tap reads from a row more.
+    """
+    return _normalised_fwd(x, done, groups, norm_groups, border)[0]
+
+
+def _normalised_fwd(x, done, groups, norm_groups, border):
     b, h, w, c = x.shape
-    return jnp.moveaxis(x, 3, 1).reshape(b, groups, c // groups, h, w)
+    mean, factor = group_moments(x, groups=norm_groups, eps=EPS)
+
+    def block(rows):
+        rows = jnp.moveaxis(_centred(rows, mean, factor), 3, 1)
+        return extend_axis(rows, border, 3)
+
+    # Row by row into one map: extended as a whole, it would be written several times.
+    y = zeros_after(done, (b, c, h + 2 * border + 1, w + 2 * border), x.dtype)
+    for row, at in ((0, 0), (h - 1, border + h)):
+        edge = block(jax.lax.slice_in_dim(x, row, row + 1, axis=1))
+        edges = jnp.broadcast_to(edge, (b, c, border, w + 2 * border))
+        y = jax.lax.dynamic_update_slice_in_dim(y, edges, at, 2)
+    n = block_rows(h, b * w * c)
+
+    def body(i, y):
+        rows = jax.lax.dynamic_slice_in_dim(x, i * n, n, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(y, block(rows), border + i * n, 2)
+
+    y = loop(h // n, body, y).reshape(b, groups, c // groups, *y.shape[2:])
+    return y, (y, factor, x[..., :0])  # of x, only the shape and the dtype
 
 
-def _centred(x: Array, moments: tuple[Array, Array], scale: Array) -> Array:
-    """The normalised map without the norm's bias, which cancels in the difference."""
-    mean, factor = moments
-    factor = factor * scale.astype(factor.dtype)[None]
+def _normalised_bwd(groups, norm_groups, border, saved, g):
+    # From the result, so that x need not be kept: with <> the mean over a group,
+    # dx = factor (g - <g> - y <y g>). As y repeats pixels in the border, means are sums of it all.
+    y, factor, empty = saved
+    b, h, w, _ = empty.shape
+    c = factor.shape[1]
+    y, g = (a.reshape(b, c, *a.shape[3:]) for a in (y, g))
+    pixels = jnp.asarray(h * w, factor.dtype)
+    of_g, of_yg = (
+        group_mean(a.astype(factor.dtype).sum(axis=(2, 3)) / pixels, norm_groups)
+        for a in (g, y * g)
+    )
+    of_g, of_yg, factor = (a[:, :, None, None] for a in (of_g, of_yg, factor))
+
+    def inside(rows):
+        """Columns of the image, the borders' added to the first and the last."""
+        x = rows[..., border : border + w]
+        for column, at in ((0, 0), (w - 1, border + w)):
+            edge = rows[..., at : at + border].sum(axis=3, keepdims=True)
+            edge = edge + jax.lax.slice_in_dim(x, column, column + 1, axis=3)
+            x = jax.lax.dynamic_update_slice_in_dim(x, edge, column, 3)
+        return x.astype(factor.dtype)
+
+    n = block_rows(h, b * w * c)
+
+    def body(i, dx):
+        rows_y, rows_g = (
+            jax.lax.dynamic_slice_in_dim(a, border + i * n, n, axis=2) for a in (y, g)
+        )
+        rows_y = rows_y[..., border : border + w].astype(factor.dtype)
+        rows = factor * (inside(rows_g) - of_g - rows_y * of_yg)
+        return jax.lax.dynamic_update_slice_in_dim(dx, jnp.moveaxis(rows, 1, 3), i * n, 1)
+
+    dx = loop(h // n, body, zeros_after(g, (b, h, w, c), factor.dtype))
+    for row, at in ((0, 0), (h - 1, border + h)):
+        edge = factor * inside(g[:, :, at : at + border].sum(axis=2, keepdims=True))
+        edge = jnp.moveaxis(edge, 1, 3) + jax.lax.slice_in_dim(dx, row, row + 1, axis=1)
+        dx = jax.lax.dynamic_update_slice_in_dim(dx, edge, row, 1)
+    return dx.astype(empty.dtype), None
+
+
+_normalised.defvjp(_normalised_fwd, _normalised_bwd)
+
+
+def _centred(x: Array, mean: Array, factor: Array) -> Array:
     centred = (x.astype(factor.dtype) - mean[:, None, None]) * factor[:, None, None]
     return centred.astype(x.dtype)
