@@ -6,6 +6,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jaxtyping
+import numpy as np
 import pytest
 from absl import flags
 from jax._src.interpreters.partial_eval import DynamicJaxprTracer
@@ -38,3 +39,10 @@ def as_users_call():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def same_draws_in_any_order(request, monkeypatch):
+    """A test draws from its module's RNG what it draws alone, whichever ran before it."""
+    if hasattr(request.module, "RNG"):
+        monkeypatch.setattr(request.module, "RNG", np.random.default_rng(0))

@@ -25,12 +25,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 RNG = np.random.default_rng(0)
 
 
-@pytest.fixture(autouse=True)
-def same_pictures_in_any_order(monkeypatch):
-    """A test draws what it draws alone, whichever ran before it in this process."""
-    monkeypatch.setattr(sys.modules[__name__], "RNG", np.random.default_rng(0))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def compilation_cache(tmp_path_factory):
     """Programs are kept between the tests, and nothing in the home directory."""

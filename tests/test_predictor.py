@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +16,6 @@ from resfu_jax.predictor import ImageError, Predictor
 
 MEAN = (124, 116, 104)
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True)
-def same_pictures_in_any_order(monkeypatch):
-    """A test draws what it draws alone, whichever ran before it in this process."""
-    monkeypatch.setattr(sys.modules[__name__], "RNG", np.random.default_rng(0))
 
 
 def picture(height, width):

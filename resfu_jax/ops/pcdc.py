@@ -36,7 +36,13 @@ from resfu_jax.ops._polyphase import (
     upsampled_moments,
     whole_ratio,
 )
-from resfu_jax.ops._row_blocks import Rows, block_rows, loop, map_row_blocks_normalised
+from resfu_jax.ops._row_blocks import (
+    Rows,
+    block_rows,
+    loop,
+    map_row_blocks,
+    map_row_blocks_normalised,
+)
 from resfu_jax.ops.group_norm import group_mean, group_moments, group_norm
 from resfu_jax.ops.grouped_conv import grouped_conv, grouped_linear
 from resfu_jax.ops.resize import resize
@@ -197,8 +203,8 @@ def _blocks(
         length, count = out_rows * width, hh // out_rows
         shifts = _offsets(side, dilation)
         of_k_and_q = shifts, (shifts[len(shifts) // 2],)
-        known = all(isinstance(n, int) for n in (hh, ww))
-        if known:
+        sizes_known = isinstance(hh, int) and isinstance(ww, int)
+        if sizes_known:
             k, q = (a.reshape(*a.shape[:3], -1) for a in (k, q))
             inputs = tuple(
                 Rows(3, length, length, tuple(v * width + u for v, u in offsets))
@@ -213,7 +219,7 @@ def _blocks(
             )
 
         def taken(rows, u):
-            return rows if known else rows.reshape(*rows.shape[:3], -1)[..., u : u + length]
+            return rows if sizes_known else rows.reshape(*rows.shape[:3], -1)[..., u : u + length]
 
         def f(params, blocks):
             weights, *rest, _ = params
@@ -348,17 +354,14 @@ def _normalised_bwd(groups, norm_groups, border, saved, g):
             x = jax.lax.dynamic_update_slice_in_dim(x, edge, column, 3)
         return x.astype(factor.dtype)
 
+    def gradient(_, blocks):
+        ((g,), (y,)) = blocks
+        y = y[..., border : border + w].astype(factor.dtype)
+        return (jnp.moveaxis(factor * (inside(g) - of_g - y * of_yg), 1, 3),)
+
     n = block_rows(h, b * w * c)
-
-    def body(i, dx):
-        rows_y, rows_g = (
-            jax.lax.dynamic_slice_in_dim(a, border + i * n, n, axis=2) for a in (y, g)
-        )
-        rows_y = rows_y[..., border : border + w].astype(factor.dtype)
-        rows = factor * (inside(rows_g) - of_g - rows_y * of_yg)
-        return jax.lax.dynamic_update_slice_in_dim(dx, jnp.moveaxis(rows, 1, 3), i * n, 1)
-
-    dx = loop(h // n, body, zeros_after(g, (b, h, w, c), factor.dtype))
+    source, target = Rows(2, n, n, (border,)), Rows(1, n, n)
+    (dx,) = map_row_blocks(gradient, h // n, (source, source), (target,), (), (g, y))
     for row, at in ((0, 0), (h - 1, border + h)):
         edge = factor * inside(g[:, :, at : at + border].sum(axis=2, keepdims=True))
         edge = jnp.moveaxis(edge, 1, 3) + jax.lax.slice_in_dim(dx, row, row + 1, axis=1)
