@@ -28,6 +28,8 @@ from resfu_jax.ops._interp import Size
 from resfu_jax.ops._order import zeros_after
 from resfu_jax.ops._row_blocks import Rows, add, block_rows, cut, loop, map_row_blocks
 
+_PATCH_PIXELS = 64  # of the output, where a patch of cells has several rows
+
 Weights = Float[Array, "b H W g taps"]
 Padded = Float[Array, "b hp wp c"]
 Output = Float[Array, "b H W c"]
@@ -104,43 +106,61 @@ correlate.defvjp(
 
 
 def _correlate(y: Output, x: Padded, n: int, groups: int) -> Weights:
-    # Per strip of cells: (pixels x C)(C x what they see), of which each cell keeps its window.
+    # Per patch of cells: (pixels x C)(C x what they see), of which each cell keeps its window.
     b, hh, ww, _ = y.shape
     (h, w), ratio = _cells(y.shape, x.shape, n)
-    cells = _strip(w, n)
-    seen = cells + n - 1
-    rows = jnp.stack([x[:, t : t + h] for t in range(n)], axis=2)
-    columns = [rows[..., s : s + w, :] for s in range(0, seen, cells)]
-    columns = [c.reshape(b, h, n, w // cells, cells, groups, -1) for c in columns]
-    windows = jnp.concatenate(columns, axis=4).transpose(0, 1, 3, 5, 2, 4, 6)
-    windows = windows.reshape(*windows.shape[:4], n * seen, -1)
-    out = jnp.einsum("bhwgpc,bhwgtc->bhwgpt", _by_strip(y, groups, ratio, cells), windows)
-    out = out.reshape(*out.shape[:4], ratio[0], cells, ratio[1], n, seen)
-    out = jnp.stack([out[..., a, :, :, a : a + n] for a in range(cells)], axis=5)
-    return out.transpose(0, 1, 4, 2, 5, 6, 3, 7, 8).reshape(b, hh, ww, groups, n * n)
+    patch = rows, cols = _patch(h, w, n, ratio)
+    seen_rows, seen_cols = rows + n - 1, cols + n - 1
+    bands = [x[:, t : t + h - rows + 1 : rows] for t in range(seen_rows)]
+    bands = jnp.stack(bands, axis=2)
+    columns = [bands[..., s : s + w, :] for s in range(0, seen_cols, cols)]
+    columns = [c.reshape(*bands.shape[:3], w // cols, cols, groups, -1) for c in columns]
+    seen = jnp.concatenate(columns, axis=4).transpose(0, 1, 3, 5, 2, 4, 6)
+    seen = seen.reshape(*seen.shape[:4], seen_rows * seen_cols, -1)
+    out = jnp.einsum("bhwgpc,bhwgtc->bhwgpt", _by_patch(y, groups, ratio, patch), seen)
+    out = out.reshape(*out.shape[:4], rows, ratio[0], cols, ratio[1], seen_rows, seen_cols)
+    out = jnp.stack([out[:, :, :, :, a, ..., a : a + n, :] for a in range(rows)], axis=4)
+    out = jnp.stack([out[..., a, :, :, a : a + n] for a in range(cols)], axis=6)
+    return out.transpose(0, 1, 4, 5, 2, 6, 7, 3, 8, 9).reshape(b, hh, ww, groups, n * n)
 
 
 def _scatter(weights: Weights, y: Output, size: tuple) -> Padded:
-    # Per strip of cells: (what they see x pixels)(pixels x C), then the strips overlap-add.
+    # Per patch of cells: (what they see x pixels)(pixels x C), then the patches overlap-add.
     b, hh, ww, g, taps = weights.shape
     n = math.isqrt(taps)
     (h, w), ratio = _cells(y.shape, size, n)
-    cells = _strip(w, n)
-    seen = cells + n - 1
-    weights = weights.reshape(b, h, ratio[0], w // cells, cells, ratio[1], g, n, n)
-    weights = weights.transpose(0, 1, 3, 6, 2, 4, 5, 7, 8)
+    patch = rows, cols = _patch(h, w, n, ratio)
+    seen_rows, seen_cols = rows + n - 1, cols + n - 1
+    weights = weights.reshape(b, h // rows, rows, ratio[0], w // cols, cols, ratio[1], g, n, n)
+    weights = weights.transpose(0, 1, 4, 7, 2, 3, 5, 6, 8, 9)
     border = [(0, 0)] * 7
-    weights = [
-        jnp.pad(weights[:, :, :, :, :, a], [*border, (a, cells - 1 - a)]) for a in range(cells)
-    ]
-    weights = jnp.stack(weights, axis=5).reshape(b, h, w // cells, g, -1, n * seen)
-    out = jnp.einsum("bhwgpt,bhwgpc->bhwgtc", weights, _by_strip(y, g, ratio, cells))
-    out = out.reshape(b, h, w // cells, g, n, seen, -1)
+    weights = jnp.stack(
+        [
+            jnp.pad(weights[..., a, :, :, :], [*border, (0, 0), (a, cols - 1 - a)])
+            for a in range(cols)
+        ],
+        axis=6,
+    )
+    weights = jnp.stack(
+        [
+            jnp.pad(weights[:, :, :, :, a], [*border, (a, rows - 1 - a), (0, 0)])
+            for a in range(rows)
+        ],
+        axis=4,
+    )
+    weights = weights.reshape(b, h // rows, w // cols, g, -1, seen_rows * seen_cols)
+    out = jnp.einsum("bhwgpt,bhwgpc->bhwgtc", weights, _by_patch(y, g, ratio, patch))
+    out = out.reshape(b, h // rows, w // cols, g, seen_rows, seen_cols, -1)
     bands = 0
-    for s in range(0, seen, cells):
-        band = out[..., s : s + cells, :].transpose(0, 1, 4, 2, 5, 3, 6).reshape(b, h, n, w, -1)
+    for s in range(0, seen_cols, cols):
+        band = out[..., s : s + cols, :].transpose(0, 1, 4, 2, 5, 3, 6)
+        band = band.reshape(b, h // rows, seen_rows, w, -1)
         bands = bands + jnp.pad(band, [(0, 0)] * 3 + [(s, n - 1 - s), (0, 0)])
-    return sum(jnp.pad(bands[:, :, t], [(0, 0), (t, n - 1 - t), (0, 0), (0, 0)]) for t in range(n))
+    total = 0
+    for t in range(0, seen_rows, rows):
+        band = bands[:, :, t : t + rows].reshape(b, h, *bands.shape[3:])
+        total = total + jnp.pad(band, [(0, 0), (t, n - 1 - t), (0, 0), (0, 0)])
+    return total
 
 
 def _cells(out_shape, padded_shape, n: int):
@@ -149,24 +169,33 @@ def _cells(out_shape, padded_shape, n: int):
     return (h, w), (out_shape[1] // h, out_shape[2] // w)
 
 
-def _strip(w: Size, n: int) -> int:
-    """Cells side by side that are multiplied at once, a divisor of w and of n - 1.
+def _patch(h: Size, w: Size, n: int, ratio: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of cells that are multiplied at once, divisors of the map's and of n - 1.
 
-    Alone, each would need a copy of its n x n window. A strip of n - 1 cells needs 2 (n - 1)
-    columns, fewer than two a cell, for nearly twice the products.
+    Alone, each cell would need a copy of its n x n window. A row of n - 1 cells needs 2 (n - 1)
+    columns, fewer than two a cell, for nearly twice the products. Where cells have few pixels,
+    several rows make larger products of them.
     """
-    if not isinstance(w, int):
-        return 1
-    return max(k for k in range(1, max(n, 2)) if (n - 1) % k == 0 and w % k == 0)
+
+    def most(size: Size, limit: int) -> int:
+        if not isinstance(size, int):
+            return 1
+        sides = range(1, min(max(n - 1, 1), limit) + 1)
+        return max((k for k in sides if (n - 1) % k == 0 and size % k == 0), default=1)
+
+    columns = most(w, n)
+    return most(h, _PATCH_PIXELS // (columns * math.prod(ratio))), columns
 
 
-def _by_strip(
-    y: Output, groups: int, ratio: tuple[int, int], cells: int
-) -> Float[Array, "b h strips g pixels d"]:
+def _by_patch(
+    y: Output, groups: int, ratio: tuple[int, int], patch: tuple[int, int]
+) -> Float[Array, "b rows cols g pixels d"]:
     b, hh, ww, c = y.shape
-    h, width = hh // ratio[0], cells * ratio[1]
-    y = y.reshape(b, h, ratio[0], ww // width, width, groups, c // groups)
-    return y.transpose(0, 1, 3, 5, 2, 4, 6).reshape(b, h, ww // width, groups, -1, c // groups)
+    height, width = patch[0] * ratio[0], patch[1] * ratio[1]
+    y = y.reshape(b, hh // height, height, ww // width, width, groups, c // groups)
+    return y.transpose(0, 1, 3, 5, 2, 4, 6).reshape(
+        b, hh // height, ww // width, groups, -1, c // groups
+    )
 
 
 def blocks(

@@ -5,6 +5,9 @@ a, with weights that depend on p alone. Maps are "extended": replicated by a bor
 image, so that the clamped positions at the borders need no special case.
 """
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,35 +78,85 @@ def upsample_extended_axis(x: Array, ratio: int, axis: int, step: int = 1) -> Ar
     return _combine(x, phase_weights(ratio)[::step, 0], axis)
 
 
-def upsampled_moments(
-    x: Float[Array, "b h w c"], ratio: tuple[int, int], center: Float[Array, "b c"]
-) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
-    """Mean of the upsampled map, and mean of its squares about `center`, from the small map.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def upsampled_mean_square(
+    x: Float[Array, "b h w c"], ratio: tuple[int, int]
+) -> Float[Array, "b c"]:
+    """Mean of the squares of the upsampled map, from the small map.
 
-    Over the phases p of a cell, sum_p (M_p x)^2 = x^T M^T M x = |R x|^2 with M = Q R: at most three
-    combinations of the three low-resolution pixels stand for all phases.
+    (The mean of the upsampled map is that of the small one.) With U the upsampling, |U x|^2 is
+    x . (U^T U) x, and U^T U a filter of three taps along each axis of the extended map.
     """
-    extended = extend(x - center[:, None, None, :], 1)
-    mean = square = extended
+    return _mean_square_fwd(x, ratio)[0]
+
+
+def _mean_square_fwd(x, ratio):
+    filtered = extend(x, 1)
     for axis, r in zip((1, 2), ratio, strict=True):
         m = phase_weights(r)[:, 0]
-        mean = _combine(mean, m.mean(axis=0, keepdims=True), axis)
-        square = _combine(square, np.linalg.qr(m, mode="r") / np.sqrt(r), axis)
-    cells = x.shape[1] * x.shape[2]
-    cells = cells if isinstance(cells, int) else jnp.asarray(cells, x.dtype)
-    return center + mean.mean(axis=(1, 2)), jnp.square(square).sum(axis=(1, 2)) / cells
+        gram = m.T @ m / r
+        taps = [[2 * gram[0, 1], np.trace(gram), 2 * gram[0, 1]]]
+        filtered = _combine(filtered, np.array(taps), axis)
+    # As a dtype: sizes may be symbolic.
+    pixels = jnp.asarray(x.shape[1] * x.shape[2], x.dtype)
+    filtered = filtered / pixels
+    return (x * filtered).sum(axis=(1, 2)), filtered
+
+
+def _mean_square_bwd(ratio, filtered, g):
+    return (2 * g[:, None, None] * filtered,)
+
+
+upsampled_mean_square.defvjp(_mean_square_fwd, _mean_square_bwd)
+
+
+def upsample_shifted_axis(shifted: Sequence[Array], ratio: int, axis: int) -> Array:
+    """`upsample_extended_axis` of the map whose slices from 0, 1 and 2 on are given.
+
+    For rows of a loop's block: XLA's CPU compiler does not vectorise slices of a dynamic slice.
+    """
+    return _combine_shifted(shifted, phase_weights(ratio)[:, 0], axis)
 
 
 def _combine(x: Array, weights: np.ndarray, axis: int) -> Array:
     """out[a * P + p] = sum_t weights[p, t] x[a + t] along `axis`, P phases and 3 taps."""
     n = x.shape[axis] - 2
     shifted = [jax.lax.slice_in_dim(x, t, t + n, axis=axis) for t in range(3)]
-    # Stacked phases, not a broadcast product: its gradient would be a reduction over a short axis,
-    # which XLA does slowly on a CPU.
-    phases = [
-        sum(w * s for w, s in zip(row.tolist(), shifted, strict=True) if w) for row in weights
-    ]
-    shape = (*x.shape[:axis], n * len(phases), *x.shape[axis + 1 :])
-    return jnp.stack([jnp.broadcast_to(p, shifted[0].shape) for p in phases], axis + 1).reshape(
-        shape
+    return _combine_shifted(shifted, weights, axis)
+
+
+def _combine_shifted(shifted: Sequence[Array], weights: np.ndarray, axis: int) -> Array:
+    return _products(tuple(shifted), tuple(map(tuple, weights.tolist())), axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _products(shifted: tuple[Array, ...], weights: tuple[tuple[float, ...], ...], axis: int):
+    # Broadcast products over the phases. Stacked phases would be a choice for every number.
+    shape = shifted[0].shape
+    over_phases = [1] * (axis + 1) + [-1] + [1] * (len(shape) - 1 - axis)
+    out = sum(
+        np.array(of_tap, x.dtype).reshape(over_phases) * jnp.expand_dims(x, axis + 1)
+        for of_tap, x in zip(zip(*weights, strict=True), shifted, strict=True)
+        if any(of_tap)
     )
+    return out.reshape(*shape[:axis], shape[axis] * len(weights), *shape[axis + 1 :])
+
+
+def _products_bwd(weights, axis, _, g):
+    # Sums of slices: differentiated as it stands, each product would be reduced over a short axis.
+    phases = g.reshape(*g.shape[:axis], -1, len(weights), *g.shape[axis + 1 :])
+    phases = [
+        jax.lax.index_in_dim(phases, p, axis + 1, keepdims=False) for p in range(len(weights))
+    ]
+    zero = jnp.zeros_like(phases[0])
+    return (
+        tuple(
+            sum((w * phase for w, phase in zip(of_tap, phases, strict=True) if w), start=zero)
+            for of_tap in zip(*weights, strict=True)
+        ),
+    )
+
+
+_products.defvjp(
+    lambda shifted, weights, axis: (_products(shifted, weights, axis), None), _products_bwd
+)

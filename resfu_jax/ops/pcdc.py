@@ -33,7 +33,8 @@ from resfu_jax.ops._polyphase import (
     extend,
     extend_axis,
     upsample_extended_axis,
-    upsampled_moments,
+    upsample_shifted_axis,
+    upsampled_mean_square,
     whole_ratio,
 )
 from resfu_jax.ops._row_blocks import (
@@ -163,32 +164,30 @@ def _blocks(
 
     ratio = whole_ratio(k.shape[1:3], q.shape[1:3])
     if ratio == (dilation, dilation) and dilation > 1:
+        h, w = k.shape[1:3]
         small = k.astype(at_least_float32(k.dtype))
-        h, w = small.shape[1:3]
-        centre = group_mean(small.mean(axis=(1, 2)), norm_groups)
-        mean, square = upsampled_moments(small, ratio, centre)
-        mean = group_mean(mean, norm_groups)
-        variance = group_mean(square, norm_groups) - jnp.square(mean - centre)
+        mean = group_mean(small.mean(axis=(1, 2)), norm_groups)
+        square = upsampled_mean_square(small - mean[:, None, None], ratio)
+        factor = jax.lax.rsqrt(group_mean(square, norm_groups) + EPS)
         # One ring of responses beyond the image, for the interpolation at its border.
         border = side // 2 + 1
-        k = _centred(k, mean, jax.lax.rsqrt(variance + EPS))
+        k = _centred(k, mean, factor)
         k = jnp.moveaxis(extend(k, border), 3, 1)
         k = k.reshape(b, groups, -1, *k.shape[2:])
         h, w = h + 2, w + 2
         windows = [k[..., v : v + h, u : u + w] for v, u in _offsets(side, 1)]
         windows = jnp.concatenate(windows, axis=2).reshape(b, groups, -1, h * w)
         response = _per_group(weights, windows).reshape(b, groups, o, h, w)
-        response = jnp.moveaxis(response, 2, 4)  # columns are upsampled with channels last
-        response = jnp.moveaxis(upsample_extended_axis(response, dilation, 3), 4, 2)
+        response = upsample_extended_axis(response, dilation, 4)
         n = block_rows(h - 2, b * ww * dilation * hidden, tile and tile // dilation)
         out_rows, count = n * dilation, (h - 2) // n
-        inputs = (Rows(3, n, n + 2), Rows(3, out_rows, out_rows))
+        inputs = (Rows(3, n, n, (0, 1, 2)), Rows(3, out_rows, out_rows))
 
         def f(params, blocks):
             central, *rest, _ = params
             response, q = blocks
             t = _per_group(central, q.reshape(b, groups, -1, out_rows * ww))
-            t = t + upsample_extended_axis(response, dilation, 3).reshape(t.shape)
+            t = t + upsample_shifted_axis(response, dilation, 3).reshape(t.shape)
             return compress(t, ww, *rest)
 
         first, arrays = (central,), (response, _normalised(q, q, groups, norm_groups, 0))
