@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resfu_jax.ops import _row_blocks, deformable_attention, deformable_sample
+from resfu_jax.ops import _cells, _row_blocks, deformable_attention, deformable_sample
 from resfu_jax.ops._row_blocks import (
     Rows,
     block_rows,
@@ -150,3 +150,42 @@ def test_bfloat16_blocks_do_not_widen_the_map():
     updated = re.findall(r"(\w+)\[\S+ dynamic-update-slice", compiled.as_text())
     assert updated and set(updated) == {"u16"}
     np.testing.assert_array_equal(compiled(x), x * x)
+
+
+# Cells (h, w), ratio and window, and the patches that they are multiplied in.
+@pytest.mark.parametrize(
+    ("size", "ratio", "n", "patch"),
+    [
+        ((8, 8), (2, 2), 5, (4, 4)),
+        ((6, 8), (2, 2), 5, (2, 4)),
+        ((4, 6), (4, 2), 5, (4, 2)),
+        ((4, 4), (4, 4), 5, (1, 4)),
+        ((4, 4), (3, 2), 3, (2, 2)),
+        ((4, 5), (1, 3), 3, (2, 1)),
+        ((5, 7), (2, 2), 5, (1, 1)),
+        ((4, 4), (2, 2), 1, (1, 1)),
+    ],
+)
+def test_patches_of_cells(size, ratio, n, patch):
+    """`correlate` and `scatter` are the derivatives of `reassemble` as its formula stands."""
+    (h, w), groups = size, 2
+    out_size = h * ratio[0], w * ratio[1]
+    assert _cells._patch(h, w, n, ratio) == patch
+    y = normal(0, 2, *out_size, 6)
+    x = normal(1, 2, h + n - 1, w + n - 1, 6)
+    weights = normal(2, 2, *out_size, groups, n * n)
+
+    def form(weights, x, y):
+        rows, cols = (jnp.arange(m) // r for m, r in zip(out_size, ratio, strict=True))
+        shifts = [(t, s) for t in range(n) for s in range(n)]
+        windows = jnp.stack([x[:, rows + t][:, :, cols + s] for t, s in shifts], axis=-1)
+        windows, y = (a.reshape(*a.shape[:3], groups, 3, *a.shape[4:]) for a in (windows, y))
+        return jnp.einsum("bhwgt,bhwgdt,bhwgd->", weights, windows, y)
+
+    @jax.jit
+    def ours(weights, x, y):
+        d_weights, d_x = _cells.correlate(y, x, n, groups), _cells.scatter(weights, y, x.shape)
+        return d_weights, d_x, _cells.reassemble(weights, x)
+
+    expected = jax.jit(jax.grad(form, (0, 1, 2)))(weights, x, y)
+    chex.assert_trees_all_close(ours(weights, x, y), expected, rtol=1e-5, atol=1e-5)

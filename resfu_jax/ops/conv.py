@@ -116,7 +116,7 @@ def _blocks(x, kernel, stride, padding, dilation):
     b, height, width, _ = x.shape
     h, w = (height - d * (kh - 1) - 1) // s + 1, (width - e * (kw - 1) - 1) // t + 1
     # Each block reads the kernel and adds to its gradient: it should not be much smaller.
-    rows = block_rows(h, b * w * max(kh * kw * c, o), at_least=4 * kernel.size)
+    rows = block_rows(h, b * w * max(kh * kw * c, o), at_least=2 * kernel.size)
 
     def f(kernel, blocks):
         (x,) = blocks

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from resfu_jax import ops
 from resfu_jax.ops._dtypes import at_least_float32, promote
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._row_blocks import (
@@ -53,15 +54,8 @@ def conv(
 
 def apply_conv(x: Float[Array, "b h w c"], layer: nnx.Conv) -> Float[Array, "b h w d"]:
     """`layer(x)` in the dtype of x."""
-    border = (layer.padding, layer.padding)
-    y = jax.lax.conv_general_dilated(
-        x,
-        layer.kernel[...].astype(x.dtype),
-        window_strides=(1, 1),
-        padding=(border, border),
-        rhs_dilation=(layer.kernel_dilation, layer.kernel_dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    kernel = layer.kernel[...].astype(x.dtype)
+    y = ops.conv(x, kernel, padding=layer.padding, dilation=layer.kernel_dilation)
     return y if layer.bias is None else y + layer.bias[...].astype(x.dtype)[None, None, None]
 
 
