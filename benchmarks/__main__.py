@@ -66,6 +66,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=30,
         help="no further round of calls starts after that long; default 30",
     )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the inputs, default 0; another draw where a pixel of this one lies on a kink, on a "
+        "side of which each framework falls",
+    )
     parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="writes all figures")
     parser.add_argument(
         "--markdown",
@@ -221,6 +228,7 @@ def main(argv: list[str] | None = None) -> int:
             peer_root=args.peer_root,
             runs=args.runs,
             seconds=args.seconds,
+            seed=args.seed,
         )
         print(table(compared), flush=True)
         rows += compared

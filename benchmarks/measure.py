@@ -67,6 +67,7 @@ def compare(
     peer_root: str | None = None,
     runs: int = 7,
     seconds: float = 30.0,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """One row for each form; a form that cannot be measured has its reason under `skipped`.
 
@@ -80,6 +81,7 @@ def compare(
       peer_root: directory of the official repositories, as owner/repository.
       runs: timed calls of each form.
       seconds: no further round of calls starts after that long.
+      seed: of the inputs.
     """
     head = dict(upsampler=name, workload=workload_name, dtype=dtype, direction=direction)
     try:
@@ -88,7 +90,7 @@ def compare(
         return [head | dict(form="ours", skipped=str(skip))]
     head |= dataclasses.asdict(workload) | dict(guided=is_guided(name), note=note)
     rows = {form: head | dict(form=form) for form in forms}
-    inputs, cotangent = _arrays(name, workload, dtype, direction)
+    inputs, cotangent = _arrays(name, workload, dtype, direction, seed)
 
     peer, params, no_peer = None, None, ""
     if any(form.startswith("torch") for form in forms):
@@ -180,8 +182,10 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.sqrt(above / below)) if below else float(above > 0)
 
 
-def _arrays(name: str, w: Workload, dtype: str, direction: str) -> tuple[list, jax.Array | None]:
-    keys = jax.random.split(jax.random.key(0), 3)
+def _arrays(
+    name: str, w: Workload, dtype: str, direction: str, seed: int
+) -> tuple[list, jax.Array | None]:
+    keys = jax.random.split(jax.random.key(seed), 3)
     x = jax.random.normal(keys[0], (1, *w.size, w.channels), jnp.float32)
     inputs = [x.astype(dtype)]
     if is_guided(name):
