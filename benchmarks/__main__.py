@@ -70,8 +70,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--seed",
         type=int,
         default=0,
-        help="of the inputs, default 0; another draw where a pixel of this one lies on a kink, on a "
-        "side of which each framework falls",
+        help="of the inputs, default 0; another draw, where in this one a pixel lies on a kink and "
+        "the frameworks fall on different sides",
     )
     parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="writes all figures")
     parser.add_argument(
