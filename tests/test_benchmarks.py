@@ -63,6 +63,16 @@ def test_comparison(direction):
     assert "error" not in ours and "time_ratio" not in ours
 
 
+def test_the_seed_draws_all_inputs():
+    first, other, same = (
+        jax.tree.leaves(measure._arrays("resfu", TINY, "float32", "forward+backward", seed))
+        for seed in (0, 1, 1)
+    )
+    assert len(first) == 3  # features, guide, cotangent
+    for a, b, c in zip(first, other, same, strict=True):
+        assert (a != b).all() and (b == c).all()
+
+
 def test_a_wrong_form_is_not_timed(monkeypatch):
     monkeypatch.setattr(measure, "difference", lambda a, b: 0.5)
     ours, literal = measure.compare("carafe", "tiny", TINY, runs=1)

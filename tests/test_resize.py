@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
 
-from resfu_jax.ops import _interp
+from resfu_jax.ops import _interp, _polyphase
 from resfu_jax.ops.resize import resize
 
 METHODS = ["bilinear", "bicubic", "nearest", "nearest-exact"]
@@ -179,6 +179,30 @@ def test_jit_and_vmap_and_bfloat16(method, size):
     # One rounding of the input and one of the output: the weights are exact.
     exact = f(x.astype(jnp.bfloat16).astype(jnp.float32))
     np.testing.assert_array_equal(half, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("ratio", [(1, 2), (2, 3), (16, 4)])
+def test_moments_of_the_upsampled_map(ratio):
+    """They and their gradients come from the small map."""
+    x = jax.random.normal(jax.random.key(0), (2, 5, 4, 3))
+
+    def upsampled(x):
+        y = resize(x, (5 * ratio[0], 4 * ratio[1]), implementation="reference")
+        return y.mean(axis=(1, 2)), jnp.square(y).mean(axis=(1, 2))
+
+    def small(x):
+        return x.mean(axis=(1, 2)), _polyphase.upsampled_mean_square(x, ratio)
+
+    def with_gradients(f, x):
+        y, vjp = jax.vjp(f, x)
+        return y, vjp(jax.tree.map(jnp.cos, y))
+
+    for got, expected in zip(
+        jax.tree.leaves(with_gradients(small, x)),
+        jax.tree.leaves(with_gradients(upsampled, x)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_nearest_takes_labels():

@@ -28,7 +28,7 @@ from resfu_jax.ops._interp import Size
 from resfu_jax.ops._order import zeros_after
 from resfu_jax.ops._row_blocks import Rows, add, block_rows, cut, loop, map_row_blocks
 
-_PATCH_PIXELS = 64  # of the output, where a patch of cells has several rows
+_PATCH_PIXELS = 64  # of the output, at most, in a patch of several rows of cells
 
 Weights = Float[Array, "b H W g taps"]
 Padded = Float[Array, "b hp wp c"]
@@ -111,6 +111,7 @@ def _correlate(y: Output, x: Padded, n: int, groups: int) -> Weights:
     (h, w), ratio = _cells(y.shape, x.shape, n)
     patch = rows, cols = _patch(h, w, n, ratio)
     seen_rows, seen_cols = rows + n - 1, cols + n - 1
+    # Axes of patches first, h and w, then those within: rows, columns and what a cell sees.
     bands = [x[:, t : t + h - rows + 1 : rows] for t in range(seen_rows)]
     bands = jnp.stack(bands, axis=2)
     columns = [bands[..., s : s + w, :] for s in range(0, seen_cols, cols)]
@@ -133,6 +134,7 @@ def _scatter(weights: Weights, y: Output, size: tuple) -> Padded:
     seen_rows, seen_cols = rows + n - 1, cols + n - 1
     weights = weights.reshape(b, h // rows, rows, ratio[0], w // cols, cols, ratio[1], g, n, n)
     weights = weights.transpose(0, 1, 4, 7, 2, 3, 5, 6, 8, 9)
+    # Each cell's window at its place in what the patch sees: columns, then rows.
     border = [(0, 0)] * 7
     weights = jnp.stack(
         [

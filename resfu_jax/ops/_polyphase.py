@@ -82,10 +82,10 @@ def upsample_extended_axis(x: Array, ratio: int, axis: int, step: int = 1) -> Ar
 def upsampled_mean_square(
     x: Float[Array, "b h w c"], ratio: tuple[int, int]
 ) -> Float[Array, "b c"]:
-    """Mean of the squares of the upsampled map, from the small map.
+    """Mean over space of the squares of the upsampled map, from the small map x.
 
-    (The mean of the upsampled map is that of the small one.) With U the upsampling, |U x|^2 is
-    x . (U^T U) x, and U^T U a filter of three taps along each axis of the extended map.
+    With U the upsampling, |U x|^2 = x . (U^T U) x, and U^T U is a filter of three taps along each
+    axis of the extended map. (The upsampled map's mean needs nothing: it is that of x.)
     """
     return _mean_square_fwd(x, ratio)[0]
 
@@ -94,12 +94,10 @@ def _mean_square_fwd(x, ratio):
     filtered = extend(x, 1)
     for axis, r in zip((1, 2), ratio, strict=True):
         m = phase_weights(r)[:, 0]
-        gram = m.T @ m / r
-        taps = [[2 * gram[0, 1], np.trace(gram), 2 * gram[0, 1]]]
-        filtered = _combine(filtered, np.array(taps), axis)
-    # As a dtype: sizes may be symbolic.
-    pixels = jnp.asarray(x.shape[1] * x.shape[2], x.dtype)
-    filtered = filtered / pixels
+        gram = m.T @ m / r  # of a cell's three pixels, each of which is in three cells
+        side = 2 * gram[0, 1]
+        filtered = _combine(filtered, np.array([[side, np.trace(gram), side]]), axis)
+    filtered = filtered / jnp.asarray(x.shape[1] * x.shape[2], x.dtype)  # sizes may be symbolic
     return (x * filtered).sum(axis=(1, 2)), filtered
 
 
@@ -115,34 +113,31 @@ def upsample_shifted_axis(shifted: Sequence[Array], ratio: int, axis: int) -> Ar
 
     For rows of a loop's block: XLA's CPU compiler does not vectorise slices of a dynamic slice.
     """
-    return _combine_shifted(shifted, phase_weights(ratio)[:, 0], axis)
+    return _combine_shifted(tuple(shifted), phase_weights(ratio)[:, 0], axis)
 
 
 def _combine(x: Array, weights: np.ndarray, axis: int) -> Array:
     """out[a * P + p] = sum_t weights[p, t] x[a + t] along `axis`, P phases and 3 taps."""
     n = x.shape[axis] - 2
     shifted = [jax.lax.slice_in_dim(x, t, t + n, axis=axis) for t in range(3)]
-    return _combine_shifted(shifted, weights, axis)
-
-
-def _combine_shifted(shifted: Sequence[Array], weights: np.ndarray, axis: int) -> Array:
-    return _products(tuple(shifted), tuple(map(tuple, weights.tolist())), axis)
+    return _combine_shifted(tuple(shifted), weights, axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _products(shifted: tuple[Array, ...], weights: tuple[tuple[float, ...], ...], axis: int):
+def _combine_shifted(shifted: tuple[Array, ...], weights: np.ndarray, axis: int) -> Array:
+    """`_combine` of the three shifted maps x[t :]."""
     # Broadcast products over the phases. Stacked phases would be a choice for every number.
     shape = shifted[0].shape
     over_phases = [1] * (axis + 1) + [-1] + [1] * (len(shape) - 1 - axis)
     out = sum(
-        np.array(of_tap, x.dtype).reshape(over_phases) * jnp.expand_dims(x, axis + 1)
-        for of_tap, x in zip(zip(*weights, strict=True), shifted, strict=True)
-        if any(of_tap)
+        of_tap.astype(x.dtype).reshape(over_phases) * jnp.expand_dims(x, axis + 1)
+        for of_tap, x in zip(weights.T, shifted, strict=True)
+        if of_tap.any()
     )
     return out.reshape(*shape[:axis], shape[axis] * len(weights), *shape[axis + 1 :])
 
 
-def _products_bwd(weights, axis, _, g):
+def _combine_shifted_bwd(weights, axis, _, g):
     # Sums of slices: differentiated as it stands, each product would be reduced over a short axis.
     phases = g.reshape(*g.shape[:axis], -1, len(weights), *g.shape[axis + 1 :])
     phases = [
@@ -152,11 +147,9 @@ def _products_bwd(weights, axis, _, g):
     return (
         tuple(
             sum((w * phase for w, phase in zip(of_tap, phases, strict=True) if w), start=zero)
-            for of_tap in zip(*weights, strict=True)
+            for of_tap in weights.T.tolist()
         ),
     )
 
 
-_products.defvjp(
-    lambda shifted, weights, axis: (_products(shifted, weights, axis), None), _products_bwd
-)
+_combine_shifted.defvjp(lambda *args: (_combine_shifted(*args), None), _combine_shifted_bwd)

@@ -165,13 +165,13 @@ def _blocks(
     ratio = whole_ratio(k.shape[1:3], q.shape[1:3])
     if ratio == (dilation, dilation) and dilation > 1:
         h, w = k.shape[1:3]
-        small = k.astype(at_least_float32(k.dtype))
-        mean = group_mean(small.mean(axis=(1, 2)), norm_groups)
-        square = upsampled_mean_square(small - mean[:, None, None], ratio)
-        factor = jax.lax.rsqrt(group_mean(square, norm_groups) + EPS)
+        wide = k.astype(at_least_float32(k.dtype))
+        mean = group_mean(wide.mean(axis=(1, 2)), norm_groups)  # of the upsampled map as well
+        centred = wide - mean[:, None, None]
+        variance = group_mean(upsampled_mean_square(centred, ratio), norm_groups)
+        k = (centred * jax.lax.rsqrt(variance + EPS)[:, None, None]).astype(k.dtype)
         # One ring of responses beyond the image, for the interpolation at its border.
         border = side // 2 + 1
-        k = _centred(k, mean, factor)
         k = jnp.moveaxis(extend(k, border), 3, 1)
         k = k.reshape(b, groups, -1, *k.shape[2:])
         h, w = h + 2, w + 2
@@ -311,8 +311,8 @@ def _normalised_fwd(x, done, groups, norm_groups, border):
     mean, factor = group_moments(x, groups=norm_groups, eps=EPS)
 
     def block(rows):
-        rows = jnp.moveaxis(_centred(rows, mean, factor), 3, 1)
-        return extend_axis(rows, border, 3)
+        rows = (rows.astype(factor.dtype) - mean[:, None, None]) * factor[:, None, None]
+        return extend_axis(jnp.moveaxis(rows.astype(x.dtype), 3, 1), border, 3)
 
     # Row by row into one map: extended as a whole, it would be written several times.
     y = zeros_after(done, (b, c, h + 2 * border + 1, w + 2 * border), x.dtype)
@@ -369,8 +369,3 @@ def _normalised_bwd(groups, norm_groups, border, saved, g):
 
 
 _normalised.defvjp(_normalised_fwd, _normalised_bwd)
-
-
-def _centred(x: Array, mean: Array, factor: Array) -> Array:
-    centred = (x.astype(factor.dtype) - mean[:, None, None]) * factor[:, None, None]
-    return centred.astype(x.dtype)
