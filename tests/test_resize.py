@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jax import export
 
 from resfu_jax.ops import _interp, _polyphase
+from resfu_jax.ops._polyphase import extend_axis, upsample_extended_axis
 from resfu_jax.ops.resize import resize
 
 METHODS = ["bilinear", "bicubic", "nearest", "nearest-exact"]
@@ -291,3 +292,22 @@ def test_wrong_arguments(options, message):
 def test_interpolating_integers_is_an_error():
     with pytest.raises(ValueError, match="floating-point"):
         resize(jnp.zeros((1, 4, 5, 2), jnp.uint8), scale=2)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+@pytest.mark.parametrize(("ratio", "step"), [(2, 1), (3, 3), (4, 2)])
+def test_gradient_of_phases(n, ratio, step):
+    """Of an upsampled axis, and of its borders, against that of the matrix that they are."""
+
+    def f(x):
+        return upsample_extended_axis(extend_axis(x, 1, 1), ratio, 1, step)
+
+    x, g = (
+        jax.random.normal(jax.random.key(i), (2, m, 3))
+        for i, m in enumerate((n, n * ratio // step))
+    )
+    matrix = f(jnp.eye(n)[None])[0]
+    _, vjp = jax.vjp(f, x)
+    np.testing.assert_allclose(
+        vjp(g)[0], jnp.einsum("on,boc->bnc", matrix, g), rtol=1e-5, atol=1e-6
+    )

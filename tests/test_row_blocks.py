@@ -11,6 +11,7 @@ import pytest
 
 from resfu_jax.ops import _cells, _row_blocks, deformable_attention, deformable_sample
 from resfu_jax.ops._row_blocks import (
+    Normalised,
     Rows,
     block_rows,
     map_row_blocks,
@@ -110,25 +111,41 @@ def test_overlapping_rows():
     check_gradients(in_blocks, written_out, jnp.float32(1.5), normal(0, 2, 8, 3))
 
 
-def test_normalised_rows():
-    """Rows times a parameter and over the square root of the sum of all squares."""
+@pytest.mark.parametrize("keep", [True, False])
+def test_normalised_rows(keep):
+    """Rows times a parameter, over the root of the sum of all squares, projected to two numbers."""
 
-    def f(scale, blocks):
-        (x,) = blocks
-        return jnp.stack([x, scale * x]), jnp.square(scale * x).sum()
+    def hidden(scale, blocks):
+        u = jnp.sin(scale * blocks[0])
+        return u, jnp.square(u).sum()
 
-    def finish(scale, sums, between):
-        return scale * (between[0] - jnp.square(between[1])) / jnp.sqrt(sums)
+    def narrow(_, u):
+        return jnp.stack([u[..., 0], u[..., 1:].sum(axis=-1)])
 
-    def in_blocks(scale, x):
+    def finish(last, sums, narrow):
+        return last[0] * (narrow[0] - 2 * narrow[1]) / jnp.sqrt(sums) + last[1]
+
+    def fold(last, sums):
+        return last[0] / jnp.sqrt(sums) * jnp.array([1.0, -2, -2]), last[1]
+
+    def apply(folded, u):
+        return u @ folded[0] + folded[1]
+
+    layers = Normalised(hidden, narrow, finish, fold, apply)
+    weights = jnp.arange(8.0)[None, :, None]
+
+    def in_blocks(params, x):
+        scale, *last = params
         rows = Rows(1, 2, 2)
-        y = map_row_blocks_normalised(f, finish, 4, (rows,), Rows(2, 2, 2), rows, scale, (x,))
-        return (y * jnp.arange(8.0)[None, :, None]).sum()
+        arguments = (layers, 4, (rows,), Rows(2, 2, 2), rows, scale, last, (x,))
+        return (map_row_blocks_normalised(*arguments, keep=keep) * weights).sum()
 
-    def written_out(scale, x):
-        return (finish(scale, *f(scale, (x,))[::-1]) * jnp.arange(8.0)[None, :, None]).sum()
+    def written_out(params, x):
+        scale, *last = params
+        u, sums = hidden(scale, (x,))
+        return (apply(fold(last, sums), u) * weights).sum()
 
-    check_gradients(in_blocks, written_out, jnp.float32(1.5), normal(0, 2, 8, 3))
+    check_gradients(in_blocks, written_out, (1.5, 0.7, 0.2), normal(0, 2, 8, 5, 3))
 
 
 def check_gradients(f, expected, *arguments):

@@ -47,18 +47,35 @@ def extend(x: Float[Array, "b h w c"], border: int) -> Float[Array, "b h2 w2 c"]
     return extend_axis(extend_axis(x, border, 1), border, 2)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def extend_axis(x: Array, border: int, axis: int) -> Array:
     """Replicate the first and the last slice along one axis `border` times."""
-    # Concatenated rather than padded, whose gradient takes several times longer on a CPU.
-    n = x.shape[axis]
     first, last = (
         jnp.broadcast_to(
             jax.lax.slice_in_dim(x, i, i + 1, axis=axis),
             (*x.shape[:axis], border, *x.shape[axis + 1 :]),
         )
-        for i in (0, n - 1)
+        for i in (0, x.shape[axis] - 1)
     )
     return jnp.concatenate([first, x, last], axis)
+
+
+def fold_axis(g: Array, border: int, axis: int) -> Array:
+    """The gradient of `extend_axis`: borders are added to the first and the last slice."""
+    # In place: differentiated as it stands, it would be a sum of three padded maps.
+    n = g.shape[axis] - 2 * border
+    x = jax.lax.slice_in_dim(g, border, border + n, axis=axis)
+    for at, start in ((0, 0), (n - 1, border + n)) if border else ():
+        edge = jax.lax.slice_in_dim(g, start, start + border, axis=axis).sum(axis, keepdims=True)
+        edge = edge + jax.lax.slice_in_dim(x, at, at + 1, axis=axis)
+        x = jax.lax.dynamic_update_slice_in_dim(x, edge, at, axis)
+    return x
+
+
+extend_axis.defvjp(
+    lambda *args: (extend_axis(*args), None),
+    lambda border, axis, _, g: (fold_axis(g, border, axis),),
+)
 
 
 def upsample_extended(
@@ -116,11 +133,41 @@ def upsample_shifted_axis(shifted: Sequence[Array], ratio: int, axis: int) -> Ar
     return _combine_shifted(tuple(shifted), phase_weights(ratio)[:, 0], axis)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _combine(x: Array, weights: np.ndarray, axis: int) -> Array:
     """out[a * P + p] = sum_t weights[p, t] x[a + t] along `axis`, P phases and 3 taps."""
     n = x.shape[axis] - 2
     shifted = [jax.lax.slice_in_dim(x, t, t + n, axis=axis) for t in range(3)]
     return _combine_shifted(tuple(shifted), weights, axis)
+
+
+def _combine_bwd(weights, axis, _, g):
+    # The inside, and two slices at each end, which not all taps reach. Else it would be a sum of a
+    # padded map a tap, several times slower on a CPU.
+    phases = g.reshape(*g.shape[:axis], -1, len(weights), *g.shape[axis + 1 :])
+    n = phases.shape[axis]
+
+    def exists(i):
+        return not isinstance(i, int) or i >= 0  # a symbolic size is large enough
+
+    def slices(start, length):
+        """Of the gradient, from `start` on."""
+        total = jnp.zeros((*g.shape[:axis], length, *g.shape[axis + 1 :]), g.dtype)
+        for p, t in np.argwhere(weights).tolist():
+            first = start - t
+            if exists(first) and exists(n - length - first):
+                x = jax.lax.slice_in_dim(phases, first, first + length, axis=axis)
+                total += weights[p, t].item() * jax.lax.index_in_dim(x, p, axis + 1, False)
+        return total
+
+    pieces = [slices(0, 1), slices(1, 1)]
+    if not isinstance(n, int) or n > 2:
+        pieces.append(slices(2, n - 2))
+    last = range(max(2, n), n + 2) if isinstance(n, int) else (n, n + 1)
+    return (jnp.concatenate([*pieces, *(slices(i, 1) for i in last)], axis),)
+
+
+_combine.defvjp(lambda *args: (_combine(*args), None), _combine_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

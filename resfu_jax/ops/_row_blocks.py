@@ -28,13 +28,36 @@ _BLOCK_VALUES_ELSEWHERE = 2**24
 class Rows(NamedTuple):
     """Block i of an array: `length` slices along `axis` from i * step on.
 
-    With offsets, a tuple of such pieces, each that much further on: the rows of a dilated window.
+    With offsets, a tuple of such pieces, each that many rows and columns further on, and of `width`
+    columns, which are along the next axis: the taps of a convolution.
     """
 
     axis: int
     step: Size
     length: Size
-    offsets: tuple[Size, ...] = ()
+    offsets: tuple[tuple[Size, Size], ...] = ()
+    width: Size | None = None
+
+
+class Normalised(NamedTuple):
+    """Layers with a norm among them, for `map_row_blocks_normalised`.
+
+    The norm's statistics come from sums over all blocks. What follows it is affine, given these.
+
+    Attributes:
+      hidden: `(params, blocks) -> (u, sums)`, a block of the wide array that the norm normalises,
+        and a pytree that is summed over all blocks.
+      narrow: `(params, u)`: what is kept of the block until the sums are known.
+      finish: `(last, sums, narrow)`: the output, or a block of it, of the narrow array, or its.
+      fold: `(last, sums) -> folded`: the norm and what follows it, as the weights of one map.
+      apply: `(folded, u)`: the block of the output, from the wide array.
+    """
+
+    hidden: Callable[[Any, tuple[Array, ...]], tuple[Array, Any]]
+    narrow: Callable[[Any, Array], Array]
+    finish: Callable[[Any, Any, Array], Array]
+    fold: Callable[[Any, Any], Any]
+    apply: Callable[[Any, Array], Array]
 
 
 @contextlib.contextmanager
@@ -105,38 +128,39 @@ def map_row_blocks(
 
 
 def map_row_blocks_normalised(
-    f: Callable[[Any, tuple[Array, ...]], tuple[Array, Any]],
-    finish: Callable[[Any, Any, Array], Array],
+    layers: Normalised,
     count: Size,
     inputs: tuple[Rows, ...],
     narrow: Rows,
     output: Rows,
     params: Any,
+    last: Any,
     arrays: tuple[Array, ...],
     *,
     keep: bool = True,
 ) -> Array:
     """`map_row_blocks` with a normalisation: statistics of all blocks enter each of them.
 
+    The wide array is made again, not kept: in the backward pass always.
+
     Args:
-      f: gives one block of a narrow array, and a pytree that is summed over all blocks.
-      finish: a function of the parameters, the sums, and the narrow array or a block of it, pixel
-        by pixel, that gives the output or a block of it.
+      layers: what is computed.
       count: number of blocks.
       inputs: which rows of each array block i gets; they may overlap.
       narrow: which rows of the narrow array it fills.
-      output: which rows of the output `finish` makes of them.
-      params: pytree of arrays, for both functions.
+      output: which rows of the output.
+      params: pytree of arrays, for what comes before the norm.
+      last: pytree of arrays, for the norm and what follows it.
       arrays: the arrays.
-      keep: whether the narrow array is kept until the sums are known, or computed once more.
+      keep: whether the narrow array is kept until the sums are known, or the wide one made again.
 
     Returns:
       The output.
     """
     if isinstance(count, int) and count == 1:
-        block, sums = f(params, cut(arrays, 0, inputs))
-        return finish(params, sums, block)
-    return _map_normalised(f, finish, count, inputs, narrow, output, keep, params, arrays)
+        u, sums = layers.hidden(params, cut(arrays, 0, inputs))
+        return layers.apply(layers.fold(last, sums), u)
+    return _map_normalised(layers, count, inputs, narrow, output, keep, params, last, arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
@@ -158,56 +182,63 @@ def _map_bwd(f, count, inputs, outputs, forward_whole, saved, d_outputs):
 _map.defvjp(lambda *args: (_map(*args), args[5:]), _map_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4, 5, 6))
-def _map_normalised(f, finish, count, inputs, narrow, output, keep, params, arrays):
-    return _map_normalised_fwd(f, finish, count, inputs, narrow, output, keep, params, arrays)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4, 5))
+def _map_normalised(layers, count, inputs, narrow, output, keep, params, last, arrays):
+    return _map_normalised_fwd(layers, count, inputs, narrow, output, keep, params, last, arrays)[0]
 
 
-def _map_normalised_fwd(f, finish, count, inputs, narrow, output, keep, params, arrays):
+def _map_normalised_fwd(layers, count, inputs, narrow, output, keep, params, last, arrays):
     def narrow_and_sums(params, blocks):
-        block, sums = f(params, blocks)
-        return (block,) if keep else (), sums
+        u, sums = layers.hidden(params, blocks)
+        return (layers.narrow(params, u),) if keep else (), sums
 
-    outputs = (narrow,) if keep else ()
-    kept, sums = _run(narrow_and_sums, count, inputs, outputs, params, arrays)
+    kept, sums = _run(narrow_and_sums, count, inputs, (narrow,) * keep, params, arrays)
+    if keep:
 
-    def finished(args, blocks):
-        params, sums = args
-        block = blocks[0] if keep else f(params, blocks)[0]
-        return (finish(params, sums, block),), ()
+        def finished(args, blocks):
+            return (layers.finish(*args, *blocks),), ()
 
-    rows, source = ((narrow,), kept) if keep else (inputs, arrays)
-    (out,), _ = _run(finished, count, rows, (output,), (params, sums), source)
-    return out, (params, arrays, kept, sums)
+        (out,), _ = _run(finished, count, (narrow,), (output,), (last, sums), kept)
+    else:
+
+        def applied(args, blocks):
+            params, folded = args
+            return (layers.apply(folded, layers.hidden(params, blocks)[0]),), ()
+
+        args = params, layers.fold(last, sums)
+        (out,), _ = _run(applied, count, inputs, (output,), args, arrays)
+    return out, (params, last, arrays, kept, sums)
 
 
-def _map_normalised_bwd(f, finish, count, inputs, narrow, output, keep, saved, d_out):
-    params, arrays, kept, sums = saved
+def _map_normalised_bwd(layers, count, inputs, narrow, output, keep, saved, d_out):
+    params, last, arrays, kept, sums = saved
+    folded, of_fold = jax.vjp(layers.fold, last, sums)
 
     # First the gradient to the sums, which enters that of every block.
-    def finish_of(args, block):
-        _, vjp = jax.vjp(lambda args: finish(*args, block), args)
-        return vjp
-
     if keep:
-        ((of_finish, d_sums),) = finish_of((params, sums), *kept)(d_out)
+        _, of_sums = jax.vjp(lambda sums: layers.finish(last, sums, *kept), sums)
+        (d_sums,) = of_sums(d_out)
     else:
 
         def body(i, total):
-            (g,) = cut((d_out,), i, (output,))
-            (part,) = finish_of((params, sums), f(params, cut(arrays, i, inputs))[0])(g)
-            return add_to_sums(total, part)
+            u, _ = layers.hidden(params, cut(arrays, i, inputs))
+            _, vjp = jax.vjp(lambda folded: layers.apply(folded, u), folded)
+            return add_to_sums(total, *vjp(*cut((d_out,), i, (output,))))
 
-        of_finish, d_sums = _cast(loop(count, body, zero_sums((params, sums))), (params, sums))
+        _, d_sums = of_fold(_cast(loop(count, body, zero_sums(folded)), folded))
 
-    def cotangents(i, results):
-        # The narrow array's, block by block: it is several times as wide as the output's.
-        (g,) = cut((d_out,), i, (output,))
-        _, vjp = jax.vjp(lambda block: finish(params, sums, block), results[0])
-        return *vjp(g), d_sums
+    def applied_and_sums(args, blocks):
+        params, folded = args
+        u, sums = layers.hidden(params, blocks)
+        return layers.apply(folded, u), sums
 
-    d_params, d_arrays = _run_backward(f, count, inputs, params, arrays, cotangents, d_out)
-    return jax.tree.map(jnp.add, d_params, of_finish), d_arrays
+    def cotangents(i, _):
+        return *cut((d_out,), i, (output,)), d_sums
+
+    (d_params, d_folded), d_arrays = _run_backward(
+        applied_and_sums, count, inputs, (params, folded), arrays, cotangents, d_out
+    )
+    return d_params, of_fold(d_folded)[0], d_arrays
 
 
 _map_normalised.defvjp(_map_normalised_fwd, _map_normalised_bwd)
@@ -309,16 +340,22 @@ def cut(arrays: tuple[Array, ...], i, blocks: tuple[Rows, ...]) -> tuple[Any, ..
 
 
 def _cut(a: Array, i, rows: Rows) -> Any:
-    shape = (*a.shape[: rows.axis], rows.length, *a.shape[rows.axis + 1 :])
-    starts = [_start(a, i, rows, offset) for offset in rows.offsets or (0,)]
+    shape = list(a.shape)
+    shape[rows.axis] = rows.length
+    if rows.width is not None:
+        shape[rows.axis + 1] = rows.width
+    starts = [_start(a, i, rows, offset) for offset in rows.offsets or ((0, 0),)]
     pieces = tuple(jax.lax.dynamic_slice(a, start, shape) for start in starts)
     return pieces if rows.offsets else pieces[0]
 
 
-def _start(a: Array, i, rows: Rows, offset: Size = 0) -> list[Array]:
+def _start(a: Array, i, rows: Rows, offset: tuple[Size, Size] = (0, 0)) -> list[Array]:
     i = jnp.asarray(i, jnp.int32)
     start = [jnp.zeros_like(i)] * a.ndim
-    start[rows.axis] = i * rows.step + offset
+    row, column = offset
+    start[rows.axis] = i * rows.step + row
+    if rows.width is not None:
+        start[rows.axis + 1] = jnp.asarray(column, i.dtype)
     return start
 
 
@@ -331,7 +368,7 @@ def add(a: Array, block: Any, i, rows: Rows) -> Array:
     if not rows.offsets and rows.step == rows.length:
         return _put(a, block, i, rows)
     pieces = block if rows.offsets else (block,)
-    for piece, offset in zip(pieces, rows.offsets or (0,), strict=True):
+    for piece, offset in zip(pieces, rows.offsets or ((0, 0),), strict=True):
         start = _start(a, i, rows, offset)
         old = jax.lax.dynamic_slice(a, start, piece.shape)
         a = jax.lax.dynamic_update_slice(a, old + piece.astype(a.dtype), start)

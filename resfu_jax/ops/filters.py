@@ -5,12 +5,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._interp import Size
+from resfu_jax.ops._order import after
 from resfu_jax.ops._polyphase import extend, extend_axis, upsample_extended, whole_ratio
-from resfu_jax.ops._row_blocks import Rows, block_rows, map_row_blocks
 from resfu_jax.ops.resize import resize
 
 
@@ -34,15 +33,9 @@ def gaussian_blur(
     taps = [math.exp(-(u**2) / (2 * sigma**2)) for u in range(-r, r + 1)]
     taps = [t / sum(taps) for t in taps]
 
-    def f(_, blocks):
-        rows = extend_axis(_correlate(*blocks, tuple(taps), 1), r, 2)
-        return (_correlate(rows, tuple(taps), 2),)
-
-    b, h, w, c = x.shape
-    rows = block_rows(h, b * w * c)
-    block, wider = Rows(1, rows, rows), Rows(1, rows, rows + 2 * r)
-    (out,) = map_row_blocks(f, h // rows, (wider,), (block,), (), (extend_axis(x, r, 1),))
-    return out
+    for axis in (1, 2):
+        x = _correlate(extend_axis(x, r, axis), tuple(taps), axis)
+    return x
 
 
 def box_filter(x: Float[Array, "b h w c"], radius: int) -> Float[Array, "b h w c"]:
@@ -54,43 +47,44 @@ def box_filter(x: Float[Array, "b h w c"], radius: int) -> Float[Array, "b h w c
     """
     if radius < 0:
         raise ValueError(f"radius must not be negative, got {radius}")
-    return _map_windows(lambda x, means: means(x), radius, x)
+    for axis in (1, 2):
+        shape = [-1 if i == axis else 1 for i in range(4)]
+        x = _window_sums(x, radius, axis) * _one_over_count(x, radius, axis).reshape(shape)
+    return x
 
 
-def _map_windows(f, radius: int, *maps: Array) -> Array:
-    """`f(*rows, means)` over blocks of rows of maps of one size.
-
-    f gets `radius` more rows, zeros, at both ends, and gives what `means`, the means over windows,
-    makes of any such map.
-    """
-    b, h, w, c = maps[0].shape
-    one_over_rows = jnp.broadcast_to(_one_over_count(h, radius, maps[0].dtype), (b, h, 1, 1))
-
-    def g(_, blocks):
-        *rows, one_over_rows = blocks
-        means = functools.partial(_window_means, radius=radius, one_over_rows=one_over_rows)
-        return (f(*rows, means),)
-
-    rows = block_rows(h, b * w * 4 * c)
-    block, wider = Rows(1, rows, rows), Rows(1, rows, rows + 2 * radius)
-    arrays = (*(_pad(a, radius, 1) for a in maps), one_over_rows)
-    (out,) = map_row_blocks(g, h // rows, (*[wider] * len(maps), block), (block,), (), arrays)
-    return out
-
-
-def _one_over_count(n: Size, radius: int, dtype: DTypeLike) -> Float[Array, "1 n 1 1"]:
-    """Of the pixels of an axis of length n that lie in the windows around each of them."""
+def _one_over_count(x: Array, radius: int, axis: int) -> Float[Array, " n"]:
+    """Of the pixels of an axis that lie in the windows around each of them."""
+    n = x.shape[axis]
     i = jnp.arange(n)
     count = jnp.minimum(i + radius, n - 1) - jnp.maximum(i - radius, 0) + 1
-    return (1 / count).astype(dtype)[None, :, None, None]
+    return (1 / count).astype(x.dtype)
 
 
-def _window_means(x: Array, radius: int, one_over_rows: Float[Array, "b h 1 1"]) -> Array:
-    """Means over windows of a map that has `radius` more rows, zeros, at both ends."""
-    taps = (1.0,) * (2 * radius + 1)
-    one_over_columns = _one_over_count(x.shape[2], radius, x.dtype).swapaxes(1, 2)
-    x = _correlate(x, taps, 1) * one_over_rows
-    return _correlate(_pad(x, radius, 2), taps, 2) * one_over_columns
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _window_sums(x: Array, radius: int, axis: int) -> Array:
+    """out[i] = sum_{|j| <= radius} x[i + j] along one axis, zeros beyond the map."""
+    n, width = x.shape[axis], 2 * radius + 1
+    x = _pad(x, radius, axis)
+    # Sums of 1, 2, 4, ... slices. The bits of the width say which make it up.
+    total, size = 0, 1
+    start = 0
+    while True:
+        if width & size:
+            total = total + jax.lax.slice_in_dim(x, start, start + n, axis=axis)
+            start += size
+        if 2 * size > width:
+            return total
+        length = x.shape[axis] - size
+        x = sum(jax.lax.slice_in_dim(x, i, i + length, axis=axis) for i in (0, size))
+        size *= 2
+
+
+# The sum is its own transpose.
+_window_sums.defvjp(
+    lambda *args: (_window_sums(*args), None),
+    lambda radius, axis, _, g: (_window_sums(g, radius, axis),),
+)
 
 
 def guided_filter(
@@ -129,42 +123,43 @@ def guided_filter_subsampled(
     eps: float,
 ) -> Float[Array, "b H W c"]:
     """`guided_filter` from the subsampled guide and input, whose `radius` is in their pixels."""
-    ab = box_filter(_fit(small_guide, small_x, radius, eps), radius)
-    return _linear_model(ab, guide)
+    a, b = _models(small_guide, small_x, radius, eps)
+    return _linear_model(a, b, guide)
 
 
-def _fit(i: Array, p: Array, radius: int, eps: float) -> Float[Array, "b h w c2"]:
-    """The models (a, b) of all windows."""
-
-    def f(i, p, means):
-        # One box filter for the four means.
-        four = means(jnp.concatenate([i, p, i * p, i * i], axis=-1))
-        mean_i, mean_p, mean_ip, mean_ii = jnp.split(four, 4, axis=-1)
-        a = (mean_ip - mean_i * mean_p) / (mean_ii - mean_i * mean_i + eps)
-        return jnp.concatenate([a, mean_p - a * mean_i], axis=-1)
-
-    return _map_windows(f, radius, i, p)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _models(i: Array, p: Array, radius: int, eps: float) -> tuple[Array, Array]:
+    """(a, b), averaged over the windows that cover a pixel."""
+    return _fit(i, p, radius, eps)
 
 
-def _linear_model(ab: Float[Array, "b h w c2"], guide: Float[Array, "b H W c"]) -> Array:
+def _fit(i, p, radius, eps):
+    mean = functools.partial(box_filter, radius=radius)
+    mean_i, mean_p = mean(i), mean(p)
+    a = (mean(i * p) - mean_i * mean_p) / (mean(i * i) - mean_i * mean_i + eps)
+    return mean(a), mean(mean_p - a * mean_i)
+
+
+def _models_bwd(radius, eps, saved, g):
+    # The means are made again, which takes little time, not kept.
+    i, p = (after(x, g[0]) for x in saved)
+    _, vjp = jax.vjp(functools.partial(_fit, radius=radius, eps=eps), i, p)
+    return vjp(g)
+
+
+_models.defvjp(lambda *args: (_models(*args), args[:2]), _models_bwd)
+
+
+def _linear_model(
+    a: Float[Array, "b h w c"], b: Float[Array, "b h w c"], guide: Float[Array, "b H W c"]
+) -> Array:
     """`a guide + b`, a and b upsampled bilinearly to the guide's size."""
-    ratio = whole_ratio(ab.shape[1:3], guide.shape[1:3])
+    ratio = whole_ratio(a.shape[1:3], guide.shape[1:3])
     if ratio is None:
-        a, b = jnp.split(resize(ab, guide.shape[1:3]), 2, axis=-1)
-        return a * guide + b
-
-    def f(_, blocks):
-        ab, guide = blocks
-        a, b = jnp.split(upsample_extended(ab, ratio), 2, axis=-1)
-        return (a * guide + b,)
-
-    # In blocks of rows: the gradient would keep both at full size.
-    n, h, w, c = guide.shape
-    rows = block_rows(h // ratio[0], n * w * ratio[0] * 2 * c)
-    inputs = (Rows(1, rows, rows + 2), Rows(1, rows * ratio[0], rows * ratio[0]))
-    count = h // ratio[0] // rows
-    (out,) = map_row_blocks(f, count, inputs, inputs[1:], (), (extend(ab, 1), guide))
-    return out
+        a, b = (resize(x, guide.shape[1:3]) for x in (a, b))
+    else:
+        a, b = (upsample_extended(extend(x, 1), ratio) for x in (a, b))
+    return a * guide + b
 
 
 def subsample(x: Float[Array, "b H W c"], step: int) -> Float[Array, "b h w c"]:

@@ -32,16 +32,17 @@ from resfu_jax.ops._order import zeros_after
 from resfu_jax.ops._polyphase import (
     extend,
     extend_axis,
+    fold_axis,
     upsample_extended_axis,
     upsample_shifted_axis,
     upsampled_mean_square,
     whole_ratio,
 )
 from resfu_jax.ops._row_blocks import (
+    Normalised,
     Rows,
     block_rows,
     loop,
-    map_row_blocks,
     map_row_blocks_normalised,
 )
 from resfu_jax.ops.group_norm import group_mean, group_moments, group_norm
@@ -143,24 +144,24 @@ def _blocks(
     central = -weights.sum(axis=2)
     weights = weights.reshape(groups, o, -1)
 
-    # Units of hidden channels that share a group of both kinds, each projected by itself.
+    # Units of hidden channels that share a group of both kinds. What is kept of u are K*K numbers a
+    # unit, each projected by itself.
     units = math.lcm(groups, norm_groups)
     inner = units // groups  # units of a convolution group
-    project = (p.hidden_scale[:, None] * p.project).T.reshape(-1, groups, inner, hidden // units)
-    project = project.transpose(1, 0, 2, 3)[:, None]  # group . tap unit channel
-    taps = project.shape[2]
-    apart = project * jnp.eye(inner, dtype=dtype)[None, :, None, :, None]
-    apart = apart.reshape(groups, inner * taps, o)
+    apart = (p.hidden_scale[:, None] * p.project).T.reshape(-1, groups, inner, hidden // units)
+    apart = apart.transpose(1, 0, 2, 3)[:, None]  # group . tap unit channel
+    taps = apart.shape[2]
+    apart = apart * jnp.eye(inner, dtype=dtype)[None, :, None, :, None]
+    apart = jax.lax.stop_gradient(apart.reshape(groups, inner * taps, o))
     mix = p.mix.reshape(o, groups, o).transpose(1, 2, 0)
     bias, mix_bias = (a.reshape(groups, o) for a in (p.bias, p.mix_bias))
 
-    def compress(t, width, bias, mix, mix_bias, apart):
-        """relu, mix, relu, and what leaves the block, of the first `ww` of `width` columns."""
+    def compress(t, bias, mix, mix_bias):
+        """u, and the sums that its statistics need."""
         t = jax.nn.relu(t + bias[None, :, :, None])
         u = jax.nn.relu(_per_group(mix, t) + mix_bias[None, :, :, None])
-        scores = _per_group(apart, u).reshape(b, groups, inner, taps, -1, width)[..., :ww]
-        u = u.astype(at_least_float32(u.dtype)).reshape(b, groups, o, -1, width)[..., :ww]
-        return scores, (u.sum(axis=(3, 4)), jnp.square(u).sum(axis=(3, 4)))
+        wide = u.astype(at_least_float32(u.dtype))
+        return u, (wide.sum(axis=3), jnp.square(wide).sum(axis=3))
 
     ratio = whole_ratio(k.shape[1:3], q.shape[1:3])
     if ratio == (dilation, dilation) and dilation > 1:
@@ -171,89 +172,79 @@ def _blocks(
         variance = group_mean(upsampled_mean_square(centred, ratio), norm_groups)
         k = (centred * jax.lax.rsqrt(variance + EPS)[:, None, None]).astype(k.dtype)
         # One ring of responses beyond the image, for the interpolation at its border.
-        border = side // 2 + 1
-        k = jnp.moveaxis(extend(k, border), 3, 1)
+        k = jnp.moveaxis(extend(k, side // 2 + 1), 3, 1)
         k = k.reshape(b, groups, -1, *k.shape[2:])
         h, w = h + 2, w + 2
         windows = [k[..., v : v + h, u : u + w] for v, u in _offsets(side, 1)]
         windows = jnp.concatenate(windows, axis=2).reshape(b, groups, -1, h * w)
         response = _per_group(weights, windows).reshape(b, groups, o, h, w)
-        response = upsample_extended_axis(response, dilation, 4)
-        n = block_rows(h - 2, b * ww * dilation * hidden, tile and tile // dilation)
-        out_rows, count = n * dilation, (h - 2) // n
-        inputs = (Rows(3, n, n, (0, 1, 2)), Rows(3, out_rows, out_rows))
+        k = upsample_extended_axis(response, dilation, 4)
+        rows = block_rows(h - 2, b * ww * hidden * dilation, tile and tile // dilation)
+        of_k = Rows(3, rows, rows, ((0, 0), (1, 0), (2, 0)))
+        rows, count = rows * dilation, (h - 2) // rows
+        first = central
 
-        def f(params, blocks):
-            central, *rest, _ = params
-            response, q = blocks
-            t = _per_group(central, q.reshape(b, groups, -1, out_rows * ww))
-            t = t + upsample_shifted_axis(response, dilation, 3).reshape(t.shape)
-            return compress(t, ww, *rest)
+        def convolution(weights, k, q):
+            t = _per_group(weights, q.reshape(b, groups, -1, rows * ww))
+            return t + upsample_shifted_axis(k, dilation, 3).reshape(t.shape)
 
-        first, arrays = (central,), (response, _normalised(q, q, groups, norm_groups, 0))
     else:
         if k.shape[1:3] != (hh, ww):
             k = resize(k, (hh, ww))
-        border = dilation * (side // 2)
-        k = _normalised(k, k, groups, norm_groups, border)
-        q = _normalised(q, k, groups, norm_groups, border)
-        width = ww + 2 * border
-        out_rows = block_rows(hh, b * width * hidden, tile)
-        length, count = out_rows * width, hh // out_rows
-        shifts = _offsets(side, dilation)
-        of_k_and_q = shifts, (shifts[len(shifts) // 2],)
-        sizes_known = isinstance(hh, int) and isinstance(ww, int)
-        if sizes_known:
-            k, q = (a.reshape(*a.shape[:3], -1) for a in (k, q))
-            inputs = tuple(
-                Rows(3, length, length, tuple(v * width + u for v, u in offsets))
-                for offsets in of_k_and_q
-            )
-        else:
-            # Whether such a piece is within the map is a product of unknown sizes, which
-            # `jax.export` cannot decide: rows instead, one more, and the piece of those.
-            inputs = tuple(
-                Rows(3, out_rows, out_rows + 1, tuple(v for v, _ in offsets))
-                for offsets in of_k_and_q
-            )
+        k = _normalised(k, k, groups, norm_groups, dilation * (side // 2))
+        rows = block_rows(hh, b * ww * hidden, tile)
+        of_k = Rows(3, rows, rows, _offsets(side, dilation), ww)
+        count = hh // rows
+        first = jnp.concatenate([weights, central], axis=2)
 
-        def taken(rows, u):
-            return rows if sizes_known else rows.reshape(*rows.shape[:3], -1)[..., u : u + length]
+        def convolution(weights, k, q):
+            windows = jnp.concatenate([*k, q], axis=2)
+            return _per_group(weights, windows.reshape(b, groups, -1, rows * ww))
 
-        def f(params, blocks):
-            weights, *rest, _ = params
-            windows = [
-                taken(rows, u)
-                for block, offsets in zip(blocks, of_k_and_q, strict=True)
-                for rows, (_, u) in zip(block, offsets, strict=True)
-            ]
-            windows = jnp.concatenate(windows, axis=2)
-            return compress(_per_group(weights, windows), width, *rest)
+    def hidden_of(params, blocks):
+        weights, *others, _ = params
+        return compress(convolution(weights, *blocks), *others)
 
-        weights = jnp.concatenate([weights, central], axis=2)
-        first, arrays = (weights,), (k, q)
+    def narrow(params, u):
+        return _per_group(params[-1], u).reshape(b, groups, inner, taps, rows, ww)
 
-    def finish(params, sums, scores):
-        """Statistics of u, and what its norm makes of the projections."""
-        project, project_bias, hidden_scale, hidden_bias = params[-1]
-        total, squares = (
+    def factor_and_bias(last, sums):
+        """Of u, that make its variance 1, and of the scores."""
+        project, project_bias, scale, shift = (a.astype(sums[0].dtype) for a in last)
+        mean, square = (
             group_mean(a.reshape(b, hidden) / jnp.asarray(hh * ww, a.dtype), norm_groups)
             for a in sums
         )
-        factor = jax.lax.rsqrt(jnp.maximum(squares - jnp.square(total), 0) + EPS)
-        project, project_bias, hidden_scale, hidden_bias = (
-            a.astype(factor.dtype) for a in (project, project_bias, hidden_scale, hidden_bias)
-        )
-        shift = hidden_bias[None] - total * factor * hidden_scale[None]
-        shift = (shift @ project + project_bias[None])[:, :, None, None]
-        out = _sum_of_units(scores, factor.reshape(b, groups, inner, -1)[..., 0]) + shift
-        return out.astype(dtype)
+        factor = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + EPS)
+        shift = shift[None] - mean * factor * scale[None]
+        return factor, shift @ project + project_bias[None]
 
-    last = (p.project, p.project_bias, p.hidden_scale, p.hidden_bias)
-    params = (*first, bias, mix, mix_bias, apart, last)
-    narrow, output = Rows(4, out_rows, out_rows), Rows(2, out_rows, out_rows)
+    def finish(last, sums, scores):
+        factor, bias = factor_and_bias(last, sums)
+        out = _sum_of_units(scores, factor.reshape(b, groups, inner, -1)[..., 0])
+        return (out + bias[:, :, None, None]).astype(dtype)
+
+    def fold(last, sums):
+        factor, bias = factor_and_bias(last, sums)
+        project, _, scale, _ = (a.astype(factor.dtype) for a in last)
+        project = project.T[None] * (factor * scale[None])[:, None]
+        return project.astype(dtype), bias
+
+    def apply(folded, u):
+        project, bias = folded
+        out = (project @ u.reshape(b, hidden, -1)).astype(bias.dtype) + bias[:, :, None]
+        return out.astype(dtype).reshape(b, taps, rows, ww)
+
     out = map_row_blocks_normalised(
-        f, finish, count, inputs, narrow, output, params, arrays, keep=tile is None
+        Normalised(hidden_of, narrow, finish, fold, apply),
+        count,
+        inputs=(of_k, Rows(3, rows, rows)),
+        narrow=Rows(4, rows, rows),
+        output=Rows(2, rows, rows),
+        params=(first, bias, mix, mix_bias, apart),
+        last=(p.project, p.project_bias, p.hidden_scale, p.hidden_bias),
+        arrays=(k, _normalised(q, k, groups, norm_groups, 0)),
+        keep=tile is None,
     )
     return jnp.moveaxis(out, 1, 3)
 
@@ -300,8 +291,6 @@ def _normalised(
     """The normalised map, without the norm's scale and bias, made after `done`.
 
     Its borders are replicated, and channels come first: long rows are what all steps then go along.
-    With all pixels in one axis, a tap of a convolution is a shift of them all. It wraps around into
-    the next row, in columns that only the borders have; the last tap reads from a row more.
     """
     return _normalised_fwd(x, done, groups, norm_groups, border)[0]
 
@@ -315,7 +304,7 @@ def _normalised_fwd(x, done, groups, norm_groups, border):
         return extend_axis(jnp.moveaxis(rows.astype(x.dtype), 3, 1), border, 3)
 
     # Row by row into one map: extended as a whole, it would be written several times.
-    y = zeros_after(done, (b, c, h + 2 * border + 1, w + 2 * border), x.dtype)
+    y = zeros_after(done, (b, c, h + 2 * border, w + 2 * border), x.dtype)
     for row, at in ((0, 0), (h - 1, border + h)):
         edge = block(jax.lax.slice_in_dim(x, row, row + 1, axis=1))
         edges = jnp.broadcast_to(edge, (b, c, border, w + 2 * border))
@@ -342,30 +331,12 @@ def _normalised_bwd(groups, norm_groups, border, saved, g):
         group_mean(a.astype(factor.dtype).sum(axis=(2, 3)) / pixels, norm_groups)
         for a in (g, y * g)
     )
+    for axis, n in ((3, w), (2, h)):
+        y = jax.lax.slice_in_dim(y, border, border + n, axis=axis)
+        g = fold_axis(g, border, axis)
     of_g, of_yg, factor = (a[:, :, None, None] for a in (of_g, of_yg, factor))
-
-    def inside(rows):
-        """Columns of the image, the borders' added to the first and the last."""
-        x = rows[..., border : border + w]
-        for column, at in ((0, 0), (w - 1, border + w)):
-            edge = rows[..., at : at + border].sum(axis=3, keepdims=True)
-            edge = edge + jax.lax.slice_in_dim(x, column, column + 1, axis=3)
-            x = jax.lax.dynamic_update_slice_in_dim(x, edge, column, 3)
-        return x.astype(factor.dtype)
-
-    def gradient(_, blocks):
-        ((g,), (y,)) = blocks
-        y = y[..., border : border + w].astype(factor.dtype)
-        return (jnp.moveaxis(factor * (inside(g) - of_g - y * of_yg), 1, 3),)
-
-    n = block_rows(h, b * w * c)
-    source, target = Rows(2, n, n, (border,)), Rows(1, n, n)
-    (dx,) = map_row_blocks(gradient, h // n, (source, source), (target,), (), (g, y))
-    for row, at in ((0, 0), (h - 1, border + h)):
-        edge = factor * inside(g[:, :, at : at + border].sum(axis=2, keepdims=True))
-        edge = jnp.moveaxis(edge, 1, 3) + jax.lax.slice_in_dim(dx, row, row + 1, axis=1)
-        dx = jax.lax.dynamic_update_slice_in_dim(dx, edge, row, 1)
-    return dx.astype(empty.dtype), None
+    dx = factor * (g.astype(factor.dtype) - of_g - y.astype(factor.dtype) * of_yg)
+    return jnp.moveaxis(dx, 1, 3).astype(empty.dtype), None
 
 
 _normalised.defvjp(_normalised_fwd, _normalised_bwd)
