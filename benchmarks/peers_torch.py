@@ -305,6 +305,10 @@ _SHELLS: dict[str, dict[str, Any]] = {
 @contextlib.contextmanager
 def _shells(directory: pathlib.Path) -> Iterator[None]:
     """Puts the shells where `import` finds them, for files that lie in `directory`."""
+    # torch.compile imports a module's file again: what was loaded last stays until here.
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "official":
+            del sys.modules[name]
     before = dict(sys.modules)
     packages = {name.partition(".")[0] for name in _SHELLS}
     cuda = torch.cuda.is_available()
@@ -321,7 +325,7 @@ def _shells(directory: pathlib.Path) -> Iterator[None]:
             yield
     finally:
         for name in set(sys.modules) - set(before):
-            if name in _SHELLS or name.startswith("official."):
+            if name in _SHELLS and name.partition(".")[0] != "official":
                 del sys.modules[name]
         sys.modules.update({n: m for n, m in before.items() if n in _SHELLS})
 

@@ -258,7 +258,7 @@ def _run(f, count, inputs, outputs, params, arrays):
     def body(i, state):
         buffers, sums = state
         blocks, parts = f(params, cut(arrays, i, inputs))
-        buffers = [_put(a, b, i, r) for a, b, r in zip(buffers, blocks, outputs, strict=True)]
+        buffers = [put(a, b, i, r) for a, b, r in zip(buffers, blocks, outputs, strict=True)]
         return buffers, add_to_sums(sums, parts)
 
     buffers, sums = loop(count, body, (buffers, sums))
@@ -303,7 +303,8 @@ def _cast(tree: Any, like: Any) -> Any:
 def loop(count: Size, body, state):
     """Run `state = body(i, state)` over the blocks.
 
-    What the body sums up is float32 or wider; arrays that it fills by `add` may be narrower.
+    What the body sums up is float32 or wider; arrays that it fills by `put` or `add` may be
+    narrower.
     """
     if isinstance(count, int) and count == 1:
         return body(0, state)
@@ -359,14 +360,15 @@ def _start(a: Array, i, rows: Rows, offset: tuple[Size, Size] = (0, 0)) -> list[
     return start
 
 
-def _put(a: Array, block: Array, i, rows: Rows) -> Array:
-    return jax.lax.dynamic_update_slice(a, _as(block, a.dtype), _start(a, i, rows))
+def put(a: Array, block: Array, i, rows: Rows, offset: tuple[Size, Size] = (0, 0)) -> Array:
+    """The array with its block i, or the block so many rows and columns further on, replaced."""
+    return jax.lax.dynamic_update_slice(a, _as(block, a.dtype), _start(a, i, rows, offset))
 
 
 def add(a: Array, block: Any, i, rows: Rows) -> Array:
     """The array with its block i increased."""
     if not rows.offsets and rows.step == rows.length:
-        return _put(a, block, i, rows)
+        return put(a, block, i, rows)
     pieces = block if rows.offsets else (block,)
     for piece, offset in zip(pieces, rows.offsets or ((0, 0),), strict=True):
         start = _start(a, i, rows, offset)

@@ -42,8 +42,10 @@ from resfu_jax.ops._row_blocks import (
     Normalised,
     Rows,
     block_rows,
+    cut,
     loop,
     map_row_blocks_normalised,
+    put,
 )
 from resfu_jax.ops.group_norm import group_mean, group_moments, group_norm
 from resfu_jax.ops.grouped_conv import grouped_conv, grouped_linear
@@ -312,8 +314,8 @@ def _normalised_fwd(x, done, groups, norm_groups, border):
     n = block_rows(h, 4 * b * w * c)  # both orders of the axes stay in the cache
 
     def body(i, y):
-        rows = jax.lax.dynamic_slice_in_dim(x, i * n, n, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(y, block(rows), border + i * n, 2)
+        (rows,) = cut((x,), i, (Rows(1, n, n),))
+        return put(y, block(rows), i, Rows(2, n, n), (border, 0))
 
     y = loop(h // n, body, y).reshape(b, groups, c // groups, *y.shape[2:])
     return y, (y, factor, x[..., :0])  # of x, only the shape and the dtype
