@@ -48,7 +48,7 @@ class Normalised(NamedTuple):
       hidden: `(params, blocks) -> (u, sums)`, a block of the wide array that the norm normalises,
         and a pytree that is summed over all blocks.
       narrow: `(params, u)`: what is kept of the block until the sums are known.
-      finish: `(last, sums, narrow)`: the output, or a block of it, of the narrow array, or its.
+      finish: `(last, sums, narrow)`: the output from the narrow array, or a block from a block.
       fold: `(last, sums) -> folded`: the norm and what follows it, as the weights of one map.
       apply: `(folded, u)`: the block of the output, from the wide array.
     """

@@ -66,9 +66,9 @@ def _window_sums(x: Array, radius: int, axis: int) -> Array:
     """out[i] = sum_{|j| <= radius} x[i + j] along one axis, zeros beyond the map."""
     n, width = x.shape[axis], 2 * radius + 1
     x = _pad(x, radius, axis)
-    # Sums of 1, 2, 4, ... slices. The bits of the width say which make it up.
-    total, size = 0, 1
-    start = 0
+    # x becomes sums of 1, 2, 4, ... slices. Those of the width's bits, one after the other, make up
+    # the window.
+    total, start, size = 0, 0, 1
     while True:
         if width & size:
             total = total + jax.lax.slice_in_dim(x, start, start + n, axis=axis)
@@ -129,7 +129,7 @@ def guided_filter_subsampled(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _models(i: Array, p: Array, radius: int, eps: float) -> tuple[Array, Array]:
-    """(a, b), averaged over the windows that cover a pixel."""
+    """(a, b) of `guided_filter`, averaged over the windows that cover a pixel."""
     return _fit(i, p, radius, eps)
 
 

@@ -212,7 +212,7 @@ def _blocks(
         return _per_group(params[-1], u).reshape(b, groups, inner, taps, rows, ww)
 
     def factor_and_bias(last, sums):
-        """Of u, that make its variance 1, and of the scores."""
+        """What makes the variance of u 1, channel by channel, and the bias of the scores."""
         project, project_bias, scale, shift = (a.astype(sums[0].dtype) for a in last)
         mean, square = (
             group_mean(a.reshape(b, hidden) / jnp.asarray(hh * ww, a.dtype), norm_groups)
