@@ -29,6 +29,18 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # tracing the initialisers of a large network takes.
 DynamicJaxprTracer._origin_msg = lambda self: ""
 
+# A function without annotations has nothing to be checked. Most are closures, for which a checker
+# would be written and compiled each time the function around them runs.
+check_types = jaxtyping.jaxtyped
+
+
+def check_annotated_types(*, typechecker):
+    check = check_types(typechecker=typechecker)
+    return lambda f: check(f) if isinstance(f, type) or f.__annotations__ else f
+
+
+jaxtyping.jaxtyped = check_annotated_types
+
 # grain's multiprocess prefetch reads absl flags, which nobody parses under pytest.
 flags.FLAGS.mark_as_parsed()
 

@@ -95,10 +95,11 @@ def draw_example(
         ground = _colour(rng, None, colours)
         patches = _colour(rng, kind, [*colours, ground])
         colours += [ground, patches]
-        mottled = (_smooth_noise(rng, size, cells=size // 8) > 0)[..., None]
-        fill = _texture(rng, size, ground) + mottled * (patches - ground)
-        alpha = coverage[..., None]
-        image = image * (1 - alpha) + fill * alpha
+        inside = _bounding_box(coverage)
+        mottled = (_smooth_noise(rng, size, cells=size // 8)[inside] > 0)[..., None]
+        fill = _texture(rng, size, ground, inside) + mottled * (patches - ground)
+        alpha = coverage[inside][..., None]
+        image[inside] = image[inside] * (1 - alpha) + fill * alpha
 
     image += rng.uniform(1, 5) * rng.standard_normal(image.shape, np.float32)  # sensor noise
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), label
@@ -127,13 +128,24 @@ def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray
     return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
 
 
+def _bounding_box(coverage: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns of the pixels that are not 0."""
+    rows, columns = (np.flatnonzero(coverage.any(axis=axis)) for axis in (1, 0))
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
 def _texture(
-    rng: np.random.Generator, size: int, colour: np.ndarray, background: bool = False
+    rng: np.random.Generator,
+    size: int,
+    colour: np.ndarray,
+    inside: tuple[slice, slice] = (slice(None), slice(None)),
+    background: bool = False,
 ) -> np.ndarray:
-    """A (size, size, 3) float32 field around `colour`: gradient, stripes and smooth noise."""
+    """Rows and columns of a float32 field around `colour`: gradient, stripes and smooth noise."""
     yx = np.linspace(-1, 1, size, dtype=np.float32)
+    rows, columns = (yx[s] for s in inside)
     angle = rng.uniform(0, np.pi)
-    along = math.cos(angle) * yx[None, :] + math.sin(angle) * yx[:, None]
+    along = math.cos(angle) * columns[None, :] + math.sin(angle) * rows[:, None]
     field = rng.uniform(0, 18) * along
     if rng.random() < 0.4:
         waves = rng.uniform(3, 14) * size / 128
@@ -142,7 +154,8 @@ def _texture(
     out = colour + field[..., None] * tint
     if background or rng.random() < 0.5:
         cells = int(rng.integers(3, 24))
-        out = out + rng.uniform(4, 12) * _smooth_noise(rng, size, cells)[..., None] * tint
+        strength = rng.uniform(4, 12)
+        out = out + strength * _smooth_noise(rng, size, cells)[inside][..., None] * tint
     return out
 
 

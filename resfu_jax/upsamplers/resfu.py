@@ -18,6 +18,8 @@ Source: Zhou, Wang, Zheng, Meng, "A Refreshed Similarity-based Upsampler for Dir
 Feature Upsampling"; the semantics are those of the authors' released module.
 """
 
+import functools
+import math
 from typing import Literal
 
 import jax
@@ -259,13 +261,19 @@ class ReSFU(nnx.Module):
         return self._query_filtered(q, subsample(k_up, self.gf_scale))
 
     def _query_filtered(self, q: Array, small_k_up: Array) -> Array:
-        return guided_filter_subsampled(
-            q,
-            subsample(q, self.gf_scale),
-            small_k_up,
-            radius=self.radius // self.gf_scale,
-            eps=self.eps,
+        guided_filter = functools.partial(
+            guided_filter_subsampled, radius=self.radius // self.gf_scale, eps=self.eps
         )
+        maps = q, subsample(q, self.gf_scale), small_k_up
+        if self.tile is None:
+            return guided_filter(*maps)
+        # Each channel is filtered by itself: a few at a time, as the filter's maps are whole.
+        count = q.shape[3] // math.gcd(q.shape[3], 8)
+        block = Rows(3, q.shape[3] // count, q.shape[3] // count)
+        (filtered,) = map_row_blocks(
+            lambda _, maps: (guided_filter(*maps),), count, (block,) * 3, (block,), (), maps
+        )
+        return filtered
 
     def _scores_polyphase(self, x: Array, y: Array) -> Array:
         q = _linear_of_norm(y, self.norm_y, self.q)
