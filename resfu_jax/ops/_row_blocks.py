@@ -28,15 +28,27 @@ _BLOCK_VALUES_ELSEWHERE = 2**24
 class Rows(NamedTuple):
     """Block i of an array: `length` slices along `axis` from i * step on.
 
-    With offsets, a tuple of such pieces, each that many rows and columns further on, and of `width`
-    columns, which are along the next axis: the taps of a convolution.
+    With offsets, a tuple of such pieces, each that many slices further on.
     """
 
     axis: int
     step: Size
     length: Size
-    offsets: tuple[tuple[Size, Size], ...] = ()
-    width: Size | None = None
+    offsets: tuple[Size, ...] = ()
+
+
+class Taps(NamedTuple):
+    """Block i of an array (..., channels, rows, columns): what each tap of a convolution sees.
+
+    That are `length` rows from i * step on and `width` columns, moved by the tap's offset along
+    both axes. Taps are stacked before the channels, in one gather: on a CPU, slices that are
+    concatenated would be written twice, the second time by one core.
+    """
+
+    step: Size
+    length: Size
+    width: Size
+    offsets: tuple[tuple[Size, Size], ...]
 
 
 class Normalised(NamedTuple):
@@ -98,7 +110,7 @@ def block_rows(
 def map_row_blocks(
     f: Function,
     count: Size,
-    inputs: tuple[Rows, ...],
+    inputs: tuple[Rows | Taps, ...],
     outputs: tuple[Rows, ...],
     params: Any,
     arrays: tuple[Array, ...],
@@ -130,7 +142,7 @@ def map_row_blocks(
 def map_row_blocks_normalised(
     layers: Normalised,
     count: Size,
-    inputs: tuple[Rows, ...],
+    inputs: tuple[Rows | Taps, ...],
     narrow: Rows,
     output: Rows,
     params: Any,
@@ -335,43 +347,54 @@ def _as(a: Array, dtype: np.dtype) -> Array:
     return a.astype(dtype)
 
 
-def cut(arrays: tuple[Array, ...], i, blocks: tuple[Rows, ...]) -> tuple[Any, ...]:
+def cut(arrays: tuple[Array, ...], i, blocks: tuple[Rows | Taps, ...]) -> tuple[Any, ...]:
     """Block i of every array."""
     return tuple(_cut(a, i, rows) for a, rows in zip(arrays, blocks, strict=True))
 
 
-def _cut(a: Array, i, rows: Rows) -> Any:
+def _cut(a: Array, i, rows: Rows | Taps) -> Any:
+    if isinstance(rows, Taps):
+        shape = (*a.shape[:-2], rows.length, rows.width)
+
+        def tap(offset):
+            return jax.lax.dynamic_slice(a, _start_of_tap(a, i, rows, offset), shape)
+
+        return jax.vmap(tap, out_axes=a.ndim - 3)(jnp.asarray(rows.offsets, jnp.int32))
     shape = list(a.shape)
     shape[rows.axis] = rows.length
-    if rows.width is not None:
-        shape[rows.axis + 1] = rows.width
-    starts = [_start(a, i, rows, offset) for offset in rows.offsets or ((0, 0),)]
+    starts = [_start(a, i, rows, offset) for offset in rows.offsets or (0,)]
     pieces = tuple(jax.lax.dynamic_slice(a, start, shape) for start in starts)
     return pieces if rows.offsets else pieces[0]
 
 
-def _start(a: Array, i, rows: Rows, offset: tuple[Size, Size] = (0, 0)) -> list[Array]:
+def _start(a: Array, i, rows: Rows, offset: Size = 0) -> list[Array]:
     i = jnp.asarray(i, jnp.int32)
     start = [jnp.zeros_like(i)] * a.ndim
-    row, column = offset
-    start[rows.axis] = i * rows.step + row
-    if rows.width is not None:
-        start[rows.axis + 1] = jnp.asarray(column, i.dtype)
+    start[rows.axis] = i * rows.step + offset
     return start
 
 
-def put(a: Array, block: Array, i, rows: Rows, offset: tuple[Size, Size] = (0, 0)) -> Array:
-    """The array with its block i, or the block so many rows and columns further on, replaced."""
+def _start_of_tap(a: Array, i, taps: Taps, offset) -> list[Array]:
+    row = jnp.asarray(i, jnp.int32) * taps.step + offset[0]
+    return [jnp.zeros_like(row)] * (a.ndim - 2) + [row, jnp.asarray(offset[1])]
+
+
+def put(a: Array, block: Array, i, rows: Rows, offset: Size = 0) -> Array:
+    """The array with its block i, or the block so many slices further on, replaced."""
     return jax.lax.dynamic_update_slice(a, _as(block, a.dtype), _start(a, i, rows, offset))
 
 
-def add(a: Array, block: Any, i, rows: Rows) -> Array:
+def add(a: Array, block: Any, i, rows: Rows | Taps) -> Array:
     """The array with its block i increased."""
-    if not rows.offsets and rows.step == rows.length:
+    if isinstance(rows, Taps):
+        pieces = jnp.unstack(block, axis=a.ndim - 3)
+        starts = [_start_of_tap(a, i, rows, offset) for offset in np.int32(rows.offsets)]
+    elif not rows.offsets and rows.step == rows.length:
         return put(a, block, i, rows)
-    pieces = block if rows.offsets else (block,)
-    for piece, offset in zip(pieces, rows.offsets or ((0, 0),), strict=True):
-        start = _start(a, i, rows, offset)
+    else:
+        pieces = block if rows.offsets else (block,)
+        starts = [_start(a, i, rows, offset) for offset in rows.offsets or (0,)]
+    for piece, start in zip(pieces, starts, strict=True):
         old = jax.lax.dynamic_slice(a, start, piece.shape)
         a = jax.lax.dynamic_update_slice(a, old + piece.astype(a.dtype), start)
     return a

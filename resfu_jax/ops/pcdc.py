@@ -42,6 +42,7 @@ from resfu_jax.ops._polyphase import (
 from resfu_jax.ops._row_blocks import (
     Normalised,
     Rows,
+    Taps,
     block_rows,
     cut,
     loop,
@@ -183,7 +184,7 @@ def _blocks(
         response = _per_group(weights, windows).reshape(b, groups, o, h, w)
         k = upsample_extended_axis(response, dilation, 4)
         rows = block_rows(h - 2, b * ww * hidden * dilation, tile and tile // dilation)
-        of_k = Rows(3, rows, rows, ((0, 0), (1, 0), (2, 0)))
+        of_k = Rows(3, rows, rows, (0, 1, 2))
         rows, count = rows * dilation, (h - 2) // rows
         first = central
 
@@ -196,12 +197,12 @@ def _blocks(
             k = resize(k, (hh, ww))
         k = _normalised(k, k, groups, norm_groups, dilation * (side // 2))
         rows = block_rows(hh, b * ww * hidden, tile)
-        of_k = Rows(3, rows, rows, _offsets(side, dilation), ww)
+        of_k = Taps(rows, rows, ww, _offsets(side, dilation))
         count = hh // rows
         first = jnp.concatenate([weights, central], axis=2)
 
         def convolution(weights, k, q):
-            windows = jnp.concatenate([*k, q], axis=2)
+            windows = jnp.concatenate([k.reshape(b, groups, -1, rows, ww), q], axis=2)
             return _per_group(weights, windows.reshape(b, groups, -1, rows * ww))
 
     def hidden_of(params, blocks):
@@ -316,7 +317,7 @@ def _normalised_fwd(x, done, groups, norm_groups, border):
 
     def body(i, y):
         (rows,) = cut((x,), i, (Rows(1, n, n),))
-        return put(y, block(rows), i, Rows(2, n, n), (border, 0))
+        return put(y, block(rows), i, Rows(2, n, n), border)
 
     y = loop(h // n, body, y).reshape(b, groups, c // groups, *y.shape[2:])
     return y, (y, factor, x[..., :0])  # of x, only the shape and the dtype

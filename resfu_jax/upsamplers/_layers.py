@@ -86,7 +86,7 @@ def _fork_bwd(saved, g):
     x, kernel = saved
     b, h, w, c = x.shape
     rows = block_rows(h, b * w * c)
-    block, added = Rows(1, rows, rows), Rows(1, rows, rows, offsets=((0, 0),))
+    block, added = Rows(1, rows, rows), Rows(1, rows, rows, offsets=(0,))
 
     def body(i, state):
         d_x, d_kernel = state
