@@ -115,7 +115,7 @@ def map_row_blocks(
     params: Any,
     arrays: tuple[Array, ...],
     *,
-    forward_whole: bool = False,
+    forward: Function | None = None,
 ) -> tuple[Array, ...]:
     """Run `f(params, blocks) -> blocks` over `count` blocks of rows.
 
@@ -127,8 +127,8 @@ def map_row_blocks(
       outputs: which rows of each output array block i fills; they must not overlap.
       params: pytree of arrays that every block gets.
       arrays: the arrays.
-      forward_whole: for an f that gives the rows of the outputs for any rows of the arrays: blocks
-        are for the gradient only.
+      forward: gives the same from all rows at once, and is then what runs forward: blocks are for
+        the gradient only.
 
     Returns:
       The output arrays.
@@ -136,7 +136,7 @@ def map_row_blocks(
     if isinstance(count, int) and count == 1:
         # One block is all: nothing to loop over, nothing to recompute.
         return f(params, cut(arrays, 0, inputs))
-    return _map(f, count, inputs, outputs, forward_whole, params, arrays)
+    return _map(f, count, inputs, outputs, forward, params, arrays)
 
 
 def map_row_blocks_normalised(
@@ -176,13 +176,13 @@ def map_row_blocks_normalised(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
-def _map(f, count, inputs, outputs, forward_whole, params, arrays):
-    if forward_whole:
-        return f(params, arrays)
+def _map(f, count, inputs, outputs, forward, params, arrays):
+    if forward is not None:
+        return forward(params, arrays)
     return _run(lambda *args: (f(*args), ()), count, inputs, outputs, params, arrays)[0]
 
 
-def _map_bwd(f, count, inputs, outputs, forward_whole, saved, d_outputs):
+def _map_bwd(f, count, inputs, outputs, forward, saved, d_outputs):
     params, arrays = saved
 
     def cotangents(i, _):

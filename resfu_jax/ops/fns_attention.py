@@ -16,8 +16,8 @@ the (K + 2)^2 pixels around the low-resolution cell,
     out[a s + p, b s + q] = sum_ts weight[p, q, t, s] x[a + t, b + s],
 
 with x extended by replication: no upsampled copy of x and no gather. Forward, the sum is a chain of
-broadcast products, which XLA fuses into the pass that writes the output; backward, both gradients
-are matrix products per cell.
+broadcast products, which XLA fuses into the pass that writes the output; at even ratios, a quarter
+of the cell sees (K + 1)^2 pixels only. Backward, both gradients are matrix products per cell.
 
 Source: "A Refreshed Similarity-based Upsampler for Direct High-Ratio Feature Upsampling", the
 `fns_attn` operator. The gradient to x is the true one; the official CUDA backward loses the
@@ -30,11 +30,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from resfu_jax.ops import _cells
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import half_pixel_taps, take_clamped
+from resfu_jax.ops._order import zeros_after
 from resfu_jax.ops._polyphase import extend, phase_weights, whole_ratio
 from resfu_jax.ops._row_blocks import map_row_blocks
 
@@ -113,6 +115,7 @@ def _reference(attn: Array, x: Array, k: int) -> Array:
 
 def _polyphase(attn: Array, x: Array, k: int, ratio: tuple[int, int], tile: int | None) -> Array:
     dtype = at_least_float32(x.dtype)
+    x = x + zeros_after(attn, (x.shape[0], 1, 1, 1), x.dtype)  # its copies, when they are needed
     padded = extend(x, k // 2 + 1).astype(dtype)
 
     def f(_, blocks):
@@ -120,11 +123,19 @@ def _polyphase(attn: Array, x: Array, k: int, ratio: tuple[int, int], tile: int 
         weights = _compose(attn.astype(at_least_float32(attn.dtype)), k, ratio)
         return (_cells.reassemble(weights.astype(dtype), padded).astype(x.dtype),)
 
+    def by_half_cells(_, arrays):
+        attn, padded = arrays
+        return (_of_half_cells(attn.astype(dtype), padded, k, ratio).astype(x.dtype),)
+
+    if tile is not None:
+        forward = None
+    else:
+        forward = by_half_cells if all(r > 2 and r % 2 == 0 for r in ratio) else f
     # The composed weights are larger than the attention: backward, they are made block by block.
     out_shape = (*attn.shape[:3], x.shape[3])
     count, windows, pixels = _cells.blocks(out_shape, padded.shape, k + 2, tile)
     (out,) = map_row_blocks(
-        f, count, (pixels, windows), (pixels,), (), (attn, padded), forward_whole=tile is None
+        f, count, (pixels, windows), (pixels,), (), (attn, padded), forward=forward
     )
     return out
 
@@ -134,13 +145,20 @@ def _compose(attn: Array, k: int, ratio: tuple[int, int]) -> Array:
     """Attention (b, H, W, K*K) to weights (b, H, W, 1, (K + 2)**2) on the pixels of the cell."""
     b, hh, ww, _ = attn.shape
     attn = attn.reshape(b, hh // ratio[0], ratio[0], ww // ratio[1], ratio[1], k, k)
-    rows, cols = (jnp.asarray(phase_weights(r, k), attn.dtype) for r in ratio)
+    weights = _on_pixels(attn, *(phase_weights(r, k) for r in ratio))
+    return weights.reshape(b, hh, ww, 1, -1)
+
+
+def _on_pixels(
+    attn: Float[Array, "b h p w q u v"], rows: np.ndarray, cols: np.ndarray
+) -> Float[Array, "b h p w q t s"]:
+    """Weights of the pixels, from those of the taps and the taps' on the pixels, (phase u t)."""
+    rows, cols = (jnp.asarray(m, attn.dtype) for m in (rows, cols))
     rows = rows[None, None, :, None, None, :, :, None]  # b h p w q u t v
     cols = cols[None, None, None, None, :, None, :, :]  # b h p w q t v s
     # Broadcast sums over the two short axes of taps: as matrix products they would be transposed.
-    attn = sum(attn[..., u, None, :] * rows[..., u, :, :] for u in range(k))
-    weights = sum(attn[..., v, None] * cols[..., v, :] for v in range(k))
-    return weights.reshape(b, hh, ww, 1, -1)
+    attn = sum(attn[..., u, None, :] * rows[..., u, :, :] for u in range(attn.shape[5]))
+    return sum(attn[..., v, None] * cols[..., v, :] for v in range(attn.shape[6]))
 
 
 def _compose_bwd(k, ratio, _, g):
@@ -152,3 +170,31 @@ def _compose_bwd(k, ratio, _, g):
 
 
 _compose.defvjp(lambda attn, k, ratio: (_compose(attn, k, ratio), None), _compose_bwd)
+
+
+def _of_half_cells(attn: Array, padded: Array, k: int, ratio: tuple[int, int]) -> Array:
+    """The sums of `_compose`'s weights, for even ratios, of fewer products.
+
+    The phases of a cell's first half do not reach its last pixel, those of its second half not its
+    first: each sees K + 1 pixels along an axis.
+    """
+    b, hh, ww, _ = attn.shape
+    (h, w), (p, q) = (hh // ratio[0], ww // ratio[1]), (r // 2 for r in ratio)
+    rows, cols = (_half_phase_weights(r, k) for r in ratio)
+    attn = attn.reshape(b, h, ratio[0], w, ratio[1], k, k)
+    weights = _on_pixels(attn, rows, cols).reshape(b, h, 2, p, w, 2, q, k + 1, k + 1)
+    # Twice the pixels: the t-th one of a half is t cells from where its first one is.
+    doubled = jnp.stack([padded[:, :-1], padded[:, 1:]], axis=2)
+    doubled = jnp.stack([doubled[:, :, :, :-1], doubled[:, :, :, 1:]], axis=4)
+    out = 0
+    for t in range(k + 1):
+        for s in range(k + 1):
+            shifted = doubled[:, t : t + h, :, None, s : s + w, :, None]
+            out = out + weights[..., t, s, None] * shifted
+    return out.reshape(b, hh, ww, -1)
+
+
+def _half_phase_weights(ratio: int, k: int) -> np.ndarray:
+    """`phase_weights` on the K + 1 pixels that a phase's half of the cell sees."""
+    first, second = np.split(phase_weights(ratio, k), 2)
+    return np.concatenate([first[..., :-1], second[..., 1:]])

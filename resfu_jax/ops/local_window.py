@@ -149,7 +149,7 @@ def _reassembly(weigh, scores, v, groups: int, implementation: Implementation | 
     count, windows, pixels = _cells.blocks(out_shape, padded.shape, kernel_size)
     # In the shape that `reassemble` gives it: XLA would write a padded map for each of two shapes.
     arrays = (scores, padded.reshape(*padded.shape[:3], groups, -1))
-    (out,) = map_row_blocks(f, count, (pixels, windows), (pixels,), (), arrays, forward_whole=True)
+    (out,) = map_row_blocks(f, count, (pixels, windows), (pixels,), (), arrays, forward=f)
     return out
 
 
