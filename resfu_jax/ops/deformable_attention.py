@@ -33,6 +33,7 @@ from resfu_jax.ops._row_blocks import (
     map_row_blocks,
     zero_sums,
 )
+from resfu_jax.ops._softmax import softmax
 from resfu_jax.ops.deformable_sample import by_group, corners, deformable_sample
 
 Implementation = Literal["reference", "blocks"]
@@ -106,7 +107,7 @@ def _attend(
     q = q.reshape(*q.shape[:3], heads, -1)
     dtype = at_least_float32(q.dtype)
     scores = jnp.einsum("bhwnd,bhwpnd->bhwnp", q, keys, preferred_element_type=dtype)
-    attn = jax.nn.softmax(scores, axis=-1)
+    attn = softmax(scores)
     out = jnp.einsum("bhwnp,bhwpnc->bhwnc", attn, values.astype(attn.dtype))
     return out.reshape(*out.shape[:3], -1)
 

@@ -13,11 +13,9 @@ Sources: CARAFE (Wang et al., ICCV 2019) for the reassembly; SAPA (Lu et al., Ne
 similarity.
 """
 
-import functools
 import math
 from typing import Literal, get_args
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -26,6 +24,7 @@ from resfu_jax.ops._dtypes import at_least_float32, promote
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._polyphase import whole_ratio
 from resfu_jax.ops._row_blocks import map_row_blocks
+from resfu_jax.ops._softmax import softmax
 from resfu_jax.ops.unfold import unfold
 
 Implementation = Literal["reference", "polyphase"]
@@ -106,7 +105,6 @@ def local_attention(
 
     The weights are not kept for the gradient.
     """
-    softmax = functools.partial(jax.nn.softmax, axis=-1)
     return _reassembly(softmax, scores, v, groups, implementation)
 
 

@@ -143,11 +143,6 @@ def _layer_norm(x: Array, scale: Array, bias: Array) -> Array:
     return (y * scale + bias).astype(x.dtype)
 
 
-def softmax(scores: Float[Array, "... taps"]) -> Float[Array, "... taps"]:
-    """Over the last axis, in float32 or better."""
-    return jax.nn.softmax(scores.astype(at_least_float32(scores.dtype)), axis=-1)
-
-
 def compute_dtype(dtype: DTypeLike | None, *inputs: Array) -> DTypeLike:
     """The chosen compute dtype, or the inputs' promoted one."""
     if dtype is not None:

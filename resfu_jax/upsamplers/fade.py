@@ -23,6 +23,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from resfu_jax.ops._softmax import softmax
 from resfu_jax.ops.depthwise_conv import depthwise_conv
 from resfu_jax.ops.local_window import Implementation, local_reassembly
 from resfu_jax.ops.resize import resize
@@ -39,7 +40,6 @@ from resfu_jax.upsamplers._layers import (
     need,
     need_guide,
     reassembled,
-    softmax,
 )
 from resfu_jax.upsamplers._registry import register
 

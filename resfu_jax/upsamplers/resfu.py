@@ -22,7 +22,6 @@ import functools
 import math
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -34,6 +33,7 @@ from resfu_jax.ops._interp import Size
 from resfu_jax.ops._order import after
 from resfu_jax.ops._polyphase import extend, upsample_extended, whole_ratio
 from resfu_jax.ops._row_blocks import Rows, block_rows, map_row_blocks
+from resfu_jax.ops._softmax import softmax
 from resfu_jax.ops.filters import (
     check_gf_scale,
     gaussian_blur,
@@ -233,7 +233,7 @@ class ReSFU(nnx.Module):
             scores = self._scores_polyphase(x, y)
         scores = scores.astype(at_least_float32(dtype))
         mask = neighbours_inside(y.shape[1:3], self.kernel_size, self.dilation)
-        return jax.nn.softmax(jnp.where(mask[None], scores, scores + _OUTSIDE), axis=-1)
+        return softmax(jnp.where(mask[None], scores, scores + _OUTSIDE))
 
     def _scores_reference(self, x: Array, y: Array) -> Array:
         q, k = self.query(y), self.key(x)

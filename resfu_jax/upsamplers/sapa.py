@@ -36,6 +36,7 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._polyphase import whole_ratio
+from resfu_jax.ops._softmax import softmax
 from resfu_jax.ops.deformable_attention import Implementation as PointImplementation
 from resfu_jax.ops.deformable_attention import deformable_attention
 from resfu_jax.ops.local_window import (
@@ -59,7 +60,6 @@ from resfu_jax.upsamplers._layers import (
     need,
     need_guide,
     reassembled,
-    softmax,
 )
 from resfu_jax.upsamplers._registry import register
 
