@@ -99,6 +99,10 @@ def _gradient_in_blocks(x, kernel, *options):
 def _gradient_in_blocks_bwd(stride, padding, dilation, saved, g):
     x, kernel = saved
     options = stride, padding, dilation
+    kh, kw, c, o = kernel.shape
+    if kh * kw * c <= 2 * o:
+        return jax.vjp(lambda *args: _blocks(*args, *options), x, kernel)[1](g)
+    # The gradient of the windows would be much larger than that of the outputs.
     (d_x,) = jax.vjp(lambda x: _reference(x, kernel, *options), x)[1](g)
     (d_kernel,) = jax.vjp(lambda kernel: _blocks(x, kernel, *options), kernel)[1](g)
     return d_x, d_kernel
