@@ -339,8 +339,11 @@ def _normalised_bwd(groups, norm_groups, border, saved, g):
         y = jax.lax.slice_in_dim(y, border, border + n, axis=axis)
         g = fold_axis(g, border, axis)
     of_g, of_yg, factor = (a[:, :, None, None] for a in (of_g, of_yg, factor))
-    dx = factor * (g.astype(factor.dtype) - of_g - y.astype(factor.dtype) * of_yg)
-    return jnp.moveaxis(dx, 1, 3).astype(empty.dtype), None
+    dx = g.astype(factor.dtype) - of_g - y.astype(factor.dtype) * of_yg
+    # As a product, which XLA writes once: else it turns the map again for all that reads it.
+    factor = factor[..., 0] * jnp.eye(c, dtype=factor.dtype)[None]
+    dx = jnp.einsum("bchw,bcd->bhwd", dx, factor, precision="highest")
+    return dx.astype(empty.dtype), None
 
 
 _normalised.defvjp(_normalised_fwd, _normalised_bwd)
