@@ -58,12 +58,16 @@ def test_equals_definition(implementation, size, kernel, options, short_blocks):
     np.testing.assert_allclose(out, by_definition(x, k, **options), atol=2e-5)
 
 
-@pytest.mark.parametrize("size, kernel, options", CASES)
+# Many outputs take the gradient to x from windows, too.
+@pytest.mark.parametrize(
+    "size, kernel, options, outputs",
+    [(*case, 5) for case in CASES] + [(IMAGE, (3, 3), dict(padding=1), 14)],
+)
 @pytest.mark.parametrize("rows", ["one", "all"])
-def test_gradients_equal_those_of_xla(size, kernel, options, rows, request):
+def test_gradients_equal_those_of_xla(size, kernel, options, outputs, rows, request):
     if rows == "one":
         request.getfixturevalue("short_blocks")
-    x, k = inputs(size, kernel)
+    x, k = inputs(size, kernel, outputs=outputs)
 
     def gradients(implementation):
         def loss(x, k):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from resfu_jax.ops.filters import box_filter, gaussian_blur, guided_filter
@@ -44,10 +44,18 @@ def compiled(scale=2, **options):
 
 
 @few
-@given(h=st.integers(1, 6), w=st.integers(1, 6), ratio=st.integers(1, 5), k=st.sampled_from([1, 3]))
-def test_fns_attention_forms_agree(h, w, ratio, k):
-    attn, x = attention(0, 1, h * ratio, w * ratio, kernel_size=k), normal(1, 1, h, w, 3)
-    cotangent = normal(2, 1, h * ratio, w * ratio, 3)
+@given(
+    size=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    ratio=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    k=st.sampled_from([1, 3]),
+)
+@example(size=(3, 2), ratio=(4, 6), k=3)  # half cells
+@example(size=(2, 3), ratio=(4, 2), k=3)  # not along both axes
+@example(size=(1, 1), ratio=(8, 8), k=5)
+def test_fns_attention_forms_agree(size, ratio, k):
+    out_size = [n * r for n, r in zip(size, ratio, strict=True)]
+    attn, x = attention(0, 2, *out_size, kernel_size=k), normal(1, 2, *size, 3)
+    cotangent = normal(2, 2, *out_size, 3)
 
     @functools.partial(jax.jit, static_argnums=0)
     def f(implementation, attn, x):

@@ -13,7 +13,10 @@ from resfu_jax.ops import _cells, _row_blocks, deformable_attention, deformable_
 from resfu_jax.ops._row_blocks import (
     Normalised,
     Rows,
+    Taps,
+    add,
     block_rows,
+    cut,
     map_row_blocks,
     map_row_blocks_normalised,
     one_block,
@@ -223,3 +226,15 @@ def test_patches_of_cells(size, ratio, n, patch):
 
     expected = jax.jit(jax.grad(form, (0, 1, 2)))(weights, x, y)
     chex.assert_trees_all_close(ours(weights, x, y), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_taps_are_what_a_convolution_sees():
+    a = normal(0, 2, 3, 9, 8)
+    taps = Taps(2, 2, 4, ((0, 0), (3, 1), (5, 4)))
+    (block,) = cut((a,), 1, (taps,))
+    expected = [a[:, :, 2 + v : 4 + v, u : u + 4] for v, u in taps.offsets]
+    np.testing.assert_array_equal(block, jnp.stack(expected, axis=1))
+    # `add` is its transpose.
+    g = normal(1, *block.shape)
+    (d_a,) = jax.vjp(lambda a: cut((a,), 1, (taps,))[0], a)[1](g)
+    np.testing.assert_allclose(add(jnp.zeros_like(a), g, 1, taps), d_a, rtol=1e-6)

@@ -16,8 +16,9 @@ the (K + 2)^2 pixels around the low-resolution cell,
     out[a s + p, b s + q] = sum_ts weight[p, q, t, s] x[a + t, b + s],
 
 with x extended by replication: no upsampled copy of x and no gather. Forward, the sum is a chain of
-broadcast products, which XLA fuses into the pass that writes the output; at even ratios, a quarter
-of the cell sees (K + 1)^2 pixels only. Backward, both gradients are matrix products per cell.
+broadcast products, which XLA fuses into the pass that writes the output; at even ratios above 2, by
+quarters of a cell, which see (K + 1)^2 pixels only. Backward, both gradients are matrix products
+per cell.
 
 Source: "A Refreshed Similarity-based Upsampler for Direct High-Ratio Feature Upsampling", the
 `fns_attn` operator. The gradient to x is the true one; the official CUDA backward loses the
