@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from resfu_jax.ops import _cells
 from resfu_jax.ops._dtypes import at_least_float32, promote
 from resfu_jax.ops._interp import Size
+from resfu_jax.ops._order import zeros_after
 from resfu_jax.ops._polyphase import whole_ratio
 from resfu_jax.ops._row_blocks import map_row_blocks
 from resfu_jax.ops._softmax import softmax
@@ -142,7 +143,8 @@ def _reassembly(weigh, scores, v, groups: int, implementation: Implementation | 
         padded = padded.reshape(*padded.shape[:3], -1).astype(dtype)
         return (_cells.reassemble(weights_of(scores), padded).astype(v.dtype),)
 
-    padded = _pad(v, kernel_size)
+    # Once the scores are computed, not beside them.
+    padded = _pad(v + zeros_after(scores, (v.shape[0], 1, 1, 1), v.dtype), kernel_size)
     out_shape = (*scores.shape[:3], v.shape[3])
     count, windows, pixels = _cells.blocks(out_shape, padded.shape, kernel_size)
     # In the shape that `reassemble` gives it: XLA would write a padded map for each of two shapes.

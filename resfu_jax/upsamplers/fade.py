@@ -23,7 +23,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._softmax import softmax
+from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops.depthwise_conv import depthwise_conv
 from resfu_jax.ops.local_window import Implementation, local_reassembly
 from resfu_jax.ops.resize import resize
@@ -147,7 +147,9 @@ class FADE(nnx.Module):
         encoder = apply_linear(y, self.compress_guide)
         decoder = encode(apply_linear(x, self.compress))
         encoder = self._scrambled(encoder) if self.scrambled_phases else encode(encoder)
-        return softmax(encoder + resize(decoder, y.shape[1:3], method="nearest"))
+        scores = encoder + resize(decoder, y.shape[1:3], method="nearest")
+        # Not `ops._softmax`, of which XLA would keep the exponentials beside the weights.
+        return jax.nn.softmax(scores.astype(at_least_float32(scores.dtype)))
 
     def _conv3x3(self, x: Array) -> Array:
         return apply_conv(x, self.encode)
