@@ -38,11 +38,10 @@ class Rows(NamedTuple):
 
 
 class Taps(NamedTuple):
-    """Block i of an array (..., channels, rows, columns): what each tap of a convolution sees.
+    """Block i of an array (..., channels, rows, columns), as each tap of a convolution sees it.
 
-    That are `length` rows from i * step on and `width` columns, moved by the tap's offset along
-    both axes. Taps are stacked before the channels, in one gather: on a CPU, slices that are
-    concatenated would be written twice, the second time by one core.
+    A tap sees `length` rows from i * step on and the first `width` columns, both moved by its
+    offset (row, column). Taps are stacked before the channels.
     """
 
     step: Size
@@ -127,8 +126,8 @@ def map_row_blocks(
       outputs: which rows of each output array block i fills; they must not overlap.
       params: pytree of arrays that every block gets.
       arrays: the arrays.
-      forward: gives the same from all rows at once, and is then what runs forward: blocks are for
-        the gradient only.
+      forward: gives the same from all rows at once. With it, blocks are for the gradient only. (If
+        one block is all, `f` runs for both.)
 
     Returns:
       The output arrays.
@@ -359,6 +358,7 @@ def _cut(a: Array, i, rows: Rows | Taps) -> Any:
         def tap(offset):
             return jax.lax.dynamic_slice(a, _start_of_tap(a, i, rows, offset), shape)
 
+        # One gather: slices that are concatenated are written twice on a CPU, then by one core.
         return jax.vmap(tap, out_axes=a.ndim - 3)(jnp.asarray(rows.offsets, jnp.int32))
     shape = list(a.shape)
     shape[rows.axis] = rows.length

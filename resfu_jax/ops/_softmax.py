@@ -8,21 +8,17 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._dtypes import at_least_float32
 
-_FEW = 64  # taps, beyond which XLA's reduction is better
-
 
 def softmax(scores: Float[Array, "... taps"]) -> Float[Array, "... taps"]:
     """Over the last axis, in float32 or better."""
-    scores = scores.astype(at_least_float32(scores.dtype))
-    return _softmax(scores) if scores.shape[-1] <= _FEW else jax.nn.softmax(scores)
+    return _softmax(scores.astype(at_least_float32(scores.dtype)))
 
 
 @jax.custom_vjp
 def _softmax(scores):
     largest = _over_taps(jnp.maximum, scores)
     parts = jnp.exp(scores - largest)
-    # One division a pixel, which XLA computes by itself: the sum is not made again for each tap.
-    return parts * (1 / _over_taps(jnp.add, parts))
+    return parts / _over_taps(jnp.add, parts)
 
 
 def _softmax_bwd(weights, g):

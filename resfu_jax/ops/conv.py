@@ -39,8 +39,9 @@ def conv(
       dilation: distance of the taps, pixels; one number or (rows, columns).
       implementation: `"reference"` is XLA's convolution. `"blocks"` has its values and gradients
         from products of the kernel, as a matrix, with the windows of a block of rows, where XLA is
-        slow on a CPU: the gradient to the kernel, and all of a convolution with a stride. `None`
-        takes `"blocks"` on a CPU where the sizes are known, and `"reference"` elsewhere.
+        slow on a CPU: the gradient to the kernel, with many outputs that to `x`, and all of a
+        convolution with a stride. `None` takes `"blocks"` on a CPU where the sizes are known, and
+        `"reference"` elsewhere.
 
     Raises:
       ValueError: a kernel that does not fit `x`, an unknown implementation, or a stride, dilation

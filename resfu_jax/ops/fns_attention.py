@@ -16,9 +16,9 @@ the (K + 2)^2 pixels around the low-resolution cell,
     out[a s + p, b s + q] = sum_ts weight[p, q, t, s] x[a + t, b + s],
 
 with x extended by replication: no upsampled copy of x and no gather. Forward, the sum is a chain of
-broadcast products, which XLA fuses into the pass that writes the output; at even ratios above 2, by
-quarters of a cell, which see (K + 1)^2 pixels only. Backward, both gradients are matrix products
-per cell.
+broadcast products, which XLA fuses into the pass that writes the output. At even ratios above 2
+it is made for the halves of a cell along each axis, which see (K + 1)^2 pixels only. Backward, both
+gradients are matrix products per cell.
 
 Source: "A Refreshed Similarity-based Upsampler for Direct High-Ratio Feature Upsampling", the
 `fns_attn` operator. The gradient to x is the true one; the official CUDA backward loses the
@@ -37,7 +37,7 @@ from jaxtyping import Array, Float
 from resfu_jax.ops import _cells
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import half_pixel_taps, take_clamped
-from resfu_jax.ops._order import zeros_after
+from resfu_jax.ops._order import after
 from resfu_jax.ops._polyphase import extend, phase_weights, whole_ratio
 from resfu_jax.ops._row_blocks import map_row_blocks
 
@@ -116,7 +116,7 @@ def _reference(attn: Array, x: Array, k: int) -> Array:
 
 def _polyphase(attn: Array, x: Array, k: int, ratio: tuple[int, int], tile: int | None) -> Array:
     dtype = at_least_float32(x.dtype)
-    x = x + zeros_after(attn, (x.shape[0], 1, 1, 1), x.dtype)  # its copies, when they are needed
+    x = after(x, attn)  # so that its copies do not exist beside what the attention is made of
     padded = extend(x, k // 2 + 1).astype(dtype)
 
     def f(_, blocks):
@@ -126,12 +126,10 @@ def _polyphase(attn: Array, x: Array, k: int, ratio: tuple[int, int], tile: int 
 
     def by_half_cells(_, arrays):
         attn, padded = arrays
-        return (_of_half_cells(attn.astype(dtype), padded, k, ratio).astype(x.dtype),)
+        return (_reassemble_half_cells(attn.astype(dtype), padded, k, ratio).astype(x.dtype),)
 
-    if tile is not None:
-        forward = None
-    else:
-        forward = by_half_cells if all(r > 2 and r % 2 == 0 for r in ratio) else f
+    halves = all(r > 2 and r % 2 == 0 for r in ratio)
+    forward = None if tile is not None else by_half_cells if halves else f
     # The composed weights are larger than the attention: backward, they are made block by block.
     out_shape = (*attn.shape[:3], x.shape[3])
     count, windows, pixels = _cells.blocks(out_shape, padded.shape, k + 2, tile)
@@ -153,7 +151,7 @@ def _compose(attn: Array, k: int, ratio: tuple[int, int]) -> Array:
 def _on_pixels(
     attn: Float[Array, "b h p w q u v"], rows: np.ndarray, cols: np.ndarray
 ) -> Float[Array, "b h p w q t s"]:
-    """Weights of the pixels, from those of the taps and the taps' on the pixels, (phase u t)."""
+    """Composes the taps' attention with `phase_weights` of rows (p u t) and columns (q v s)."""
     rows, cols = (jnp.asarray(m, attn.dtype) for m in (rows, cols))
     rows = rows[None, None, :, None, None, :, :, None]  # b h p w q u t v
     cols = cols[None, None, None, None, :, None, :, :]  # b h p w q t v s
@@ -173,18 +171,18 @@ def _compose_bwd(k, ratio, _, g):
 _compose.defvjp(lambda attn, k, ratio: (_compose(attn, k, ratio), None), _compose_bwd)
 
 
-def _of_half_cells(attn: Array, padded: Array, k: int, ratio: tuple[int, int]) -> Array:
-    """The sums of `_compose`'s weights, for even ratios, of fewer products.
+def _reassemble_half_cells(attn: Array, padded: Array, k: int, ratio: tuple[int, int]) -> Array:
+    """`_cells.reassemble` of the composed attention, for even ratios, with fewer products.
 
-    The phases of a cell's first half do not reach its last pixel, those of its second half not its
-    first: each sees K + 1 pixels along an axis.
+    Along an axis, the phases of a cell's first half do not reach the last of its K + 2 pixels, and
+    those of its second half not the first one. So each half sees K + 1.
     """
     b, hh, ww, _ = attn.shape
     (h, w), (p, q) = (hh // ratio[0], ww // ratio[1]), (r // 2 for r in ratio)
     rows, cols = (_half_phase_weights(r, k) for r in ratio)
     attn = attn.reshape(b, h, ratio[0], w, ratio[1], k, k)
     weights = _on_pixels(attn, rows, cols).reshape(b, h, 2, p, w, 2, q, k + 1, k + 1)
-    # Twice the pixels: the t-th one of a half is t cells from where its first one is.
+    # doubled[:, a, half] is the first row that half of cell a sees; its t-th one is at a + t.
     doubled = jnp.stack([padded[:, :-1], padded[:, 1:]], axis=2)
     doubled = jnp.stack([doubled[:, :, :, :-1], doubled[:, :, :, 1:]], axis=4)
     out = 0

@@ -143,7 +143,7 @@ def _reassembly(weigh, scores, v, groups: int, implementation: Implementation | 
         padded = padded.reshape(*padded.shape[:3], -1).astype(dtype)
         return (_cells.reassemble(weights_of(scores), padded).astype(v.dtype),)
 
-    # Once the scores are computed, not beside them.
+    # Once the scores are computed, not beside what they are made of.
     padded = _pad(v + zeros_after(scores, (v.shape[0], 1, 1, 1), v.dtype), kernel_size)
     out_shape = (*scores.shape[:3], v.shape[3])
     count, windows, pixels = _cells.blocks(out_shape, padded.shape, kernel_size)

@@ -268,10 +268,15 @@ class ReSFU(nnx.Module):
         if self.tile is None:
             return guided_filter(*maps)
         # Each channel is filtered by itself: a few at a time, as the filter's maps are whole.
-        count = q.shape[3] // math.gcd(q.shape[3], 8)
-        block = Rows(3, q.shape[3] // count, q.shape[3] // count)
+        width = math.gcd(q.shape[3], 8)
+        block = Rows(3, width, width)
         (filtered,) = map_row_blocks(
-            lambda _, maps: (guided_filter(*maps),), count, (block,) * 3, (block,), (), maps
+            lambda _, maps: (guided_filter(*maps),),
+            q.shape[3] // width,
+            inputs=(block,) * 3,
+            outputs=(block,),
+            params=(),
+            arrays=maps,
         )
         return filtered
 
