@@ -59,12 +59,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer-root", metavar="DIR", help="the official repositories")
     parser.add_argument("--torch-compile", action="store_true", help="compiles them, too")
     parser.add_argument("--no-literal", action="store_true", help="leaves the literal form out")
-    parser.add_argument("--runs", type=int, default=7, help="timed calls of each form, default 7")
+    parser.add_argument("--runs", type=int, default=7, help="turns of each form, default 7")
     parser.add_argument(
         "--seconds",
         type=float,
         default=30,
-        help="no further round of calls starts after that long; default 30",
+        help="no further round of turns starts after that long; default 30",
     )
     parser.add_argument(
         "--seed",
@@ -131,6 +131,7 @@ _COLUMNS = (
     ("", "form", "<15", "s"),
     ("ms", "ms", ">9", ".1f"),
     ("least ms", "ms_min", ">9", ".1f"),
+    ("first ms", "ms_first", ">9", ".1f"),
     ("temp. MB", "temporary_mb", ">9", ".1f"),
     ("GFLOP", "gflop", ">8", ".2f"),
     ("compile s", "compile_s", ">9", ".1f"),

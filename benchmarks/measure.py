@@ -4,6 +4,9 @@ Forms: `ours`, what a user gets; `literal`, the same operator as its formulas st
 (`implementation="reference"`); `torch` and `torch.compile`, the official module. All share weights
 and inputs, and what they return is compared before anything is timed.
 
+A turn is up to four calls, timed but for the first (`ms_first`): when the other framework's threads
+go to sleep, a call of some milliseconds finds both of its own on one core.
+
 Forward gives y; forward+backward gives y and the gradients to the parameters, the features and the
 guide. Temporary memory is what a call needs beyond its arguments and these results: for XLA its
 own exact plan, for PyTorch the peak of the tensors allocated. In bfloat16 the inputs and the
@@ -31,8 +34,10 @@ DTYPES = ("float32", "bfloat16")
 DIRECTIONS = ("forward", "forward+backward")
 FORMS = ("ours", "literal", "torch", "torch.compile")
 
-# Between calls: the thread pools of both frameworks keep cores busy for a moment after a call.
+# Between turns: the thread pools of both frameworks keep cores busy for a moment after a call.
 _PAUSE = 0.02
+# A turn: calls at most, and seconds after which none starts. At least two are made.
+_CALLS, _TURN = 4, 1.0
 # Relative to the norm of the array, in float32. GPUs multiply in TensorFloat-32.
 _TOLERANCE = {"cpu": 1e-3, "gpu": 1e-2}
 
@@ -79,8 +84,8 @@ def compare(
       direction: one of `DIRECTIONS`.
       forms: some of `FORMS`, `ours` first.
       peer_root: directory of the official repositories, as owner/repository.
-      runs: timed calls of each form.
-      seconds: no further round of calls starts after that long.
+      runs: turns of each form.
+      seconds: no further round of turns starts after that long.
       seed: of the inputs.
     """
     head = dict(upsampler=name, workload=workload_name, dtype=dtype, direction=direction)
@@ -139,12 +144,14 @@ def compare(
     del expected
     gc.collect()
 
-    times = time_in_turn({form: call.run for form, call in calls.items()}, runs, seconds)
+    turns = time_in_turn({form: call.run for form, call in calls.items()}, runs, seconds)
     ours = rows.get("ours", {})
     for form, call in calls.items():
         row = rows[form]
-        row.update(ms=statistics.median(times[form]), ms_min=min(times[form]))
-        row.update(runs=len(times[form]), compile_s=call.compile_s)
+        first = [turn[0] for turn in turns[form]]
+        warm = [ms for turn in turns[form] for ms in turn[1:]]
+        row.update(ms=statistics.median(warm), ms_min=min(warm), ms_first=statistics.median(first))
+        row.update(runs=len(warm), compile_s=call.compile_s)
         row["temporary_mb"] = call.temporary / 1e6
         row["gflop"] = None if call.flops is None else call.flops / 1e9
         if form != "ours" and "ms" in ours:
@@ -156,18 +163,28 @@ def compare(
 
 def time_in_turn(
     calls: dict[str, Callable[[], Any]], runs: int, seconds: float
-) -> dict[str, list[float]]:
-    """Milliseconds of warmed-up calls, A B A B: what else the machine does hits all alike."""
-    times: dict[str, list[float]] = {form: [] for form in calls}
+) -> dict[str, list[list[float]]]:
+    """Milliseconds of every call of every turn; turns go A B A B.
+
+    What else the machine does hits all alike.
+    """
+    turns: dict[str, list[list[float]]] = {form: [] for form in calls}
     end = time.perf_counter() + seconds
     for done in range(runs):
         if done and time.perf_counter() > end:
             break
         for form, run in calls.items():
             time.sleep(_PAUSE)
-            start = time.perf_counter()
-            run()
-            times[form].append(1e3 * (time.perf_counter() - start))
+            turns[form].append(_turn(run))
+    return turns
+
+
+def _turn(run: Callable[[], Any]) -> list[float]:
+    times: list[float] = []
+    while len(times) < 2 or len(times) < _CALLS and sum(times) < 1e3 * _TURN:
+        start = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - start))
     return times
 
 
