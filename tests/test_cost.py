@@ -60,10 +60,10 @@ def test_resfu_at_high_ratio(direction, limit):
 @pytest.mark.parametrize(
     ("name", "forward", "both"),
     [
-        ("sapa", 0.25, 1.1),
-        ("carafe", 0.25, 0.5),
+        ("sapa", 0.25, 0.5),
+        ("carafe", 0.25, 0.4),
         ("dysample", 0.1, 0.3),
-        ("fade", 0.2, 1.4),
+        ("fade", 0.2, 0.7),
     ],
 )
 def test_temporaries(name, forward, both):

@@ -9,8 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resfu_jax.ops import _cells, _row_blocks, deformable_attention, deformable_sample
+from resfu_jax.ops import (
+    _cells,
+    _row_blocks,
+    deformable_attention,
+    deformable_sample,
+    local_attention,
+    local_reassembly,
+)
 from resfu_jax.ops._row_blocks import (
+    Bordered,
     Normalised,
     Rows,
     Taps,
@@ -104,6 +112,36 @@ def test_deformable_sample(padding_mode, values):
     points = 6 * jax.random.uniform(jax.random.key(4), (2, 8, 5, 2, 1, 2)) - 1
     f = functools.partial(deformable_sample, padding_mode=padding_mode)
     check(f, normal(0, 2, 4, 3, 6), points)
+
+
+@pytest.mark.parametrize("size", [(8, 6), (7, 9)])  # whole and broken ratios
+@pytest.mark.parametrize("groups", [1, 2])
+def test_local_attention(size, groups, values):
+    scores = normal(0, 2, *size, groups * 9)
+    scale, v = normal(1, 2, *size, groups), normal(2, 2, 4, 3, 4)
+
+    def both(f):
+        @jax.jit
+        def run(*arrays):
+            y, vjp = jax.vjp(f, *arrays)
+            return y, vjp(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+        return run(scores, scale, v)
+
+    def written_out(scores, scale, v):
+        weights = jax.nn.softmax(scores.reshape(2, *size, groups, 9)) * scale[..., None]
+        weights = weights.reshape(2, *size, groups * 9)
+        return local_reassembly(weights, v, groups=groups, implementation="reference")
+
+    def attention(scores, scale, v, **options):
+        return local_attention(scores, v, scale=scale, groups=groups, **options)
+
+    expected = both(written_out)
+    for options in (dict(), dict(weigh=jax.nn.softmax), dict(implementation="reference")):
+        result = both(functools.partial(attention, **options))
+        chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="scale must be a factor"):
+        local_attention(scores, v, scale=scale[..., :0], groups=groups)
 
 
 def test_block_rows(monkeypatch):
@@ -226,6 +264,26 @@ def test_patches_of_cells(size, ratio, n, patch):
 
     expected = jax.jit(jax.grad(form, (0, 1, 2)))(weights, x, y)
     chex.assert_trees_all_close(ours(weights, x, y), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("height", "step", "border"), [(6, 2, 1), (6, 1, 2), (3, 1, 2), (4, 4, 2), (4, 2, 0)]
+)
+def test_a_border_is_made_for_the_block(height, step, border):
+    a = normal(0, 2, height, 5, 3)
+    block = Bordered(step, step + 2 * border, border)
+
+    def of_whole(a, i):
+        whole = jnp.pad(a, ((0, 0), (border, border), (border, border), (0, 0)))
+        return whole[:, i * step : i * step + block.length]
+
+    for i in range(height // step):
+        (rows,) = cut((a,), i, (block,))
+        np.testing.assert_array_equal(rows, of_whole(a, i))
+        # `add` is its transpose.
+        g = normal(1, *rows.shape)
+        expected = a + jax.vjp(lambda a, i=i: of_whole(a, i), a)[1](g)[0]
+        np.testing.assert_allclose(add(a, g, i, block), expected, rtol=1e-6)
 
 
 def test_taps_are_what_a_convolution_sees():

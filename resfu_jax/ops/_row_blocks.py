@@ -50,6 +50,18 @@ class Taps(NamedTuple):
     offsets: tuple[tuple[Size, Size], ...]
 
 
+class Bordered(NamedTuple):
+    """Block i of an array (batch, rows, columns, ...) with `border` zeros around the image.
+
+    `length` rows, of those with the border, from i * step on, and all columns. The border is made
+    for the block alone.
+    """
+
+    step: Size
+    length: Size
+    border: int
+
+
 class Normalised(NamedTuple):
     """Layers with a norm among them, for `map_row_blocks_normalised`.
 
@@ -83,6 +95,7 @@ def one_block() -> Iterator[None]:
         BLOCK_VALUES.update(before)
 
 
+Block = Rows | Taps | Bordered
 Function = Callable[[Any, tuple[Array, ...]], tuple[Array, ...]]
 
 
@@ -109,12 +122,13 @@ def block_rows(
 def map_row_blocks(
     f: Function,
     count: Size,
-    inputs: tuple[Rows | Taps, ...],
+    inputs: tuple[Block, ...],
     outputs: tuple[Rows, ...],
     params: Any,
     arrays: tuple[Array, ...],
     *,
     forward: Function | None = None,
+    early: bool = False,
 ) -> tuple[Array, ...]:
     """Run `f(params, blocks) -> blocks` over `count` blocks of rows.
 
@@ -128,6 +142,8 @@ def map_row_blocks(
       arrays: the arrays.
       forward: gives the same from all rows at once. With it, blocks are for the gradient only. (If
         one block is all, `f` runs for both.)
+      early: the outputs may be allocated before the arrays are computed, as they are the results
+        of everything.
 
     Returns:
       The output arrays.
@@ -135,13 +151,13 @@ def map_row_blocks(
     if isinstance(count, int) and count == 1:
         # One block is all: nothing to loop over, nothing to recompute.
         return f(params, cut(arrays, 0, inputs))
-    return _map(f, count, inputs, outputs, forward, params, arrays)
+    return _map(f, count, inputs, outputs, forward, early, params, arrays)
 
 
 def map_row_blocks_normalised(
     layers: Normalised,
     count: Size,
-    inputs: tuple[Rows | Taps, ...],
+    inputs: tuple[Block, ...],
     narrow: Rows,
     output: Rows,
     params: Any,
@@ -174,14 +190,14 @@ def map_row_blocks_normalised(
     return _map_normalised(layers, count, inputs, narrow, output, keep, params, last, arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
-def _map(f, count, inputs, outputs, forward, params, arrays):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4, 5))
+def _map(f, count, inputs, outputs, forward, early, params, arrays):
     if forward is not None:
         return forward(params, arrays)
-    return _run(lambda *args: (f(*args), ()), count, inputs, outputs, params, arrays)[0]
+    return _run(lambda *args: (f(*args), ()), count, inputs, outputs, params, arrays, early)[0]
 
 
-def _map_bwd(f, count, inputs, outputs, forward, saved, d_outputs):
+def _map_bwd(f, count, inputs, outputs, forward, early, saved, d_outputs):
     params, arrays = saved
 
     def cotangents(i, _):
@@ -190,7 +206,7 @@ def _map_bwd(f, count, inputs, outputs, forward, saved, d_outputs):
     return _run_backward(f, count, inputs, params, arrays, cotangents, d_outputs[0])
 
 
-_map.defvjp(lambda *args: (_map(*args), args[5:]), _map_bwd)
+_map.defvjp(lambda *args: (_map(*args), args[6:]), _map_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4, 5))
@@ -255,15 +271,17 @@ def _map_normalised_bwd(layers, count, inputs, narrow, output, keep, saved, d_ou
 _map_normalised.defvjp(_map_normalised_fwd, _map_normalised_bwd)
 
 
-def _run(f, count, inputs, outputs, params, arrays):
+def _run(f, count, inputs, outputs, params, arrays, early=False):
     """Output arrays, and sums over all blocks, of `f(params, blocks) -> (blocks, sums)`."""
     shapes, sum_shapes = jax.eval_shape(lambda p, a: f(p, cut(a, 0, inputs)), params, arrays)
     buffers = []
     for shape, rows in zip(shapes, outputs, strict=True):
         full = list(shape.shape)
         full[rows.axis] = rows.step * count
-        # Not earlier than needed: the buffers exist from when the first array is computed.
-        buffers.append(zeros_after(arrays[0], tuple(full), shape.dtype))
+        if early:
+            buffers.append(jnp.zeros(tuple(full), shape.dtype))
+        else:  # the buffers exist from when the first array is computed
+            buffers.append(zeros_after(arrays[0], tuple(full), shape.dtype))
     sums = zero_sums(sum_shapes)
 
     def body(i, state):
@@ -346,12 +364,12 @@ def _as(a: Array, dtype: np.dtype) -> Array:
     return a.astype(dtype)
 
 
-def cut(arrays: tuple[Array, ...], i, blocks: tuple[Rows | Taps, ...]) -> tuple[Any, ...]:
+def cut(arrays: tuple[Array, ...], i, blocks: tuple[Block, ...]) -> tuple[Any, ...]:
     """Block i of every array."""
     return tuple(_cut(a, i, rows) for a, rows in zip(arrays, blocks, strict=True))
 
 
-def _cut(a: Array, i, rows: Rows | Taps) -> Any:
+def _cut(a: Array, i, rows: Block) -> Any:
     if isinstance(rows, Taps):
         shape = (*a.shape[:-2], rows.length, rows.width)
 
@@ -360,11 +378,26 @@ def _cut(a: Array, i, rows: Rows | Taps) -> Any:
 
         # One gather: slices that are concatenated are written twice on a CPU, then by one core.
         return jax.vmap(tap, out_axes=a.ndim - 3)(jnp.asarray(rows.offsets, jnp.int32))
+    if isinstance(rows, Bordered):
+        first, length, offset = _inside(a, i, rows)
+        inside = jax.lax.dynamic_slice_in_dim(a, first, length, axis=1)
+        border = [(0, 0), *[(rows.border,) * 2] * 2, *[(0, 0)] * (a.ndim - 3)]
+        return jax.lax.dynamic_slice_in_dim(jnp.pad(inside, border), offset, rows.length, axis=1)
     shape = list(a.shape)
     shape[rows.axis] = rows.length
     starts = [_start(a, i, rows, offset) for offset in rows.offsets or (0,)]
     pieces = tuple(jax.lax.dynamic_slice(a, start, shape) for start in starts)
     return pieces if rows.offsets else pieces[0]
+
+
+def _inside(a: Array, i, rows: Bordered) -> tuple[Array, Size, Array]:
+    """Rows of `a` that hold all of block i: the first, how many, and where block i starts in them,
+    once they have a border of their own.
+    """
+    length = jax.core.min_dim(rows.length, a.shape[1])
+    start = jnp.asarray(i, jnp.int32) * rows.step - rows.border
+    first = jnp.clip(start, 0, jnp.asarray(a.shape[1] - length, jnp.int32))
+    return first, length, start - first + rows.border
 
 
 def _start(a: Array, i, rows: Rows, offset: Size = 0) -> list[Array]:
@@ -384,11 +417,18 @@ def put(a: Array, block: Array, i, rows: Rows, offset: Size = 0) -> Array:
     return jax.lax.dynamic_update_slice(a, _as(block, a.dtype), _start(a, i, rows, offset))
 
 
-def add(a: Array, block: Any, i, rows: Rows | Taps) -> Array:
+def add(a: Array, block: Any, i, rows: Block) -> Array:
     """The array with its block i increased."""
     if isinstance(rows, Taps):
         pieces = jnp.unstack(block, axis=a.ndim - 3)
         starts = [_start_of_tap(a, i, rows, offset) for offset in np.int32(rows.offsets)]
+    elif isinstance(rows, Bordered):
+        first, length, offset = _inside(a, i, rows)
+        n, columns = rows.border, block.shape[2] - rows.border
+        inside = jnp.zeros((*a.shape[:1], length + 2 * n, *a.shape[2:]), block.dtype)
+        inside = jax.lax.dynamic_update_slice_in_dim(inside, block[:, :, n:columns], offset, 1)
+        pieces = (inside[:, n : length + n],)
+        starts = [[jnp.zeros_like(first), first, *[jnp.zeros_like(first)] * (a.ndim - 2)]]
     elif not rows.offsets and rows.step == rows.length:
         return put(a, block, i, rows)
     else:

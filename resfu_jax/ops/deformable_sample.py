@@ -101,7 +101,7 @@ def _in_blocks(x: Array, points: Array, padding_mode: PaddingMode) -> Array:
         return (_sample(x, blocks[0], padding_mode),)
 
     # Not for memory: over the whole map, one slow loop would gather and sum up.
-    (out,) = map_row_blocks(f, count, (block,), (block,), x, (points,))
+    (out,) = map_row_blocks(f, count, (block,), (block,), x, (points,), early=True)
     return out
 
 

@@ -14,6 +14,7 @@ similarity.
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from resfu_jax.ops._dtypes import at_least_float32, promote
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._order import zeros_after
 from resfu_jax.ops._polyphase import whole_ratio
-from resfu_jax.ops._row_blocks import map_row_blocks
+from resfu_jax.ops._row_blocks import Bordered, map_row_blocks
 from resfu_jax.ops._softmax import softmax
 from resfu_jax.ops.unfold import unfold
 
@@ -92,25 +93,47 @@ def local_reassembly(
     Raises:
       ValueError: shapes that do not fit, an even K, or an `implementation` that does not apply.
     """
-    return _reassembly(lambda weights: weights, weights, v, groups, implementation)
+    return _reassembly(lambda weights: weights, weights, None, v, groups, implementation)
 
 
 def local_attention(
     scores: Float[Array, "b H W taps"],
     v: Float[Array, "b h w c"],
     *,
+    scale: Float[Array, "b H W groups"] | None = None,
+    weigh: Callable[[Array], Array] = softmax,
     groups: int = 1,
     implementation: Implementation | None = None,
 ) -> Float[Array, "b H W c"]:
-    """`local_reassembly` with the softmax of the scores, group by group, as weights.
+    """`local_reassembly` with weights made of scores, which are not kept for the gradient.
 
-    The weights are not kept for the gradient.
+    Args:
+      scores: K*K of every output pixel and group, as the weights of `local_reassembly`.
+      v: values at low resolution.
+      scale: factor of all weights of an output pixel and group, 1 if not given.
+      weigh: from scores `(B, H, W, groups, K*K)` in float32 or better to weights, pixel by pixel
+        and group by group: the softmax over the K*K if not given.
+      groups: groups of channels with weights of their own.
+      implementation: as in `local_similarity`.
+
+    Returns:
+      Values at (H, W), in the dtype of v; sums are in float32 or better.
+
+    Raises:
+      ValueError: shapes that do not fit, an even K, or an `implementation` that does not apply.
     """
-    return _reassembly(softmax, scores, v, groups, implementation)
+    if scale is not None and scale.shape != (*scores.shape[:3], groups):
+        raise ValueError(
+            f"scale must be a factor for every pixel and group, {(*scores.shape[:3], groups)}, "
+            f"got shape {scale.shape}"
+        )
+    return _reassembly(weigh, scores, scale, v, groups, implementation)
 
 
-def _reassembly(weigh, scores, v, groups: int, implementation: Implementation | None) -> Array:
-    """Window sums with the weights that `weigh` makes of scores (..., groups, taps)."""
+def _reassembly(
+    weigh, scores, scale, v, groups: int, implementation: Implementation | None
+) -> Array:
+    """Window sums with weights: what `weigh` makes of scores (..., groups, taps), scaled."""
     if scores.ndim != 4 or v.ndim != 4 or scores.shape[0] != v.shape[0]:
         raise ValueError(
             "weights (B, H, W, groups*K*K) and v (B, h, w, C) must have 4 axes and the same batch "
@@ -127,29 +150,41 @@ def _reassembly(weigh, scores, v, groups: int, implementation: Implementation | 
         raise ValueError(f"weights must have groups * K*K channels, got {scores.shape[3]}")
     _check_odd(kernel_size)
     dtype = at_least_float32(v.dtype)
+    narrow = (scores,) if scale is None else (scores, scale)
 
-    def weights_of(scores):
+    def weights_of(scores, *scale):
         scores = scores.astype(promote(scores.dtype, dtype))
-        return weigh(scores.reshape(*scores.shape[:3], groups, taps)).astype(dtype)
+        weights = weigh(scores.reshape(*scores.shape[:3], groups, taps)).astype(dtype)
+        for factor in scale:
+            weights = weights * factor.astype(dtype)[..., None]
+        return weights
 
     if not _polyphase(implementation, v.shape[1:3], scores.shape[1:3]):
         windows = _gather(v, scores.shape[1:3], kernel_size).astype(dtype)
         windows = windows.reshape(*windows.shape[:4], groups, -1)
-        out = jnp.einsum("bhwgt,bhwtgc->bhwgc", weights_of(scores), windows)
+        out = jnp.einsum("bhwgt,bhwtgc->bhwgc", weights_of(*narrow), windows)
         return out.reshape(*out.shape[:3], -1).astype(v.dtype)
 
-    def f(_, blocks):
-        scores, padded = blocks
-        padded = padded.reshape(*padded.shape[:3], -1).astype(dtype)
-        return (_cells.reassemble(weights_of(scores), padded).astype(v.dtype),)
+    def reassemble(weights, padded):
+        return (_cells.reassemble(weights, padded.astype(dtype)).astype(v.dtype),)
 
-    # Once the scores are computed, not beside what they are made of.
-    padded = _pad(v + zeros_after(scores, (v.shape[0], 1, 1, 1), v.dtype), kernel_size)
+    def block(_, arrays):
+        *narrow, padded = arrays
+        return reassemble(weights_of(*narrow), padded)
+
+    def whole(_, arrays):
+        *narrow, v = arrays
+        weights = weights_of(*narrow)
+        # Padded once the weights are computed, not beside what they are made of.
+        padded = _pad(v + zeros_after(weights, (v.shape[0], 1, 1, 1), v.dtype), kernel_size)
+        return reassemble(weights, padded)
+
+    border = kernel_size // 2
+    padded_shape = (v.shape[0], *(n + 2 * border for n in v.shape[1:3]), v.shape[3])
     out_shape = (*scores.shape[:3], v.shape[3])
-    count, windows, pixels = _cells.blocks(out_shape, padded.shape, kernel_size)
-    # In the shape that `reassemble` gives it: XLA would write a padded map for each of two shapes.
-    arrays = (scores, padded.reshape(*padded.shape[:3], groups, -1))
-    (out,) = map_row_blocks(f, count, (pixels, windows), (pixels,), (), arrays, forward=f)
+    count, windows, pixels = _cells.blocks(out_shape, padded_shape, kernel_size)
+    inputs = (*[pixels] * len(narrow), Bordered(windows.step, windows.length, border))
+    (out,) = map_row_blocks(block, count, inputs, (pixels,), (), (*narrow, v), forward=whole)
     return out
 
 

@@ -3,7 +3,7 @@
 With x the features (decoder, low resolution) and y the guide (encoder, high resolution):
 
     scores = Conv3x3(Linear(y)) + nearest(Conv3x3(Linear'(x)))      semi-shift: the same Conv3x3
-    out[p] = sum_uv softmax(scores)[p, uv] x[cell(p) + (u, v) - r]  `ops.local_reassembly`
+    out[p] = sum_uv softmax(scores)[p, uv] x[cell(p) + (u, v) - r]  `ops.local_attention`
     gate = sigmoid(nearest(Linear''(x)))                            one channel
     FADE = gate y + (1 - gate) out
 
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops.depthwise_conv import depthwise_conv
-from resfu_jax.ops.local_window import Implementation, local_reassembly
+from resfu_jax.ops.local_window import Implementation, local_attention
 from resfu_jax.ops.resize import resize
 from resfu_jax.upsamplers._layers import (
     XAVIER_UNIFORM,
@@ -39,6 +39,7 @@ from resfu_jax.upsamplers._layers import (
     conv,
     need,
     need_guide,
+    project,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
@@ -60,7 +61,7 @@ class FADE(nnx.Module):
       lite: FADE-Lite, a depthwise 3x3 convolution on K*K channels.
       scrambled_phases: computes what the official `pytorch_implementation/FADE_H2L.py` computes,
         which mixes up the four phases of its x2 convolution; only for weights trained with it.
-      implementation: as in `ops.local_reassembly`.
+      implementation: as in `ops.local_attention`.
       dtype: of the computation; the inputs' promoted dtype if not given. The softmax is float32 or
         better.
       param_dtype: of the parameters.
@@ -125,31 +126,41 @@ class FADE(nnx.Module):
         check_guide(features, guide, self.guide_features)
         dtype = compute_dtype(self.dtype, features, guide)
         x, y = features.astype(dtype), guide.astype(dtype)
-        v, kernels = reassembled(x, values), self.kernels(x, y)
+        y, encoder = project(y, self.compress_guide)
+        x, decoder = project(x, self.compress)
+        scores = self._scores(encoder, decoder)
+        # Not `ops._softmax`: XLA fuses this one with the convolution before it.
+        options = dict(weigh=jax.nn.softmax, implementation=self.implementation)
         if self.gate is None:
-            return local_reassembly(kernels, v, implementation=self.implementation)
+            return local_attention(scores, reassembled(x, values), **options)
+        x, gate = project(x, self.gate)
+        v = reassembled(x, values)
         need(
             y.shape[3] in (v.shape[3], 1),
             f"values must have the guide's {y.shape[3]} channels, with which the gate mixes them, "
             f"got {v.shape[3]}; use 'semishift' (gate=False)",
         )
-        gate = jax.nn.sigmoid(resize(apply_linear(x, self.gate), y.shape[1:3], method="nearest"))
+        gate = jax.nn.sigmoid(resize(gate, y.shape[1:3], method="nearest"))
         # The gate goes into the kernels, so that the upsampled features are never kept.
-        kernels = (1 - gate).astype(kernels.dtype) * kernels
-        up = local_reassembly(kernels, v, implementation=self.implementation)
+        up = local_attention(scores, v, scale=1 - gate, **options)
         return _scaled(gate, y) + up
 
     def kernels(
         self, x: Float[Array, "b h w c"], y: Float[Array, "b H W cg"]
     ) -> Float[Array, "b H W taps"]:
         """The K*K weights of every output pixel, which sum to 1."""
+        encoder, decoder = apply_linear(y, self.compress_guide), apply_linear(x, self.compress)
+        return jax.nn.softmax(self._scores(encoder, decoder))
+
+    def _scores(
+        self, encoder: Float[Array, "b H W d"], decoder: Float[Array, "b h w d"]
+    ) -> Float[Array, "b H W taps"]:
+        """From the compressed guide and features, what the softmax makes kernels of."""
         encode = self.encode if isinstance(self.encode, Depthwise) else self._conv3x3
-        encoder = apply_linear(y, self.compress_guide)
-        decoder = encode(apply_linear(x, self.compress))
+        decoder = encode(decoder)
         encoder = self._scrambled(encoder) if self.scrambled_phases else encode(encoder)
-        scores = encoder + resize(decoder, y.shape[1:3], method="nearest")
-        # Not `ops._softmax`, of which XLA would keep the exponentials beside the weights.
-        return jax.nn.softmax(scores.astype(at_least_float32(scores.dtype)))
+        scores = encoder + resize(decoder, encoder.shape[1:3], method="nearest")
+        return scores.astype(at_least_float32(scores.dtype))
 
     def _conv3x3(self, x: Array) -> Array:
         return apply_conv(x, self.encode)

@@ -59,6 +59,7 @@ from resfu_jax.upsamplers._layers import (
     compute_dtype,
     need,
     need_guide,
+    project,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
@@ -165,49 +166,50 @@ class SAPA(nnx.Module):
         check_guide(features, guide, self.guide_features)
         dtype = compute_dtype(self.dtype, features, guide)
         x, y = features.astype(dtype), guide.astype(dtype)
+        x, scores = self._scores(x, y)
         if values is None and self.v is not None:
             v = apply_linear(apply_norm(x, self.norm_x), self.v)
         else:
             v = reassembled(x, values)
-        return local_attention(self.scores(x, y), v, implementation=self.implementation)
+        return local_attention(scores, v, implementation=self.implementation)
 
     def attention(
         self, x: Float[Array, "b h w c"], y: Float[Array, "b H W cg"]
     ) -> Float[Array, "b H W taps"]:
         """Weights of the K*K low-resolution pixels of every output pixel, which sum to 1."""
-        return softmax(self.scores(x, y))
+        return softmax(self._scores(x, y)[1])
 
-    def scores(
+    def _scores(
         self, x: Float[Array, "b h w c"], y: Float[Array, "b H W cg"]
-    ) -> Float[Array, "b H W taps"]:
-        """Similarities to the K*K low-resolution pixels of every output pixel."""
-        normed = apply_norm(x, self.norm_x)
-        return local_similarity(
-            self.query(x, normed, y),
-            normed if self.k is None else apply_linear(normed, self.k),
-            kernel_size=self.up_kernel_size,
-            implementation=self.implementation,
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b H W taps"]]:
+        """`project`'s x, and the similarities to the K*K pixels around every output pixel."""
+        if self.q is None:
+            q, k = apply_norm(y, self.norm_y), apply_norm(x, self.norm_x)
+        else:
+            x, q = self._query(x, y)
+            k = apply_linear_of_norm(x, self.norm_x, self.k)
+        return x, local_similarity(
+            q, k, kernel_size=self.up_kernel_size, implementation=self.implementation
         )
 
-    def query(
-        self, x: Float[Array, "b h w c"], normed_x: Float[Array, "b h w c"], y: Array
-    ) -> Float[Array, "b H W d"]:
-        """Queries from the raw and the normalised features and the guide."""
-        if self.q is None:
-            return apply_norm(y, self.norm_y)
+    def _query(
+        self, x: Float[Array, "b h w c"], y: Array
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b H W d"]]:
+        """`project`'s x, and the queries."""
 
         def up(a):
             return resize(a, y.shape[1:3], method="nearest")
 
         if self.q_mode == "cat":
             both = jnp.concatenate([apply_norm(y, self.norm_y), up(x)], axis=-1)
-            return apply_linear(both, self.q)
+            return x, apply_linear(both, self.q)
         q = apply_linear_of_norm(y, self.norm_y, self.q)
         if self.q_mode == "encoder_only":
-            return q
-        gate = up(jax.nn.sigmoid(apply_linear(normed_x, self.gate)))
+            return x, q
+        gate = up(jax.nn.sigmoid(apply_linear_of_norm(x, self.norm_x, self.gate)))
+        x, own = project(x, self.qx)
         # A linear map and nearest-neighbour upsampling commute.
-        return gate * q + (1 - gate) * up(apply_linear(x, self.qx))
+        return x, gate * q + (1 - gate) * up(own)
 
 
 @register("sapa_deform")
