@@ -198,8 +198,8 @@ def _comparison(row: dict[str, Any]) -> tuple[str, ...]:
 def _in_a_process(f: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """`f(*args, **options)`, on a CPU in a new process.
 
-    Whether a call's memory comes from the system, page by page, or from what an earlier call left
-    depends on all that the process allocated before. It is up to twice the time of a fast one.
+    What the process allocated before decides whether a call gets its memory from what was freed or
+    page by page from the system, which can take a fast call as long as all the rest.
     """
     if jax.default_backend() != "cpu":
         return f(*args, **options)

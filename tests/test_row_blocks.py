@@ -42,18 +42,21 @@ def values(request, monkeypatch):
     return request.param
 
 
+def with_gradients(f, *arrays, **options):
+    @jax.jit
+    def run(*arrays):
+        y, vjp = jax.vjp(functools.partial(f, **options), *arrays)
+        return y, vjp(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+    return run(*arrays)
+
+
 def check(f, *arrays):
     """Values and gradients of both implementations."""
-
-    def both(implementation):
-        @jax.jit
-        def run(*arrays):
-            y, vjp = jax.vjp(functools.partial(f, implementation=implementation), *arrays)
-            return y, vjp(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
-
-        return run(*arrays)
-
-    chex.assert_trees_all_close(both("blocks"), both("reference"), rtol=2e-4, atol=2e-4)
+    blocks, reference = (
+        with_gradients(f, *arrays, implementation=name) for name in ("blocks", "reference")
+    )
+    chex.assert_trees_all_close(blocks, reference, rtol=2e-4, atol=2e-4)
 
 
 def pcdc_parameters(width, hidden, groups):
@@ -120,14 +123,6 @@ def test_local_attention(size, groups, values):
     scores = normal(0, 2, *size, groups * 9)
     scale, v = normal(1, 2, *size, groups), normal(2, 2, 4, 3, 4)
 
-    def both(f):
-        @jax.jit
-        def run(*arrays):
-            y, vjp = jax.vjp(f, *arrays)
-            return y, vjp(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
-
-        return run(scores, scale, v)
-
     def written_out(scores, scale, v):
         weights = jax.nn.softmax(scores.reshape(2, *size, groups, 9)) * scale[..., None]
         weights = weights.reshape(2, *size, groups * 9)
@@ -136,9 +131,9 @@ def test_local_attention(size, groups, values):
     def attention(scores, scale, v, **options):
         return local_attention(scores, v, scale=scale, groups=groups, **options)
 
-    expected = both(written_out)
+    expected = with_gradients(written_out, scores, scale, v)
     for options in (dict(), dict(weigh=jax.nn.softmax), dict(implementation="reference")):
-        result = both(functools.partial(attention, **options))
+        result = with_gradients(attention, scores, scale, v, **options)
         chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="scale must be a factor"):
         local_attention(scores, v, scale=scale[..., :0], groups=groups)

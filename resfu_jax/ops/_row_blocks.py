@@ -278,10 +278,9 @@ def _run(f, count, inputs, outputs, params, arrays, early=False):
     for shape, rows in zip(shapes, outputs, strict=True):
         full = list(shape.shape)
         full[rows.axis] = rows.step * count
-        if early:
-            buffers.append(jnp.zeros(tuple(full), shape.dtype))
-        else:  # the buffers exist from when the first array is computed
-            buffers.append(zeros_after(arrays[0], tuple(full), shape.dtype))
+        # Not earlier than needed: the buffers exist from when the first array is computed.
+        zeros = jnp.zeros if early else functools.partial(zeros_after, arrays[0])
+        buffers.append(zeros(tuple(full), shape.dtype))
     sums = zero_sums(sum_shapes)
 
     def body(i, state):
@@ -391,9 +390,8 @@ def _cut(a: Array, i, rows: Block) -> Any:
 
 
 def _inside(a: Array, i, rows: Bordered) -> tuple[Array, Size, Array]:
-    """Rows of `a` that hold all of block i: the first, how many, and where block i starts in them,
-    once they have a border of their own.
-    """
+    """First of the rows of `a` in block i, and how many; its start, once they have a border."""
+    # Near the ends, where the block has fewer rows of `a`, others make up their number.
     length = jax.core.min_dim(rows.length, a.shape[1])
     start = jnp.asarray(i, jnp.int32) * rows.step - rows.border
     first = jnp.clip(start, 0, jnp.asarray(a.shape[1] - length, jnp.int32))

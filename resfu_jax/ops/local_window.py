@@ -80,20 +80,11 @@ def local_reassembly(
 ) -> Float[Array, "b H W c"]:
     """Weighted sum of the K x K values around every output pixel's cell.
 
-    Args:
-      weights: K*K weights of every output pixel, row-major; with groups, those of group g are
-        [g K*K, (g + 1) K*K) and apply to the g-th contiguous block of channels.
-      v: values at low resolution.
-      groups: groups of channels with weights of their own.
-      implementation: as in `local_similarity`.
-
-    Returns:
-      Values at (H, W), in the dtype of v; sums are in float32 or better.
-
-    Raises:
-      ValueError: shapes that do not fit, an even K, or an `implementation` that does not apply.
+    `local_attention` with the weights as they are: arguments, result and errors are its.
     """
-    return _reassembly(lambda weights: weights, weights, None, v, groups, implementation)
+    return local_attention(
+        weights, v, weigh=lambda weights: weights, groups=groups, implementation=implementation
+    )
 
 
 def local_attention(
@@ -108,11 +99,12 @@ def local_attention(
     """`local_reassembly` with weights made of scores, which are not kept for the gradient.
 
     Args:
-      scores: K*K of every output pixel and group, as the weights of `local_reassembly`.
+      scores: K*K of every output pixel, row-major; with groups, those of group g are
+        [g K*K, (g + 1) K*K) and apply to the g-th contiguous block of channels.
       v: values at low resolution.
       scale: factor of all weights of an output pixel and group, 1 if not given.
-      weigh: from scores `(B, H, W, groups, K*K)` in float32 or better to weights, pixel by pixel
-        and group by group: the softmax over the K*K if not given.
+      weigh: makes weights of scores `(B, H, W, groups, K*K)` in float32 or better, every pixel and
+        group by itself: the softmax over the K*K if not given.
       groups: groups of channels with weights of their own.
       implementation: as in `local_similarity`.
 
@@ -122,18 +114,6 @@ def local_attention(
     Raises:
       ValueError: shapes that do not fit, an even K, or an `implementation` that does not apply.
     """
-    if scale is not None and scale.shape != (*scores.shape[:3], groups):
-        raise ValueError(
-            f"scale must be a factor for every pixel and group, {(*scores.shape[:3], groups)}, "
-            f"got shape {scale.shape}"
-        )
-    return _reassembly(weigh, scores, scale, v, groups, implementation)
-
-
-def _reassembly(
-    weigh, scores, scale, v, groups: int, implementation: Implementation | None
-) -> Array:
-    """Window sums with weights: what `weigh` makes of scores (..., groups, taps), scaled."""
     if scores.ndim != 4 or v.ndim != 4 or scores.shape[0] != v.shape[0]:
         raise ValueError(
             "weights (B, H, W, groups*K*K) and v (B, h, w, C) must have 4 axes and the same batch "
@@ -149,6 +129,11 @@ def _reassembly(
     if kernel_size**2 != taps:
         raise ValueError(f"weights must have groups * K*K channels, got {scores.shape[3]}")
     _check_odd(kernel_size)
+    if scale is not None and scale.shape != (*scores.shape[:3], groups):
+        raise ValueError(
+            f"scale must be a factor for every pixel and group, {(*scores.shape[:3], groups)}, "
+            f"got shape {scale.shape}"
+        )
     dtype = at_least_float32(v.dtype)
     narrow = (scores,) if scale is None else (scores, scale)
 

@@ -128,6 +128,7 @@ def apply_linear_of_norm(
         return (y if bias is None else y + bias.astype(x.dtype)[None, None, None],)
 
     b, h, w, c = x.shape
+    # Several blocks even where one fits the cache: the memory is that of a block.
     rows = block_rows(h, b * w * c, h // 4 if isinstance(h, int) else None)
     block = Rows(1, rows, rows)
     (out,) = map_row_blocks(f, h // rows, (block,), (block,), params, (x,))
