@@ -16,6 +16,8 @@ from resfu_jax.ops import (
     deformable_sample,
     local_attention,
     local_reassembly,
+    pixel_shuffle,
+    shuffled_attention,
 )
 from resfu_jax.ops._row_blocks import (
     Bordered,
@@ -137,6 +139,33 @@ def test_local_attention(size, groups, values):
         chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="scale must be a factor"):
         local_attention(scores, v, scale=scale[..., :0], groups=groups)
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_shuffled_attention(ratio, groups, values):
+    scores, v = normal(0, 2, 4, 3, groups * 9 * ratio**2), normal(2, 2, 4, 3, 4)
+
+    def written_out(scores, v):
+        scores = pixel_shuffle(scores, ratio)
+        return local_attention(scores, v, groups=groups, implementation="reference")
+
+    f = functools.partial(shuffled_attention, kernel_size=3, groups=groups)
+    expected = with_gradients(written_out, scores, v)
+    for options in (dict(), dict(implementation="reference")):
+        result = with_gradients(f, scores, v, **options)
+        chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(jax.jit(f)(scores, v), expected[0], rtol=1e-4, atol=1e-5)
+
+
+def test_shuffled_attention_of_wrong_shapes():
+    scores, v = normal(0, 2, 4, 3, 36), normal(1, 2, 4, 3, 4)
+    with pytest.raises(ValueError, match=r"= 9 s\*s channels, got 35"):
+        shuffled_attention(scores[..., :35], v, kernel_size=3)
+    with pytest.raises(ValueError, match="groups must divide"):
+        shuffled_attention(scores, v, kernel_size=3, groups=3)
+    with pytest.raises(ValueError, match="kernel_size must be odd"):
+        shuffled_attention(scores, v, kernel_size=2)
 
 
 def test_block_rows(monkeypatch):

@@ -8,10 +8,11 @@ from resfu_jax.ops._softmax import softmax
 
 @pytest.mark.parametrize("taps", [1, 9, 25, 100])
 @pytest.mark.parametrize("scale", [1, 1e4])
-def test_values_and_gradient(taps, scale):
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_values_and_gradient(taps, scale, axis):
     x, g = scale * jax.random.normal(jax.random.key(0), (2, 2, 3, 4, taps))
-    ours, d_ours = jax.vjp(softmax, x)
-    expected, d_expected = jax.vjp(jax.nn.softmax, x)
+    ours, d_ours = jax.vjp(lambda x: softmax(x, axis), x)
+    expected, d_expected = jax.vjp(lambda x: jax.nn.softmax(x, axis), x)
     np.testing.assert_allclose(ours, expected, rtol=2e-6, atol=1e-30)
     np.testing.assert_allclose(d_ours(g)[0], d_expected(g)[0], rtol=1e-4, atol=2e-6 * scale)
 

@@ -9,7 +9,12 @@ from resfu_jax.ops.fns_attention import fns_attention
 from resfu_jax.ops.grid_sample import grid_sample
 from resfu_jax.ops.group_norm import group_norm
 from resfu_jax.ops.grouped_conv import grouped_conv, grouped_linear
-from resfu_jax.ops.local_window import local_attention, local_reassembly, local_similarity
+from resfu_jax.ops.local_window import (
+    local_attention,
+    local_reassembly,
+    local_similarity,
+    shuffled_attention,
+)
 from resfu_jax.ops.neighborhood_attention import neighborhood_attention
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle, pixel_unshuffle
 from resfu_jax.ops.pool import adaptive_avg_pool
@@ -37,5 +42,6 @@ __all__ = [
     "pixel_shuffle",
     "pixel_unshuffle",
     "resize",
+    "shuffled_attention",
     "unfold",
 ]

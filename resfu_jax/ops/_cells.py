@@ -38,7 +38,8 @@ Output = Float[Array, "b H W c"]
 @jax.custom_vjp
 def reassemble(weights: Weights, x: Padded) -> Output:
     """Sums of the windows of x, weighted by `weights`."""
-    # A chain of broadcast products, which XLA fuses into the pass that writes the output.
+    # Broadcast products, which XLA fuses into the pass that writes the output. Each row of the
+    # window has a sum of its own: they do not wait for each other.
     b, hh, ww, g, taps = weights.shape
     n = math.isqrt(taps)
     (h, w), ratio = _cells(weights.shape, x.shape, n)
@@ -46,9 +47,11 @@ def reassemble(weights: Weights, x: Padded) -> Output:
     x = x.reshape(*x.shape[:3], g, x.shape[3] // g)
     out = 0
     for t in range(n):
+        row = 0
         for s in range(n):
             shifted = x[:, t : t + h, None, s : s + w, None]
-            out = out + weights[..., t * n + s, None] * shifted
+            row = row + weights[..., t * n + s, None] * shifted
+        out = out + row
     return out.reshape(b, hh, ww, -1)
 
 

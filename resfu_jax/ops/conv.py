@@ -135,8 +135,26 @@ def _blocks(x, kernel, stride, padding, dilation):
             for u in range(kh)
             for v in range(kw)
         ]
-        return (jnp.concatenate(windows, axis=3) @ kernel.reshape(kh * kw * c, o),)
+        return (_product(jnp.concatenate(windows, axis=3), kernel.reshape(kh * kw * c, o)),)
 
     inputs = (Rows(1, s * rows, s * (rows - 1) + d * (kh - 1) + 1),)
     (out,) = map_row_blocks(f, h // rows, inputs, (Rows(1, rows, rows),), kernel, (x,))
     return out
+
+
+@jax.custom_vjp
+def _product(windows: Float[Array, "b h w k"], kernel: Float[Array, "k o"]) -> Array:
+    return windows @ kernel
+
+
+def _product_bwd(saved, g):
+    # The gradient to the kernel is a product over pixels, for which XLA copies its second factor.
+    windows, kernel = saved
+    if windows.shape[3] < g.shape[3]:
+        d_kernel = jnp.einsum("bhwk,bhwo->ko", windows, g)
+    else:
+        d_kernel = jnp.einsum("bhwo,bhwk->ok", g, windows).T
+    return g @ kernel.T, d_kernel
+
+
+_product.defvjp(lambda *args: (_product(*args), args), _product_bwd)

@@ -13,20 +13,23 @@ Sources: CARAFE (Wang et al., ICCV 2019) for the reassembly; SAPA (Lu et al., Ne
 similarity.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from resfu_jax.ops import _cells
 from resfu_jax.ops._dtypes import at_least_float32, promote
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops._order import zeros_after
+from resfu_jax.ops._order import zeros_after, zeros_once
 from resfu_jax.ops._polyphase import whole_ratio
-from resfu_jax.ops._row_blocks import Bordered, map_row_blocks
-from resfu_jax.ops._softmax import softmax
+from resfu_jax.ops._row_blocks import Bordered, Rows, add, cut, loop, map_row_blocks, put
+from resfu_jax.ops._softmax import softmax, softmax_gradient
+from resfu_jax.ops.pixel_shuffle import pixel_shuffle, pixel_unshuffle
 from resfu_jax.ops.unfold import unfold
 
 Implementation = Literal["reference", "polyphase"]
@@ -150,19 +153,15 @@ def local_attention(
         out = jnp.einsum("bhwgt,bhwtgc->bhwgc", weights_of(*narrow), windows)
         return out.reshape(*out.shape[:3], -1).astype(v.dtype)
 
-    def reassemble(weights, padded):
-        return (_cells.reassemble(weights, padded.astype(dtype)).astype(v.dtype),)
-
     def block(_, arrays):
         *narrow, padded = arrays
-        return reassemble(weights_of(*narrow), padded)
+        out = _cells.reassemble(weights_of(*narrow), padded.astype(dtype))
+        return (out.astype(v.dtype),)
 
     def whole(_, arrays):
         *narrow, v = arrays
-        weights = weights_of(*narrow)
-        # Padded once the weights are computed, not beside what they are made of.
-        padded = _pad(v + zeros_after(weights, (v.shape[0], 1, 1, 1), v.dtype), kernel_size)
-        return reassemble(weights, padded)
+        out = _reassemble_whole(weights_of(*narrow), v.astype(dtype))
+        return (out.astype(v.dtype),)
 
     border = kernel_size // 2
     padded_shape = (v.shape[0], *(n + 2 * border for n in v.shape[1:3]), v.shape[3])
@@ -171,6 +170,121 @@ def local_attention(
     inputs = (*[pixels] * len(narrow), Bordered(windows.step, windows.length, border))
     (out,) = map_row_blocks(block, count, inputs, (pixels,), (), (*narrow, v), forward=whole)
     return out
+
+
+def shuffled_attention(
+    scores: Float[Array, "b h w d"],
+    v: Float[Array, "b h w c"],
+    *,
+    kernel_size: int,
+    groups: int = 1,
+    implementation: Implementation | None = None,
+) -> Float[Array, "b H W c"]:
+    """`local_attention` with scores that still are at low resolution, before a pixel shuffle.
+
+    Args:
+      scores: `(B, h, w, groups*K*K * s*s)` for an output of s times the size of v; `pixel_shuffle`
+        gives those that `local_attention` takes.
+      v: values at low resolution.
+      kernel_size: K, odd.
+      groups: groups of channels with weights of their own.
+      implementation: `"reference"` shuffles the scores and gathers every pixel's window;
+        `"polyphase"` never has the shuffled ones. `None` takes `"polyphase"`.
+
+    Returns:
+      Values at (s h, s w), in the dtype of v; sums are in float32 or better.
+
+    Raises:
+      ValueError: shapes that do not fit, an even K, or an unknown `implementation`.
+    """
+    if scores.ndim != 4 or v.ndim != 4 or scores.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            "scores (B, h, w, channels) and v (B, h, w, C) must have 4 axes and the same batch and "
+            f"size, got {scores.shape} and {v.shape}"
+        )
+    _check_odd(kernel_size)
+    if groups < 1 or v.shape[3] % groups:
+        raise ValueError(f"groups must divide the channels of v ({v.shape[3]}), got {groups}")
+    taps = kernel_size**2
+    ratio = math.isqrt(scores.shape[3] // (groups * taps))
+    if ratio < 1 or groups * taps * ratio**2 != scores.shape[3]:
+        raise ValueError(
+            f"scores must have groups * K*K * s*s = {groups * taps} s*s channels, "
+            f"got {scores.shape[3]}"
+        )
+    out_size = tuple(n * ratio for n in v.shape[1:3])
+    if not _polyphase(implementation, v.shape[1:3], out_size):
+        scores = pixel_shuffle(scores, ratio)
+        return local_attention(scores, v, groups=groups, implementation="reference")
+    dtype = promote(scores.dtype, at_least_float32(v.dtype))
+    scores, wide = scores.astype(dtype), v.astype(dtype)
+    return _shuffled_attention(scores, wide, groups, taps, ratio).astype(v.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _shuffled_attention(scores: Array, v: Array, groups: int, taps: int, ratio: int) -> Array:
+    return _reassemble_whole(_shuffled_softmax(scores, groups, taps, ratio), v)
+
+
+def _shuffled_attention_fwd(scores, v, groups, taps, ratio):
+    b, h, w, _ = v.shape
+    count, _, rows, _ = _shuffled_blocks(v, taps, ratio)
+
+    def body(i, flat):
+        (block,) = cut((flat,), i, (rows,))
+        weights = _shuffled_softmax(block.reshape(b, -1, w, scores.shape[3]), groups, taps, ratio)
+        return put(flat, weights.reshape(block.shape), i, rows)
+
+    # The weights take the place of the scores, of which each row has as many.
+    weights = loop(count, body, scores.reshape(b, h, -1))
+    out = _reassemble_whole(weights.reshape(b, ratio * h, ratio * w, groups, taps), v)
+    return out, (weights, v, zeros_once(out))
+
+
+def _shuffled_attention_bwd(groups, taps, ratio, saved, g):
+    weights, v, once = saved
+    b, h, w, _ = v.shape
+    count, windows, rows, pixels = _shuffled_blocks(v, taps, ratio)
+
+    def by_tap(x):
+        x = pixel_unshuffle(x.reshape(b, -1, ratio * w, groups * taps), ratio)
+        return x.reshape(b, -1, w, groups, taps, ratio**2)
+
+    def body(i, state):
+        weights, d_v = state
+        block, window, d_out = cut((weights, v, g), i, (rows, windows, pixels))
+        block = block.reshape(b, -1, ratio * w, groups, taps)
+        d_weights, d_window = jax.vjp(_cells.reassemble, block, window)[1](d_out)
+        # All that reads the block comes before it is replaced, or XLA copies the array.
+        zero = zeros_after(d_window, (b, 1, 1, 1, 1, 1), block.dtype)
+        d_scores = softmax_gradient(by_tap(block), by_tap(d_weights), axis=4) + zero
+        d_scores = d_scores.reshape(b, d_scores.shape[1], -1)
+        return put(weights, d_scores, i, rows), add(d_v, d_window, i, windows)
+
+    # The gradient to the scores takes the place of the weights, once the output is made of them.
+    d_v = zeros_after(g, v.shape, v.dtype) + once[:, None, None, None]
+    d_scores, d_v = loop(count, body, (weights, d_v))
+    return d_scores.reshape(b, h, w, -1), d_v
+
+
+_shuffled_attention.defvjp(_shuffled_attention_fwd, _shuffled_attention_bwd)
+
+
+def _shuffled_softmax(scores: Array, groups: int, taps: int, ratio: int) -> _cells.Weights:
+    scores = pixel_shuffle(scores, ratio)
+    return softmax(scores.reshape(*scores.shape[:3], groups, taps))
+
+
+def _shuffled_blocks(v: Array, taps: int, ratio: int):
+    """Number of blocks; rows of v with a border, of v, and of the output of each."""
+    b, h, w, c = v.shape
+    kernel_size = math.isqrt(taps)
+    border = kernel_size // 2
+    out_shape = (b, h * ratio, w * ratio, c)
+    padded_shape = (b, h + 2 * border, w + 2 * border, c)
+    count, windows, pixels = _cells.blocks(out_shape, padded_shape, kernel_size)
+    rows = Rows(1, windows.step, windows.step)
+    return count, Bordered(windows.step, windows.length, border), rows, pixels
 
 
 def cell_index(n_in: Size, n_out: Size) -> Int[Array, " n"]:
@@ -190,6 +304,12 @@ def _gather(x: Array, size: tuple[Size, Size], kernel_size: int) -> Float[Array,
 def _pad(x: Array, kernel_size: int) -> Array:
     r = kernel_size // 2
     return jnp.pad(x, ((0, 0), (r, r), (r, r), (0, 0)))
+
+
+def _reassemble_whole(weights: _cells.Weights, v: Array) -> Array:
+    # Padded once the weights are computed, not beside what they are made of.
+    v = v + zeros_after(weights, (v.shape[0], 1, 1, 1), v.dtype)
+    return _cells.reassemble(weights, _pad(v, math.isqrt(weights.shape[4])))
 
 
 def _polyphase(implementation: str | None, size, out_size) -> bool:
