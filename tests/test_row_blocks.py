@@ -31,6 +31,7 @@ from resfu_jax.ops._row_blocks import (
     map_row_blocks_normalised,
     one_block,
 )
+from resfu_jax.ops.deformable_sample import sample_at_made_points
 from resfu_jax.ops.pcdc import PCDCParameters, pcdc
 
 
@@ -117,6 +118,26 @@ def test_deformable_sample(padding_mode, values):
     points = 6 * jax.random.uniform(jax.random.key(4), (2, 8, 5, 2, 1, 2)) - 1
     f = functools.partial(deformable_sample, padding_mode=padding_mode)
     check(f, normal(0, 2, 4, 3, 6), points)
+
+
+@pytest.mark.parametrize("height", [4, 17])  # several blocks of the source, one
+def test_sample_at_made_points(height, values):
+    x, source = normal(0, 2, 4, 3, 6), 3 * normal(1, 2, height, 5, 8)
+
+    def make(rows, first):
+        points = jnp.repeat(rows, 2, axis=1).reshape(2, -1, 5, 2, 2, 2)
+        return points + 0.1 * first.astype(jnp.float32)
+
+    first = jnp.arange(height, dtype=jnp.int32)
+    expected = [make(source[:, i : i + 1], i) for i in first]
+    expected = deformable_sample(x, jnp.concatenate(expected, axis=1), padding_mode="border")
+
+    def make_by_row(rows, first):
+        parts = [make(rows[:, i : i + 1], first + i) for i in range(rows.shape[1])]
+        return jnp.concatenate(parts, axis=1)
+
+    out = sample_at_made_points(make_by_row, x, source, padding_mode="border")
+    chex.assert_trees_all_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(8, 6), (7, 9)])  # whole and broken ratios

@@ -1,6 +1,7 @@
 """Sampling every output pixel at points of its own, group by group."""
 
 import functools
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
@@ -10,10 +11,12 @@ from jaxtyping import Array, Float
 from resfu_jax.ops import _bilinear
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._order import zeros_after
-from resfu_jax.ops._row_blocks import Rows, add, block_rows, cut, loop, map_row_blocks
+from resfu_jax.ops._row_blocks import Rows, add, block_rows, cut, loop, map_row_blocks, put
 
 PaddingMode = Literal["zeros", "border"]
 Implementation = Literal["reference", "blocks"]
+
+_SOURCE_BLOCKS = 16  # of what points are made of, at most
 
 
 def deformable_sample(
@@ -95,7 +98,7 @@ def _positions(x: Array, points: Array, padding_mode: PaddingMode) -> tuple[Arra
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _in_blocks(x: Array, points: Array, padding_mode: PaddingMode) -> Array:
-    count, block = _blocks(x, points)
+    count, block = _blocks(x, points.shape)
 
     def f(x, blocks):
         return (_sample(x, blocks[0], padding_mode),)
@@ -105,8 +108,46 @@ def _in_blocks(x: Array, points: Array, padding_mode: PaddingMode) -> Array:
     return out
 
 
-def _blocks(x: Array, points: Array) -> tuple[Size, Rows]:
-    b, hh, ww, _, p, _ = points.shape
+def sample_at_made_points(
+    make_points: Callable[[Array, Array], Float[Array, "b H W g p 2"]],
+    x: Float[Array, "b h w c"],
+    source: Float[Array, "b h w e"],
+    *,
+    padding_mode: PaddingMode = "zeros",
+) -> Float[Array, "b H W g p d"]:
+    """`deformable_sample` at points of which only a block exists at a time; not differentiable.
+
+    `make_points(rows, first)` are those of the output above some rows of the source, of which
+    `first` is the first.
+    """
+    h = source.shape[1]
+    # A few blocks: each is wide enough for an efficient product.
+    count = max(n for n in range(1, _SOURCE_BLOCKS + 1) if h % n == 0) if isinstance(h, int) else h
+    rows = Rows(1, h // count, h // count)
+
+    def points_of(i, source):
+        first = jnp.asarray(i, jnp.int32) * rows.step
+        return make_points(*cut((source,), i, (rows,)), first)
+
+    shape = jax.eval_shape(lambda source: points_of(0, source), source).shape
+    inner, block = _blocks(x, shape)
+
+    def body(i, out):
+        points = points_of(i, source)
+
+        def sample(j, out):
+            samples = _sample(x, *cut((points,), j, (block,)), padding_mode)
+            return put(out, samples, i * inner + j, block)
+
+        return loop(inner, sample, out)
+
+    b, height, width, groups, p, _ = shape
+    out = jnp.zeros((b, count * height, width, groups, p, x.shape[3] // groups), x.dtype)
+    return loop(count, body, out)
+
+
+def _blocks(x: Array, points_shape: tuple[Size, ...]) -> tuple[Size, Rows]:
+    b, hh, ww, _, p, _ = points_shape
     rows = block_rows(hh, b * ww * p * 4 * x.shape[3])  # four corners a sample
     return hh // rows, Rows(1, rows, rows)
 
@@ -118,7 +159,7 @@ def _in_blocks_bwd(padding_mode, saved, g):
     maps = by_group(x, points.shape[3])
     border = _bilinear.zero_border(maps, padding_mode == "border")
     padded = _bilinear.pad(maps.astype(dtype), border)
-    count, block = _blocks(x, points)
+    count, block = _blocks(x, points.shape)
 
     def body(i, state):
         d_padded, d_points = state

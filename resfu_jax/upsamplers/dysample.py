@@ -24,7 +24,11 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops.deformable_sample import Implementation, deformable_sample
+from resfu_jax.ops.deformable_sample import (
+    Implementation,
+    deformable_sample,
+    sample_at_made_points,
+)
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
 from resfu_jax.upsamplers._layers import (
     apply_linear,
@@ -123,17 +127,42 @@ class DySample(nnx.Module):
         check_features(features, self.features)
         check_output_size("dysample", features, output_size, self.scale)
         x = features.astype(compute_dtype(self.dtype, features))
+        reassembled(x, values, groups=self.value_groups)
+        graphdef, params = nnx.split(self)
+
+        def whole(params, x, values):
+            return nnx.merge(graphdef, params)._sample_whole(x, values)
+
+        def in_blocks(params, x, values):
+            def points(rows, first):
+                return nnx.merge(graphdef, params).points(rows, first)[1]
+
+            v = reassembled(x, values)
+            samples = sample_at_made_points(points, v, x, padding_mode="border")
+            return samples.reshape(*samples.shape[:3], v.shape[3])
+
+        if self.implementation == "reference":
+            return whole(params, x, values)
+        # The gradient is faster with all points at once; without one, they need not exist.
+        sample = jax.custom_vjp(in_blocks)
+        sample.defvjp(lambda *args: jax.vjp(whole, *args), lambda vjp, g: vjp(g))
+        return sample(params, x, values)
+
+    def _sample_whole(self, x: Array, values: Array | None) -> Float[Array, "b H W d"]:
         x, points = self.points(x)
-        v = reassembled(x, values, groups=self.value_groups)
+        v = reassembled(x, values)
         samples = deformable_sample(
             v, points, padding_mode="border", implementation=self.implementation
         )
         return samples.reshape(*samples.shape[:3], v.shape[3])
 
     def points(
-        self, x: Float[Array, "b h w c"]
+        self, x: Float[Array, "b h w c"], first: int | Array = 0
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b H W g 1 2"]]:
-        """`project`'s x, and where every output pixel samples: (row, column) in its pixels."""
+        """`project`'s x, and where every output pixel samples: (row, column) in its pixels.
+
+        With `first`, x are rows of the map from that one on.
+        """
         x, offset = self._project(x, self.offset)
         offset = offset.astype(at_least_float32(offset.dtype))
         if self.scope is None:
@@ -149,7 +178,8 @@ class DySample(nnx.Module):
             p = jnp.arange(n, dtype=jnp.int32)
             return (2 * p + (1 - self.scale)).astype(offset.dtype) / (2 * self.scale)
 
-        own = jnp.stack(jnp.meshgrid(own(hh), own(ww), indexing="ij"), axis=-1)
+        rows = own(hh) + jnp.asarray(first).astype(offset.dtype)
+        own = jnp.stack(jnp.meshgrid(rows, own(ww), indexing="ij"), axis=-1)
         return x, (offset + own[None, :, :, None])[..., None, :]
 
     def _project(
