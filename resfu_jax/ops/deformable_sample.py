@@ -111,7 +111,7 @@ def _in_blocks(x: Array, points: Array, padding_mode: PaddingMode) -> Array:
 def sample_at_made_points(
     make_points: Callable[[Array, Array], Float[Array, "b H W g p 2"]],
     x: Float[Array, "b h w c"],
-    source: Float[Array, "b h w e"],
+    source: Float[Array, "b hs ws e"],
     *,
     padding_mode: PaddingMode = "zeros",
 ) -> Float[Array, "b H W g p d"]:
