@@ -127,7 +127,7 @@ class DySample(nnx.Module):
         check_features(features, self.features)
         check_output_size("dysample", features, output_size, self.scale)
         x = features.astype(compute_dtype(self.dtype, features))
-        reassembled(x, values, groups=self.value_groups)
+        reassembled(x, values, groups=self.value_groups)  # a check
         graphdef, params = nnx.split(self)
 
         def whole(params, x, values):
