@@ -163,9 +163,9 @@ def test_local_attention(size, groups, values):
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 3])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_shuffled_attention(ratio, groups, values):
-    scores, v = normal(0, 2, 4, 3, groups * 9 * ratio**2), normal(2, 2, 4, 3, 4)
+@pytest.mark.parametrize(("groups", "size"), [(1, (4, 3, 4)), (2, (4, 3, 4)), (1, (1, 1, 1))])
+def test_shuffled_attention(ratio, groups, size, values):
+    scores, v = normal(0, 2, *size[:2], groups * 9 * ratio**2), normal(2, 2, *size)
 
     def written_out(scores, v):
         scores = pixel_shuffle(scores, ratio)

@@ -3,7 +3,8 @@
 Large computations that are independent are scheduled side by side, and need the memory of both. An
 optimisation barrier does not help: XLA's CPU compiler drops it before it fuses and schedules. So
 the later one gets a zero that depends on the earlier one, which must be the result of a loop
-(`_row_blocks`): of anything else, the compiler would compute the one pixel apart.
+(`_row_blocks`): of anything else, the compiler would compute the one pixel apart. Where the earlier
+one is not a loop, a branch that reads it serves (`zeros_once`).
 """
 
 import jax
@@ -35,12 +36,16 @@ def zeros_once(done: Array) -> Float[Array, "b"]:
     if jax.default_backend() != "cpu":
         return jnp.zeros(done.shape[0], done.dtype)
 
-    def zero(i):
-        pixel = (slice(None), *[slice(i, i + 1)] * (done.ndim - 1))
-        return lambda x: (x[pixel] > jnp.inf).astype(x.dtype).reshape(-1)
+    def pixel(x):
+        return x[(slice(None),) + (0,) * (x.ndim - 1)]
 
-    # A branch gets the array itself, and the compiler does not look into it.
-    return jax.lax.cond(done[(0,) * done.ndim] > 0, zero(0), zero(1), done)
+    # The compiler does not look into a branch: it gets the array itself, whichever is taken.
+    return jax.lax.cond(
+        done[(0,) * done.ndim] > 0,
+        lambda x: (pixel(x) > jnp.inf).astype(x.dtype),
+        lambda x: (pixel(x) < -jnp.inf).astype(x.dtype),
+        done,
+    )
 
 
 def _after_bwd(done, g):

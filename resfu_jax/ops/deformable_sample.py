@@ -16,7 +16,8 @@ from resfu_jax.ops._row_blocks import Rows, add, block_rows, cut, loop, map_row_
 PaddingMode = Literal["zeros", "border"]
 Implementation = Literal["reference", "blocks"]
 
-_SOURCE_BLOCKS = 16  # of what points are made of, at most
+# Blocks of what points are made of, at most: narrower ones have less efficient products.
+_SOURCE_BLOCKS = 16
 
 
 def deformable_sample(
@@ -117,12 +118,19 @@ def sample_at_made_points(
 ) -> Float[Array, "b H W g p d"]:
     """`deformable_sample` at points of which only a block exists at a time; not differentiable.
 
-    `make_points(rows, first)` are those of the output above some rows of the source, of which
-    `first` is the first.
+    Args:
+      make_points: `(rows, first)`, some rows of the source and the number of the first of them, to
+        the points of the output pixels that they make.
+      x: feature maps.
+      source: what the points are made of.
+      padding_mode: as in `deformable_sample`.
     """
-    h = source.shape[1]
-    # A few blocks: each is wide enough for an efficient product.
-    count = max(n for n in range(1, _SOURCE_BLOCKS + 1) if h % n == 0) if isinstance(h, int) else h
+    h, whole = source.shape[1], jax.eval_shape(make_points, source, jnp.int32(0)).shape
+    if isinstance(h, int):
+        most = 1 if _blocks(x, whole)[0] == 1 else _SOURCE_BLOCKS
+        count = max(n for n in range(1, most + 1) if h % n == 0)
+    else:
+        count = h
     rows = Rows(1, h // count, h // count)
 
     def points_of(i, source):
@@ -141,9 +149,8 @@ def sample_at_made_points(
 
         return loop(inner, sample, out)
 
-    b, height, width, groups, p, _ = shape
-    out = jnp.zeros((b, count * height, width, groups, p, x.shape[3] // groups), x.dtype)
-    return loop(count, body, out)
+    groups = whole[3]
+    return loop(count, body, jnp.zeros((*whole[:5], x.shape[3] // groups), x.dtype))
 
 
 def _blocks(x: Array, points_shape: tuple[Size, ...]) -> tuple[Size, Rows]:

@@ -160,14 +160,11 @@ def local_attention(
 
     def whole(_, arrays):
         *narrow, v = arrays
-        out = _reassemble_whole(weights_of(*narrow), v.astype(dtype))
+        out = _reassemble_whole(weights_of(*narrow), v)
         return (out.astype(v.dtype),)
 
-    border = kernel_size // 2
-    padded_shape = (v.shape[0], *(n + 2 * border for n in v.shape[1:3]), v.shape[3])
-    out_shape = (*scores.shape[:3], v.shape[3])
-    count, windows, pixels = _cells.blocks(out_shape, padded_shape, kernel_size)
-    inputs = (*[pixels] * len(narrow), Bordered(windows.step, windows.length, border))
+    count, windows, pixels = _blocks(v, scores.shape[1:3], kernel_size)
+    inputs = (*[pixels] * len(narrow), windows)
     (out,) = map_row_blocks(block, count, inputs, (pixels,), (), (*narrow, v), forward=whole)
     return out
 
@@ -228,7 +225,8 @@ def _shuffled_attention(scores: Array, v: Array, groups: int, taps: int, ratio: 
 
 def _shuffled_attention_fwd(scores, v, groups, taps, ratio):
     b, h, w, _ = v.shape
-    count, _, rows, _ = _shuffled_blocks(v, taps, ratio)
+    count, windows, _ = _blocks(v, (ratio * h, ratio * w), math.isqrt(taps))
+    rows = Rows(1, windows.step, windows.step)
 
     def body(i, flat):
         (block,) = cut((flat,), i, (rows,))
@@ -244,7 +242,8 @@ def _shuffled_attention_fwd(scores, v, groups, taps, ratio):
 def _shuffled_attention_bwd(groups, taps, ratio, saved, g):
     weights, v, once = saved
     b, h, w, _ = v.shape
-    count, windows, rows, pixels = _shuffled_blocks(v, taps, ratio)
+    count, windows, pixels = _blocks(v, (ratio * h, ratio * w), math.isqrt(taps))
+    rows = Rows(1, windows.step, windows.step)
 
     def by_tap(x):
         x = pixel_unshuffle(x.reshape(b, -1, ratio * w, groups * taps), ratio)
@@ -275,18 +274,6 @@ def _shuffled_softmax(scores: Array, groups: int, taps: int, ratio: int) -> _cel
     return softmax(scores.reshape(*scores.shape[:3], groups, taps))
 
 
-def _shuffled_blocks(v: Array, taps: int, ratio: int):
-    """Number of blocks; rows of v with a border, of v, and of the output of each."""
-    b, h, w, c = v.shape
-    kernel_size = math.isqrt(taps)
-    border = kernel_size // 2
-    out_shape = (b, h * ratio, w * ratio, c)
-    padded_shape = (b, h + 2 * border, w + 2 * border, c)
-    count, windows, pixels = _cells.blocks(out_shape, padded_shape, kernel_size)
-    rows = Rows(1, windows.step, windows.step)
-    return count, Bordered(windows.step, windows.length, border), rows, pixels
-
-
 def cell_index(n_in: Size, n_out: Size) -> Int[Array, " n"]:
     """The cell floor(p n_in / n_out) of every output pixel p of an axis."""
     p = jnp.arange(n_out, dtype=jnp.int32)
@@ -306,10 +293,20 @@ def _pad(x: Array, kernel_size: int) -> Array:
     return jnp.pad(x, ((0, 0), (r, r), (r, r), (0, 0)))
 
 
+def _blocks(v: Array, size: tuple[Size, Size], kernel_size: int) -> tuple[Size, Bordered, Rows]:
+    """Number of blocks of rows; the windows in v, with a border, and the output pixels of each."""
+    b, h, w, c = v.shape
+    border = kernel_size // 2
+    padded_shape = (b, h + 2 * border, w + 2 * border, c)
+    count, windows, pixels = _cells.blocks((b, *size, c), padded_shape, kernel_size)
+    return count, Bordered(windows.step, windows.length, border), pixels
+
+
 def _reassemble_whole(weights: _cells.Weights, v: Array) -> Array:
     # Padded once the weights are computed, not beside what they are made of.
     v = v + zeros_after(weights, (v.shape[0], 1, 1, 1), v.dtype)
-    return _cells.reassemble(weights, _pad(v, math.isqrt(weights.shape[4])))
+    padded = _pad(v, math.isqrt(weights.shape[4]))
+    return _cells.reassemble(weights, padded.astype(weights.dtype))
 
 
 def _polyphase(implementation: str | None, size, out_size) -> bool:

@@ -127,7 +127,8 @@ class DySample(nnx.Module):
         check_features(features, self.features)
         check_output_size("dysample", features, output_size, self.scale)
         x = features.astype(compute_dtype(self.dtype, features))
-        reassembled(x, values, groups=self.value_groups)  # a check
+        if values is not None:
+            values = reassembled(x, values, groups=self.value_groups)
         graphdef, params = nnx.split(self)
 
         def whole(params, x, values):
@@ -137,7 +138,7 @@ class DySample(nnx.Module):
             def points(rows, first):
                 return nnx.merge(graphdef, params).points(rows, first)[1]
 
-            v = reassembled(x, values)
+            v = x if values is None else values
             samples = sample_at_made_points(points, v, x, padding_mode="border")
             return samples.reshape(*samples.shape[:3], v.shape[3])
 
@@ -150,7 +151,7 @@ class DySample(nnx.Module):
 
     def _sample_whole(self, x: Array, values: Array | None) -> Float[Array, "b H W d"]:
         x, points = self.points(x)
-        v = reassembled(x, values)
+        v = x if values is None else values
         samples = deformable_sample(
             v, points, padding_mode="border", implementation=self.implementation
         )
