@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import Size
+from resfu_jax.ops._large_pages import empty
 from resfu_jax.ops._order import zeros_after
 
 # Values of the widest map of a block, over the batch. On a CPU, blocks then stay in a core's cache;
@@ -279,8 +280,7 @@ def _run(f, count, inputs, outputs, params, arrays, early=False):
         full = list(shape.shape)
         full[rows.axis] = rows.step * count
         # Not earlier than needed: the buffers exist from when the first array is computed.
-        zeros = jnp.zeros if early else functools.partial(zeros_after, arrays[0])
-        buffers.append(zeros(tuple(full), shape.dtype))
+        buffers.append(empty(tuple(full), shape.dtype, None if early else arrays[0]))
     sums = zero_sums(sum_shapes)
 
     def body(i, state):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops import _bilinear
 from resfu_jax.ops._interp import Size
+from resfu_jax.ops._large_pages import empty
 from resfu_jax.ops._order import zeros_after
 from resfu_jax.ops._row_blocks import Rows, add, block_rows, cut, loop, map_row_blocks, put
 
@@ -150,7 +151,7 @@ def sample_at_made_points(
         return loop(inner, sample, out)
 
     groups = whole[3]
-    return loop(count, body, jnp.zeros((*whole[:5], x.shape[3] // groups), x.dtype))
+    return loop(count, body, empty((*whole[:5], x.shape[3] // groups), x.dtype))
 
 
 def _blocks(x: Array, points_shape: tuple[Size, ...]) -> tuple[Size, Rows]:

@@ -37,6 +37,7 @@ from jaxtyping import Array, Float
 from resfu_jax.ops import _cells
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import half_pixel_taps, take_clamped
+from resfu_jax.ops._large_pages import filled
 from resfu_jax.ops._order import after
 from resfu_jax.ops._polyphase import extend, phase_weights, whole_ratio
 from resfu_jax.ops._row_blocks import map_row_blocks
@@ -124,12 +125,19 @@ def _polyphase(attn: Array, x: Array, k: int, ratio: tuple[int, int], tile: int 
         weights = _compose(attn.astype(at_least_float32(attn.dtype)), k, ratio)
         return (_cells.reassemble(weights.astype(dtype), padded).astype(x.dtype),)
 
-    def by_half_cells(_, arrays):
+    def whole(_, arrays):
         attn, padded = arrays
-        return (_reassemble_half_cells(attn.astype(dtype), padded, k, ratio).astype(x.dtype),)
+
+        def sums(zero):
+            map_ = padded + zero[:, None, None, None]
+            if halves:
+                return _reassemble_half_cells(attn.astype(dtype), map_, k, ratio).astype(x.dtype)
+            return f(None, (attn, map_))[0]
+
+        return (filled(sums, jnp.zeros(attn.shape[0], dtype), attn),)
 
     halves = all(r > 2 and r % 2 == 0 for r in ratio)
-    forward = None if tile is not None else by_half_cells if halves else f
+    forward = None if tile is not None else whole
     # The composed weights are larger than the attention: backward, they are made block by block.
     out_shape = (*attn.shape[:3], x.shape[3])
     count, windows, pixels = _cells.blocks(out_shape, padded.shape, k + 2, tile)

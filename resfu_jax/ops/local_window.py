@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from resfu_jax.ops import _cells
 from resfu_jax.ops._dtypes import at_least_float32, promote
 from resfu_jax.ops._interp import Size
+from resfu_jax.ops._large_pages import filled
 from resfu_jax.ops._order import zeros_after, zeros_once
 from resfu_jax.ops._polyphase import whole_ratio
 from resfu_jax.ops._row_blocks import Bordered, Rows, add, cut, loop, map_row_blocks, put
@@ -160,7 +161,8 @@ def local_attention(
 
     def whole(_, arrays):
         *narrow, v = arrays
-        out = _reassemble_whole(weights_of(*narrow), v)
+        # With a scale the sum is part of the caller's, with which XLA fuses it.
+        out = _reassemble_whole(weights_of(*narrow), v, alone=scale is None)
         return (out.astype(v.dtype),)
 
     count, windows, pixels = _blocks(v, scores.shape[1:3], kernel_size)
@@ -302,11 +304,16 @@ def _blocks(v: Array, size: tuple[Size, Size], kernel_size: int) -> tuple[Size, 
     return count, Bordered(windows.step, windows.length, border), pixels
 
 
-def _reassemble_whole(weights: _cells.Weights, v: Array) -> Array:
-    # Padded once the weights are computed, not beside what they are made of.
-    v = v + zeros_after(weights, (v.shape[0], 1, 1, 1), v.dtype)
-    padded = _pad(v, math.isqrt(weights.shape[4]))
-    return _cells.reassemble(weights, padded.astype(weights.dtype))
+def _reassemble_whole(weights: _cells.Weights, v: Array, *, alone: bool = True) -> Array:
+    """Sums of all windows, as an array of its own or for a fusion."""
+
+    def sums(zero):
+        # Padded once the weights are computed, not beside what they are made of.
+        padded = _pad(v.astype(weights.dtype) + zero[:, None, None, None], math.isqrt(taps))
+        return _cells.reassemble(weights, padded)
+
+    taps, zero = weights.shape[4], zeros_after(weights, weights.shape[:1], weights.dtype)
+    return filled(sums, zero, weights) if alone else sums(zero)
 
 
 def _polyphase(implementation: str | None, size, out_size) -> bool:
