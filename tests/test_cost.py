@@ -62,7 +62,7 @@ def test_resfu_at_high_ratio(direction, limit):
     [
         ("sapa", 0.25, 0.5),
         ("carafe", 0.25, 0.3),
-        ("dysample", 0.01, 0.3),
+        ("dysample", 0.02, 0.1),
         ("fade", 0.2, 0.7),
     ],
 )

@@ -200,7 +200,7 @@ def script(call, **environment):
     # Without the tests' eight devices.
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT).format(call=call)]
     environment = {**os.environ, **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(

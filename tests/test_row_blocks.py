@@ -120,24 +120,29 @@ def test_deformable_sample(padding_mode, values):
     check(f, normal(0, 2, 4, 3, 6), points)
 
 
-@pytest.mark.parametrize("height", [4, 17])  # several blocks of the source, one
-def test_sample_at_made_points(height, values):
-    x, source = normal(0, 2, 4, 3, 6), 3 * normal(1, 2, height, 5, 8)
+@pytest.mark.parametrize("size", [(4, 3), (1, 3)])  # the second needs a border of zeros
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("height", [4, 17])
+def test_sample_at_made_points(height, own, size, values):
+    x, kernel = normal(0, 2, *size, 8), normal(1, 8, 16)
+    source = None if own else 3 * normal(2, 2, height, 5, 8)
 
-    def make(rows, first):
-        points = jnp.repeat(rows, 2, axis=1).reshape(2, -1, 5, 2, 2, 2)
-        return points + 0.1 * first.astype(jnp.float32)
+    def make(kernel, rows, first):
+        b, h, w, _ = rows.shape
+        first = first + jnp.arange(h, dtype=jnp.int32)
+        points = rows @ kernel + 0.1 * first.astype(jnp.float32)[None, :, None, None]
+        return jnp.repeat(points, 2, axis=1).reshape(b, 2 * h, w, 2, 4, 2)
 
-    first = jnp.arange(height, dtype=jnp.int32)
-    expected = [make(source[:, i : i + 1], i) for i in first]
-    expected = deformable_sample(x, jnp.concatenate(expected, axis=1), padding_mode="border")
+    def at_once(kernel, x, source):
+        points = make(kernel, x if source is None else source, jnp.int32(0))
+        samples = deformable_sample(x, points, padding_mode="border", implementation="reference")
+        return samples.reshape(*samples.shape[:3], -1)
 
-    def make_by_row(rows, first):
-        parts = [make(rows[:, i : i + 1], first + i) for i in range(rows.shape[1])]
-        return jnp.concatenate(parts, axis=1)
+    def by_blocks(kernel, x, source):
+        return sample_at_made_points(make, kernel, x, source, padding_mode="border")
 
-    out = sample_at_made_points(make_by_row, x, source, padding_mode="border")
-    chex.assert_trees_all_close(out, expected, rtol=1e-5, atol=1e-5)
+    results = (with_gradients(f, kernel, x, source) for f in (by_blocks, at_once))
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(8, 6), (7, 9)])  # whole and broken ratios

@@ -1,21 +1,24 @@
 """Large results in large pages of memory, on a CPU.
 
-For every call, the C library gets an array of 32 MiB or more anew from the system, which brings in
-its pages when they are first touched. In pages of 4 kB that takes several times as long as to write
-them. Linux has pages of 2 MB for memory that asks for them by `madvise`, as NumPy does for its
-arrays. XLA does not ask, so a custom call does: its result is an array that nobody has written to,
-`empty`, which a loop then fills (also without the zeros from which a loop otherwise starts).
+The C library gets an array of 32 MiB or more, and often a smaller one, anew from the system, which
+brings in its pages when they are first touched. In pages of 4 kB that takes several times as long
+as to write them. Linux has pages of 2 MB for memory that asks for them by `madvise`, as NumPy does
+for its arrays. XLA does not ask, so a custom call does: its result is an array that nobody has
+written to, `empty`, which a loop then fills (also without the zeros from which a loop otherwise
+starts).
 
 `RESFU_LARGE_PAGES=0` in the environment switches it off.
 """
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import math
 import mmap
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +34,7 @@ from jaxtyping import Array, Float
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._order import zeros_after
 
-LARGE = 2**25  # bytes; the C library keeps smaller ones for the next call
+LARGE = 2**24  # bytes
 _TARGET = "resfu_jax_large_pages"
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -124,13 +127,22 @@ def _available() -> bool:
 def _finish(seconds: float = 30) -> None:
     """Waits for what still runs: without the interpreter, its calls of `_advise` would hang."""
     jax.block_until_ready(jax.jit(lambda x: x + 1)(jnp.zeros(())))  # after what this thread began
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        # Of other threads' computations nothing is known but that they take processor time.
-        before = time.process_time()
-        time.sleep(0.02)
-        if time.process_time() - before < 0.01:
-            return
+    # Of what other threads began nothing is known but that it makes the process's threads run.
+    end, quiet = time.monotonic() + seconds, 0
+    while quiet < 20 and time.monotonic() < end:
+        time.sleep(0.002)
+        quiet = 0 if _running() else quiet + 1
+
+
+def _running() -> bool:
+    """Whether a thread other than this one computes, or would if it got a processor."""
+    for task in Path("/proc/self/task").iterdir():
+        if task.name != str(threading.get_native_id()):
+            with contextlib.suppress(OSError):  # of a thread that ended
+                state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+                if state in "RD":
+                    return True
+    return False
 
 
 # What of XLA's C interface for custom calls (jaxlib/include/xla/ffi/api/c_api.h) is read here. A

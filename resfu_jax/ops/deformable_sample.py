@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,24 @@ from resfu_jax.ops import _bilinear
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._large_pages import empty
 from resfu_jax.ops._order import zeros_after
-from resfu_jax.ops._row_blocks import Rows, add, block_rows, cut, loop, map_row_blocks, put
+from resfu_jax.ops._row_blocks import (
+    Rows,
+    add,
+    add_to_sums,
+    block_rows,
+    cut,
+    loop,
+    map_row_blocks,
+    put,
+    zero_sums,
+)
 
 PaddingMode = Literal["zeros", "border"]
 Implementation = Literal["reference", "blocks"]
 
-# Blocks of what points are made of, at most: narrower ones have less efficient products.
-_SOURCE_BLOCKS = 16
+# Of what points are made of, a block is small beside one of samples. But from this many pixels on
+# its products are efficient.
+_SOURCE_FRACTION, _SOURCE_PIXELS = 8, 64
 
 
 def deformable_sample(
@@ -110,39 +121,41 @@ def _in_blocks(x: Array, points: Array, padding_mode: PaddingMode) -> Array:
     return out
 
 
+MakePoints = Callable[[Any, Array, Array], Float[Array, "b H W g p 2"]]
+
+
 def sample_at_made_points(
-    make_points: Callable[[Array, Array], Float[Array, "b H W g p 2"]],
+    make_points: MakePoints,
+    params: Any,
     x: Float[Array, "b h w c"],
-    source: Float[Array, "b hs ws e"],
+    source: Float[Array, "b hs ws e"] | None = None,
     *,
     padding_mode: PaddingMode = "zeros",
-) -> Float[Array, "b H W g p d"]:
-    """`deformable_sample` at points of which only a block exists at a time; not differentiable.
+) -> Float[Array, "b H W d"]:
+    """`deformable_sample` at points of which only a block exists at a time.
 
     Args:
-      make_points: `(rows, first)`, some rows of the source and the number of the first of them, to
-        the points of the output pixels that they make.
+      make_points: `(params, rows, first)`, some rows of the source and the number of the first of
+        them, to the points of the output pixels that they make.
+      params: pytree of arrays.
       x: feature maps.
-      source: what the points are made of.
+      source: what the points are made of, x itself if not given.
       padding_mode: as in `deformable_sample`.
+
+    Returns:
+      Samples with all groups and points in one axis, in the dtype of x.
     """
-    h, whole = source.shape[1], jax.eval_shape(make_points, source, jnp.int32(0)).shape
-    if isinstance(h, int):
-        most = 1 if _blocks(x, whole)[0] == 1 else _SOURCE_BLOCKS
-        count = max(n for n in range(1, most + 1) if h % n == 0)
-    else:
-        count = h
-    rows = Rows(1, h // count, h // count)
+    return _at_made_points(make_points, padding_mode, params, x, source)
 
-    def points_of(i, source):
-        first = jnp.asarray(i, jnp.int32) * rows.step
-        return make_points(*cut((source,), i, (rows,)), first)
 
-    shape = jax.eval_shape(lambda source: points_of(0, source), source).shape
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _at_made_points(make_points, padding_mode, params, x, source):
+    source = x if source is None else source
+    count, rows, shape = _source_blocks(make_points, params, x, source)
     inner, block = _blocks(x, shape)
 
     def body(i, out):
-        points = points_of(i, source)
+        points = make_points(params, *cut((source,), i, (rows,)), _first(i, rows))
 
         def sample(j, out):
             samples = _sample(x, *cut((points,), j, (block,)), padding_mode)
@@ -150,38 +163,125 @@ def sample_at_made_points(
 
         return loop(inner, sample, out)
 
-    groups = whole[3]
-    return loop(count, body, empty((*whole[:5], x.shape[3] // groups), x.dtype))
+    b, height, width, groups, p, _ = shape
+    out = empty((b, count * height, width, groups, p, x.shape[3] // groups), x.dtype)
+    return loop(count, body, out).reshape(b, count * height, width, -1)
 
 
-def _blocks(x: Array, points_shape: tuple[Size, ...]) -> tuple[Size, Rows]:
+def _at_made_points_bwd(make_points, padding_mode, saved, g):
+    # As `_in_blocks_bwd`, with the gradient to what makes a block of points next.
+    params, x, source = saved
+    own = source is None
+    source = x if own else source
+    count, rows, shape = _source_blocks(make_points, params, x, source)
+    inner, block = _blocks(x, shape, parts=2)
+    border, padded = _padded(x, g, shape[3], padding_mode)
+    apart = not own or border > 0
+
+    def body(i, state):
+        d_padded, d_source, d_params = state
+
+        def made(params, source_rows):
+            return make_points(params, source_rows, _first(i, rows))
+
+        points, vjp_points = jax.vjp(made, params, *cut((source,), i, (rows,)))
+
+        def sample(j, state):
+            d_padded, d_points = state
+            (p,), (d_out,) = cut((points,), j, (block,)), cut((g,), i * inner + j, (block,))
+            d_out = d_out.reshape(*p.shape[:5], -1)
+            d_padded, d_p = _sample_bwd(d_padded, x, padded, p, d_out, padding_mode, border)
+            return d_padded, put(d_points, d_p, j, block)
+
+        zeros = jnp.zeros(points.shape, points.dtype)
+        d_padded, d_points = loop(inner, sample, (d_padded, zeros))
+        parts, d_rows = vjp_points(d_points)
+        if apart:
+            d_source = put(d_source, d_rows, i, rows)
+        else:
+            added = rows._replace(offsets=(0,))
+            d_padded = add(d_padded, (by_group(d_rows, shape[3]),), i, added)
+        return d_padded, d_source, add_to_sums(d_params, parts)
+
+    zeros = (
+        jnp.zeros(padded.shape, padded.dtype),
+        zeros_after(g, source.shape, source.dtype) if apart else (),
+        zero_sums(params),
+    )
+    d_padded, d_source, d_params = loop(count, body, zeros)
+    d_params = jax.tree.map(lambda d, a: d.astype(a.dtype), d_params, params)
+    d_x = _bilinear.unpad(d_padded, border).reshape(x.shape).astype(x.dtype)
+    if own:
+        return d_params, d_x + d_source if apart else d_x, None
+    return d_params, d_x, d_source
+
+
+_at_made_points.defvjp(
+    lambda *args: (_at_made_points(*args), args[2:]),
+    _at_made_points_bwd,
+)
+
+
+def _source_blocks(
+    make_points: MakePoints, params: Any, x: Array, source: Array
+) -> tuple[Size, Rows, tuple[Size, ...]]:
+    """Number of blocks of the source, their rows, and the shape of the points that one makes."""
+
+    def points_shape(rows):
+        block = jax.eval_shape(lambda source: cut((source,), 0, (rows,))[0], source)
+        return jax.eval_shape(make_points, params, block, jnp.int32(0)).shape
+
+    b, h, w, e = source.shape
+    b_, hh, ww, groups, p, _ = points_shape(Rows(1, 1, 1))
+    n = 1
+    if all(isinstance(size, int) for size in (b, h, w)):
+        values = _SOURCE_FRACTION * max(b * w * e, b_ * hh * ww * groups * p * 2)
+        n = block_rows(h, values, at_least=values * (_SOURCE_PIXELS // (b * w)))
+    rows = Rows(1, n, n)
+    return h // n, rows, points_shape(rows)
+
+
+def _first(i, rows: Rows) -> Array:
+    return jnp.asarray(i, jnp.int32) * rows.step
+
+
+def _blocks(x: Array, points_shape: tuple[Size, ...], parts: int = 1) -> tuple[Size, Rows]:
     b, hh, ww, _, p, _ = points_shape
-    rows = block_rows(hh, b * ww * p * 4 * x.shape[3])  # four corners a sample
+    rows = block_rows(hh, parts * b * ww * p * 4 * x.shape[3])  # four corners a sample
     return hh // rows, Rows(1, rows, rows)
 
 
 def _in_blocks_bwd(padding_mode, saved, g):
     # Written out, so that what each block adds to x is scattered into one map.
     x, points = saved
-    dtype = _bilinear.position_dtype(x, points)
-    maps = by_group(x, points.shape[3])
-    border = _bilinear.zero_border(maps, padding_mode == "border")
-    padded = _bilinear.pad(maps.astype(dtype), border)
+    border, padded = _padded(x, points, points.shape[3], padding_mode)
     count, block = _blocks(x, points.shape)
 
     def body(i, state):
         d_padded, d_points = state
         p, d_out = cut((points, g), i, (block, block))
-        index, weights, vjp = corners(x, p, padding_mode, border)
-        values = _bilinear.gather(padded, index)
-        _, vjp_sum = jax.vjp(_bilinear.weighted_sum, weights, values)
-        d_weights, d_values = vjp_sum(d_out.astype(dtype))
-        d_padded = _bilinear.scatter_add(d_padded, index, d_values)
-        return d_padded, add(d_points, *vjp(d_weights), i, block)
+        d_padded, d_p = _sample_bwd(d_padded, x, padded, p, d_out, padding_mode, border)
+        return d_padded, add(d_points, d_p, i, block)
 
-    zeros = jnp.zeros(padded.shape, dtype), zeros_after(g, points.shape, points.dtype)
+    zeros = jnp.zeros(padded.shape, padded.dtype), zeros_after(g, points.shape, points.dtype)
     d_padded, d_points = loop(count, body, zeros)
     return _bilinear.unpad(d_padded, border).reshape(x.shape).astype(x.dtype), d_points
+
+
+def _padded(x: Array, positions: Array, groups: int, padding_mode: PaddingMode):
+    """The border that x needs, and x with it."""
+    maps = by_group(x, groups)
+    border = _bilinear.zero_border(maps, padding_mode == "border")
+    return border, _bilinear.pad(maps.astype(_bilinear.position_dtype(x, positions)), border)
+
+
+def _sample_bwd(d_padded, x, padded, points, d_out, padding_mode, border):
+    """The gradient to x with what samples at some points add to it, and that to the points."""
+    index, weights, vjp = corners(x, points, padding_mode, border)
+    values = _bilinear.gather(padded, index)
+    _, vjp_sum = jax.vjp(_bilinear.weighted_sum, weights, values)
+    d_weights, d_values = vjp_sum(d_out.astype(padded.dtype))
+    return _bilinear.scatter_add(d_padded, index, d_values), *vjp(d_weights)
 
 
 def corners(x: Array, points: Array, padding_mode: PaddingMode, border: int):

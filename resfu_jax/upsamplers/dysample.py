@@ -37,7 +37,6 @@ from resfu_jax.upsamplers._layers import (
     check_whole,
     compute_dtype,
     need,
-    project,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
@@ -129,47 +128,33 @@ class DySample(nnx.Module):
         x = features.astype(compute_dtype(self.dtype, features))
         if values is not None:
             values = reassembled(x, values, groups=self.value_groups)
+        if self.implementation == "reference":
+            v = x if values is None else values
+            samples = deformable_sample(
+                v, self.points(x), padding_mode="border", implementation="reference"
+            )
+            return samples.reshape(*samples.shape[:3], v.shape[3])
         graphdef, params = nnx.split(self)
 
-        def whole(params, x, values):
-            return nnx.merge(graphdef, params)._sample_whole(x, values)
+        def points(params, rows, first):
+            return nnx.merge(graphdef, params).points(rows, first)
 
-        def in_blocks(params, x, values):
-            def points(rows, first):
-                return nnx.merge(graphdef, params).points(rows, first)[1]
-
-            v = x if values is None else values
-            samples = sample_at_made_points(points, v, x, padding_mode="border")
-            return samples.reshape(*samples.shape[:3], v.shape[3])
-
-        if self.implementation == "reference":
-            return whole(params, x, values)
-        # The gradient is faster with all points at once; without one, they need not exist.
-        sample = jax.custom_vjp(in_blocks)
-        sample.defvjp(lambda *args: jax.vjp(whole, *args), lambda vjp, g: vjp(g))
-        return sample(params, x, values)
-
-    def _sample_whole(self, x: Array, values: Array | None) -> Float[Array, "b H W d"]:
-        x, points = self.points(x)
-        v = x if values is None else values
-        samples = deformable_sample(
-            v, points, padding_mode="border", implementation=self.implementation
-        )
-        return samples.reshape(*samples.shape[:3], v.shape[3])
+        v, source = (x, None) if values is None else (values, x)
+        return sample_at_made_points(points, params, v, source, padding_mode="border")
 
     def points(
         self, x: Float[Array, "b h w c"], first: int | Array = 0
-    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b H W g 1 2"]]:
-        """`project`'s x, and where every output pixel samples: (row, column) in its pixels.
+    ) -> Float[Array, "b H W g 1 2"]:
+        """Where every output pixel samples: (row, column) in pixels of x.
 
         With `first`, x are rows of the map from that one on.
         """
-        x, offset = self._project(x, self.offset)
+        offset = self._project(x, self.offset)
         offset = offset.astype(at_least_float32(offset.dtype))
         if self.scope is None:
             offset = 0.25 * offset
         else:
-            x, scope = self._project(x, self.scope)
+            scope = self._project(x, self.scope)
             offset = 0.5 * jax.nn.sigmoid(scope.astype(offset.dtype)) * offset
         b, hh, ww, _ = offset.shape
         # The channels are (column, row) times group.
@@ -181,12 +166,9 @@ class DySample(nnx.Module):
 
         rows = own(hh) + jnp.asarray(first).astype(offset.dtype)
         own = jnp.stack(jnp.meshgrid(rows, own(ww), indexing="ij"), axis=-1)
-        return x, (offset + own[None, :, :, None])[..., None, :]
+        return (offset + own[None, :, :, None])[..., None, :]
 
-    def _project(
-        self, x: Array, layer: nnx.Linear
-    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b H W d"]]:
+    def _project(self, x: Float[Array, "b h w c"], layer: nnx.Linear) -> Float[Array, "b H W d"]:
         if self.style == "pl":
-            return x, apply_linear(pixel_shuffle(x, self.scale), layer)
-        x, y = project(x, layer)
-        return x, pixel_shuffle(y, self.scale)
+            return apply_linear(pixel_shuffle(x, self.scale), layer)
+        return pixel_shuffle(apply_linear(x, layer), self.scale)
