@@ -114,10 +114,14 @@ def block_rows(
     """
     if not isinstance(height, int) or not isinstance(row_values, int):
         return 1
-    values = BLOCK_VALUES.get(jax.default_backend(), _BLOCK_VALUES_ELSEWHERE)
-    fit = max(values, at_least) // max(1, row_values)
+    fit = max(block_values(), at_least) // max(1, row_values)
     most = max(1, fit if most is None else min(fit, most))
     return max(n for n in range(1, min(most, height) + 1) if height % n == 0)
+
+
+def block_values() -> int:
+    """Values of the widest map of a block, at most."""
+    return BLOCK_VALUES.get(jax.default_backend(), _BLOCK_VALUES_ELSEWHERE)
 
 
 def map_row_blocks(

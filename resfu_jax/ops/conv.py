@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._row_blocks import Rows, block_rows, map_row_blocks
+from resfu_jax.ops._row_blocks import Rows, block_rows, block_values, map_row_blocks
 
 Implementation = Literal["reference", "blocks"]
 Pairs = tuple[tuple[int, int], tuple[int, int]]
@@ -120,8 +120,10 @@ def _blocks(x, kernel, stride, padding, dilation):
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     b, height, width, _ = x.shape
     h, w = (height - d * (kh - 1) - 1) // s + 1, (width - e * (kw - 1) - 1) // t + 1
-    # Each block reads the kernel and adds to its gradient: it should not be much smaller.
-    rows = block_rows(h, b * w * max(kh * kw * c, o), at_least=2 * kernel.size)
+    # Windows and outputs, and the gradients to both, are alive at once. Each block reads the kernel
+    # and adds to its gradient: of one that leaves the cache it should not be much smaller.
+    least = 0 if 2 * kernel.size <= block_values() else 4 * kernel.size
+    rows = block_rows(h, 2 * b * w * max(kh * kw * c, o), at_least=least)
 
     def f(kernel, blocks):
         (x,) = blocks

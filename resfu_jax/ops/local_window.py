@@ -244,7 +244,8 @@ def _shuffled_attention_fwd(scores, v, groups, taps, ratio):
 def _shuffled_attention_bwd(groups, taps, ratio, saved, g):
     weights, v, once = saved
     b, h, w, _ = v.shape
-    count, windows, pixels = _blocks(v, (ratio * h, ratio * w), math.isqrt(taps))
+    # Small blocks: beside the weights, what they need is most of the memory.
+    count, windows, pixels = _blocks(v, (ratio * h, ratio * w), math.isqrt(taps), parts=4)
     rows = Rows(1, windows.step, windows.step)
 
     def by_tap(x):
@@ -295,12 +296,14 @@ def _pad(x: Array, kernel_size: int) -> Array:
     return jnp.pad(x, ((0, 0), (r, r), (r, r), (0, 0)))
 
 
-def _blocks(v: Array, size: tuple[Size, Size], kernel_size: int) -> tuple[Size, Bordered, Rows]:
+def _blocks(
+    v: Array, size: tuple[Size, Size], kernel_size: int, parts: int = 1
+) -> tuple[Size, Bordered, Rows]:
     """Number of blocks of rows; the windows in v, with a border, and the output pixels of each."""
     b, h, w, c = v.shape
     border = kernel_size // 2
     padded_shape = (b, h + 2 * border, w + 2 * border, c)
-    count, windows, pixels = _cells.blocks((b, *size, c), padded_shape, kernel_size)
+    count, windows, pixels = _cells.blocks((b, *size, c), padded_shape, kernel_size, parts=parts)
     return count, Bordered(windows.step, windows.length, border), pixels
 
 
