@@ -204,21 +204,13 @@ def _by_patch(
 
 
 def blocks(
-    out_shape: tuple[Size, ...],
-    padded_shape: tuple[Size, ...],
-    n: int,
-    tile: int | None = None,
-    *,
-    parts: int = 1,
+    out_shape: tuple[Size, ...], padded_shape: tuple[Size, ...], n: int, tile: int | None = None
 ) -> tuple[Size, Rows, Rows]:
-    """Number of blocks of rows, at most `tile`, and their rows of the padded map and the output.
-
-    As large as the cache allows for `parts` maps of the output's width.
-    """
+    """Number of blocks of rows, at most `tile`, and their rows of the padded map and the output."""
     (h, _), (ratio, _) = _cells(out_shape, padded_shape, n)
     rows = block_rows(
         h,
-        parts * out_shape[0] * ratio * out_shape[2] * padded_shape[3],
+        out_shape[0] * ratio * out_shape[2] * padded_shape[3],
         None if tile is None else tile // ratio,
     )
     return h // rows, Rows(1, rows, rows + n - 1), Rows(1, rows * ratio, rows * ratio)

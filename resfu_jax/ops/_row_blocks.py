@@ -24,6 +24,7 @@ from resfu_jax.ops._order import zeros_after
 # elsewhere they are large enough to keep the device busy.
 BLOCK_VALUES = {"cpu": 2**19}
 _BLOCK_VALUES_ELSEWHERE = 2**24
+_ALL = 2**62
 
 
 class Rows(NamedTuple):
@@ -88,7 +89,7 @@ class Normalised(NamedTuple):
 def one_block() -> Iterator[None]:
     """Traces without loops: XLA counts the operations of a loop's body once."""
     before = dict(BLOCK_VALUES)
-    BLOCK_VALUES[jax.default_backend()] = 2**62
+    BLOCK_VALUES[jax.default_backend()] = _ALL
     try:
         yield
     finally:
@@ -114,8 +115,9 @@ def block_rows(
     """
     if not isinstance(height, int) or not isinstance(row_values, int):
         return 1
-    fit = max(block_values(), at_least) // max(1, row_values)
-    most = max(1, fit if most is None else min(fit, most))
+    values = block_values()
+    fit = max(values, at_least) // max(1, row_values)
+    most = max(1, fit if most is None or values == _ALL else min(fit, most))
     return max(n for n in range(1, min(most, height) + 1) if height % n == 0)
 
 

@@ -35,6 +35,8 @@ from resfu_jax.ops.unfold import unfold
 
 Implementation = Literal["reference", "polyphase"]
 
+_BLOCKS = 32  # at least, of CARAFE's gradient
+
 
 def local_similarity(
     q: Float[Array, "b H W d"],
@@ -161,8 +163,8 @@ def local_attention(
 
     def whole(_, arrays):
         *narrow, v = arrays
-        # With a scale the sum is part of the caller's, with which XLA fuses it.
-        out = _reassemble_whole(weights_of(*narrow), v, alone=scale is None)
+        # XLA fuses the sums with what follows: with a scale the caller adds to them.
+        out = _reassemble_whole(weights_of(*narrow), v, alone=scale is None and v.dtype == dtype)
         return (out.astype(v.dtype),)
 
     count, windows, pixels = _blocks(v, scores.shape[1:3], kernel_size)
@@ -217,15 +219,18 @@ def shuffled_attention(
         return local_attention(scores, v, groups=groups, implementation="reference")
     dtype = promote(scores.dtype, at_least_float32(v.dtype))
     scores, wide = scores.astype(dtype), v.astype(dtype)
-    return _shuffled_attention(scores, wide, groups, taps, ratio).astype(v.dtype)
+    alone = v.dtype == dtype
+    return _shuffled_attention(scores, wide, groups, taps, ratio, alone).astype(v.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _shuffled_attention(scores: Array, v: Array, groups: int, taps: int, ratio: int) -> Array:
-    return _reassemble_whole(_shuffled_softmax(scores, groups, taps, ratio), v)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _shuffled_attention(
+    scores: Array, v: Array, groups: int, taps: int, ratio: int, alone: bool
+) -> Array:
+    return _reassemble_whole(_shuffled_softmax(scores, groups, taps, ratio), v, alone=alone)
 
 
-def _shuffled_attention_fwd(scores, v, groups, taps, ratio):
+def _shuffled_attention_fwd(scores, v, groups, taps, ratio, alone):
     b, h, w, _ = v.shape
     count, windows, _ = _blocks(v, (ratio * h, ratio * w), math.isqrt(taps))
     rows = Rows(1, windows.step, windows.step)
@@ -237,15 +242,19 @@ def _shuffled_attention_fwd(scores, v, groups, taps, ratio):
 
     # The weights take the place of the scores, of which each row has as many.
     weights = loop(count, body, scores.reshape(b, h, -1))
-    out = _reassemble_whole(weights.reshape(b, ratio * h, ratio * w, groups, taps), v)
-    return out, (weights, v, zeros_once(out))
+    weights = weights.reshape(b, ratio * h, ratio * w, groups, taps)
+    out = _reassemble_whole(weights, v, alone=alone)
+    weights = weights.reshape(b, h, -1)
+    # What is fused with its cast is never there as a whole.
+    return out, (weights, v, zeros_once(out) if alone else jnp.zeros(b, v.dtype))
 
 
-def _shuffled_attention_bwd(groups, taps, ratio, saved, g):
+def _shuffled_attention_bwd(groups, taps, ratio, alone, saved, g):
     weights, v, once = saved
     b, h, w, _ = v.shape
-    # Small blocks: beside the weights, what they need is most of the memory.
-    count, windows, pixels = _blocks(v, (ratio * h, ratio * w), math.isqrt(taps), parts=4)
+    # Of a small map, too, many blocks: beside the weights, one block is most of the memory.
+    tile = ratio * max(1, h // _BLOCKS) if isinstance(h, int) else ratio
+    count, windows, pixels = _blocks(v, (ratio * h, ratio * w), math.isqrt(taps), tile)
     rows = Rows(1, windows.step, windows.step)
 
     def by_tap(x):
@@ -297,18 +306,18 @@ def _pad(x: Array, kernel_size: int) -> Array:
 
 
 def _blocks(
-    v: Array, size: tuple[Size, Size], kernel_size: int, parts: int = 1
+    v: Array, size: tuple[Size, Size], kernel_size: int, tile: int | None = None
 ) -> tuple[Size, Bordered, Rows]:
     """Number of blocks of rows; the windows in v, with a border, and the output pixels of each."""
     b, h, w, c = v.shape
     border = kernel_size // 2
     padded_shape = (b, h + 2 * border, w + 2 * border, c)
-    count, windows, pixels = _cells.blocks((b, *size, c), padded_shape, kernel_size, parts=parts)
+    count, windows, pixels = _cells.blocks((b, *size, c), padded_shape, kernel_size, tile)
     return count, Bordered(windows.step, windows.length, border), pixels
 
 
-def _reassemble_whole(weights: _cells.Weights, v: Array, *, alone: bool = True) -> Array:
-    """Sums of all windows, as an array of its own or for a fusion."""
+def _reassemble_whole(weights: _cells.Weights, v: Array, *, alone: bool) -> Array:
+    """Sums of all windows, as an array of its own or for a fusion with what follows."""
 
     def sums(zero):
         # Padded once the weights are computed, not beside what they are made of.
