@@ -85,8 +85,9 @@ _empty.def_impl(lambda *_, shape, dtype: jnp.zeros(shape, dtype))
 
 def _lower(ctx, *operands, shape, dtype):
     context = ctx.module_context
-    alone = getattr(context.axis_context, "num_devices", None) == 1
-    if alone and not context.lowering_parameters.for_export:
+    one_device = getattr(context.axis_context, "num_devices", None) == 1
+    stays_here = getattr(context.lowering_parameters, "for_export", None) is False
+    if one_device and stays_here:
         return jax.ffi.ffi_lowering(_TARGET)(ctx, *operands)
     # The partitioner would not split the custom call, and an exported program may run elsewhere.
     return _lower_zeros(ctx, *operands, shape=shape, dtype=dtype)
