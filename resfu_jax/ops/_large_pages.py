@@ -32,7 +32,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops._order import zeros_after
+from resfu_jax.ops._order import never, zeros_after
 
 LARGE = 2**24  # bytes
 _TARGET = "resfu_jax_large_pages"
@@ -43,7 +43,7 @@ def empty(shape: tuple[Size, ...], dtype: DTypeLike, done: Array | None = None) 
     """An array to be filled, of any values; it exists from when `done` is computed, if given."""
     if not _is_large(shape, dtype):
         return jnp.zeros(shape, dtype) if done is None else zeros_after(done, shape, dtype)
-    operands = () if done is None else (_never(done),)
+    operands = () if done is None else (never(done),)
     return _empty.bind(*operands, shape=tuple(shape), dtype=np.dtype(dtype))
 
 
@@ -60,7 +60,7 @@ def filled(f: Callable[[Array], Array], zero: Float[Array, " b"], done: Array) -
         return f(zero)
     # XLA lets a loop write its result where its state was, here in one turn. It must neither know
     # that there is but one, nor that the result does not depend on which.
-    turns = 1 + _never(done).astype(jnp.int32)
+    turns = 1 + never(done).astype(jnp.int32)
 
     def body(i, _):
         return f(jnp.broadcast_to((i > 1).astype(zero.dtype), zero.shape))
@@ -71,11 +71,6 @@ def filled(f: Callable[[Array], Array], zero: Float[Array, " b"], done: Array) -
 def _is_large(shape: tuple[Size, ...], dtype: DTypeLike) -> bool:
     known = all(isinstance(n, int) for n in shape)
     return known and math.prod(shape) * np.dtype(dtype).itemsize >= LARGE and _available()
-
-
-def _never(done: Array) -> Array:
-    """False, but not before `done` is computed."""
-    return done[tuple(n // 2 if isinstance(n, int) else 0 for n in done.shape)] > jnp.inf
 
 
 _empty = Primitive("empty_in_large_pages")
@@ -194,7 +189,7 @@ class _MetadataExtension(ctypes.Structure):
 
 
 _KNOWN_VERSION, _METADATA = 0, 1
-_BYTES = {11: 4, 12: 8}  # of float32 and float64; the others that are sampled have 2
+_BYTES = {11: 4, 12: 8}  # by XLA's number for float32 and float64; the others have 2
 
 
 @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Frame))

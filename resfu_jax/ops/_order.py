@@ -10,7 +10,7 @@ one is not a loop, a branch that reads it serves (`zeros_once`).
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 @jax.custom_vjp
@@ -21,11 +21,19 @@ def after(x: Array, done: Array) -> Array:
 
 def zeros_after(done: Array, shape: tuple, dtype: DTypeLike) -> Array:
     """Zeros that exist from when `done`, of the same batch, is computed."""
-    # Of an inner pixel, as a padded border is known to the compiler.
-    middle = [n // 2 if isinstance(n, int) else 0 for n in done.shape[1:]]
-    pixel = done[(slice(None), *(slice(i, i + 1) for i in middle))]
+    pixel = done[(slice(None), *_middle(done.shape[1:]))]
     zero = (pixel > jnp.inf).astype(dtype).reshape(done.shape[0], *[1] * (len(shape) - 1))
     return jnp.broadcast_to(zero, shape)
+
+
+def never(done: Array) -> Bool[Array, ""]:
+    """False, but not known before `done` is computed."""
+    return done[_middle(done.shape)] > jnp.inf
+
+
+def _middle(shape: tuple) -> tuple[int, ...]:
+    """An inner pixel, as a padded border is known to the compiler."""
+    return tuple(n // 2 if isinstance(n, int) else 0 for n in shape)
 
 
 def zeros_once(done: Array) -> Float[Array, "b"]:

@@ -24,7 +24,7 @@ from resfu_jax.ops._order import zeros_after
 # elsewhere they are large enough to keep the device busy.
 BLOCK_VALUES = {"cpu": 2**19}
 _BLOCK_VALUES_ELSEWHERE = 2**24
-_ALL = 2**62
+_ALL = 2**62  # in `one_block`, which no other limit divides
 
 
 class Rows(NamedTuple):

@@ -129,10 +129,10 @@ def _polyphase(attn: Array, x: Array, k: int, ratio: tuple[int, int], tile: int 
         attn, padded = arrays
 
         def sums(zero):
-            map_ = padded + zero[:, None, None, None]
+            seen = padded + zero[:, None, None, None]
             if halves:
-                return _reassemble_half_cells(attn.astype(dtype), map_, k, ratio).astype(x.dtype)
-            return f(None, (attn, map_))[0]
+                return _reassemble_half_cells(attn.astype(dtype), seen, k, ratio).astype(x.dtype)
+            return f(None, (attn, seen))[0]
 
         return (filled(sums, jnp.zeros(attn.shape[0], dtype), attn),)
 

@@ -35,7 +35,7 @@ from resfu_jax.ops.unfold import unfold
 
 Implementation = Literal["reference", "polyphase"]
 
-_BLOCKS = 32  # at least, of CARAFE's gradient
+_GRADIENT_BLOCKS = 32  # at least, in `shuffled_attention`
 
 
 def local_similarity(
@@ -253,7 +253,7 @@ def _shuffled_attention_bwd(groups, taps, ratio, alone, saved, g):
     weights, v, once = saved
     b, h, w, _ = v.shape
     # Of a small map, too, many blocks: beside the weights, one block is most of the memory.
-    tile = ratio * max(1, h // _BLOCKS) if isinstance(h, int) else ratio
+    tile = ratio * max(1, h // _GRADIENT_BLOCKS) if isinstance(h, int) else ratio
     count, windows, pixels = _blocks(v, (ratio * h, ratio * w), math.isqrt(taps), tile)
     rows = Rows(1, windows.step, windows.step)
 
