@@ -374,6 +374,23 @@ def cut(arrays: tuple[Array, ...], i, blocks: tuple[Block, ...]) -> tuple[Any, .
     return tuple(_cut(a, i, rows) for a, rows in zip(arrays, blocks, strict=True))
 
 
+def cut_parts(a: Array, i, rows: Rows, shape: tuple[Size, ...]) -> list[Array]:
+    """Block i of an array, reshaped but for the axis of the rows, in slices of the axis before last.
+
+    Each is a slice of the array: if several slices of a block enter a fusion, XLA's CPU compiler
+    reads the block's start anew for every value, and does not vectorise.
+    """
+    a = a.reshape(shape)
+    length = [*shape]
+    length[rows.axis], length[-2] = rows.length, 1
+    parts = []
+    for k in range(a.shape[-2]):
+        start = _start(a, i, rows)
+        start[-2] = jnp.asarray(k, start[0].dtype)
+        parts.append(jax.lax.dynamic_slice(a, start, length)[..., 0, :])
+    return parts
+
+
 def _cut(a: Array, i, rows: Block) -> Any:
     if isinstance(rows, Taps):
         shape = (*a.shape[:-2], rows.length, rows.width)

@@ -1,6 +1,7 @@
 """Sampling every output pixel at points of its own, group by group."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -18,6 +19,7 @@ from resfu_jax.ops._row_blocks import (
     add_to_sums,
     block_rows,
     cut,
+    cut_parts,
     loop,
     map_row_blocks,
     put,
@@ -27,9 +29,12 @@ from resfu_jax.ops._row_blocks import (
 PaddingMode = Literal["zeros", "border"]
 Implementation = Literal["reference", "blocks"]
 
-# Of what points are made of, a block is small beside one of samples. But from this many pixels on
-# its products are efficient.
-_SOURCE_FRACTION, _SOURCE_PIXELS = 8, 64
+# Blocks of points are a fraction of other blocks: much is made of them on the way to and fro. But
+# they are of so many pixels of the source that its products are efficient.
+_POINTS_FRACTION, _SOURCE_PIXELS = 32, 32
+
+# Backward, a block is a quarter of what fits the cache: several such arrays are read and written.
+_PARTS = 4
 
 
 def deformable_sample(
@@ -174,7 +179,7 @@ def _at_made_points_bwd(make_points, padding_mode, saved, g):
     own = source is None
     source = x if own else source
     count, rows, shape = _source_blocks(make_points, params, x, source)
-    inner, block = _blocks(x, shape, parts=2)
+    inner, block = _blocks(x, shape, _PARTS)
     border, padded = _padded(x, g, shape[3], padding_mode)
     apart = not own or border > 0
 
@@ -188,8 +193,8 @@ def _at_made_points_bwd(make_points, padding_mode, saved, g):
 
         def sample(j, state):
             d_padded, d_points = state
-            (p,), (d_out,) = cut((points,), j, (block,)), cut((g,), i * inner + j, (block,))
-            d_out = d_out.reshape(*p.shape[:5], -1)
+            (p,) = cut((points,), j, (block,))
+            d_out = _cut_samples(g, i * inner + j, block, p)
             d_padded, d_p = _sample_bwd(d_padded, x, padded, p, d_out, padding_mode, border)
             return d_padded, put(d_points, d_p, j, block)
 
@@ -231,11 +236,11 @@ def _source_blocks(
         block = jax.eval_shape(lambda source: cut((source,), 0, (rows,))[0], source)
         return jax.eval_shape(make_points, params, block, jnp.int32(0)).shape
 
-    b, h, w, e = source.shape
+    b, h, w, _ = source.shape
     b_, hh, ww, groups, p, _ = points_shape(Rows(1, 1, 1))
     n = 1
     if all(isinstance(size, int) for size in (b, h, w)):
-        values = _SOURCE_FRACTION * max(b * w * e, b_ * hh * ww * groups * p * 2)
+        values = _POINTS_FRACTION * b_ * hh * ww * groups * p * 2
         n = block_rows(h, values, at_least=values * (_SOURCE_PIXELS // (b * w)))
     rows = Rows(1, n, n)
     return h // n, rows, points_shape(rows)
@@ -255,11 +260,12 @@ def _in_blocks_bwd(padding_mode, saved, g):
     # Written out, so that what each block adds to x is scattered into one map.
     x, points = saved
     border, padded = _padded(x, points, points.shape[3], padding_mode)
-    count, block = _blocks(x, points.shape)
+    count, block = _blocks(x, points.shape, _PARTS)
 
     def body(i, state):
         d_padded, d_points = state
-        p, d_out = cut((points, g), i, (block, block))
+        (p,) = cut((points,), i, (block,))
+        d_out = _cut_samples(g, i, block, p)
         d_padded, d_p = _sample_bwd(d_padded, x, padded, p, d_out, padding_mode, border)
         return d_padded, add(d_points, d_p, i, block)
 
@@ -275,13 +281,22 @@ def _padded(x: Array, positions: Array, groups: int, padding_mode: PaddingMode):
     return border, _bilinear.pad(maps.astype(_bilinear.position_dtype(x, positions)), border)
 
 
+def _cut_samples(g: Array, i, block: Rows, points: Array) -> tuple[Array, list[Array]]:
+    """Block i of the gradient to samples, as a whole and in parts, for `_bilinear.sample_bwd`."""
+    groups, p = points.shape[3:5]
+    d = math.prod(g.shape[3:]) // (groups * p)
+    n = _bilinear.parts_of(d)
+    (whole,) = cut((g,), i, (block,))
+    parts = cut_parts(g, i, block, (*g.shape[:3], groups, p, n, d // n))
+    return whole.reshape(*points.shape[:5], d), parts
+
+
 def _sample_bwd(d_padded, x, padded, points, d_out, padding_mode, border):
     """The gradient to x with what samples at some points add to it, and that to the points."""
     index, weights, vjp = corners(x, points, padding_mode, border)
-    values = _bilinear.gather(padded, index)
-    _, vjp_sum = jax.vjp(_bilinear.weighted_sum, weights, values)
-    d_weights, d_values = vjp_sum(d_out.astype(padded.dtype))
-    return _bilinear.scatter_add(d_padded, index, d_values), *vjp(d_weights)
+    d_out, parts = jax.tree.map(lambda a: a.astype(padded.dtype), d_out)
+    d_padded, d_weights = _bilinear.sample_bwd(d_padded, padded, index, weights, d_out, parts)
+    return d_padded, *vjp(d_weights)
 
 
 def corners(x: Array, points: Array, padding_mode: PaddingMode, border: int):
