@@ -119,29 +119,58 @@ def apply_linear_of_norm(
     """`layer(norm(x))`; with a LayerNorm in blocks of rows, and nothing else of x's size."""
     if not isinstance(norm, nnx.LayerNorm):
         return apply_linear(apply_norm(x, norm), layer)
-    bias = None if layer.bias is None else layer.bias[...]
-    params = (norm.scale[...], norm.bias[...], layer.kernel[...], bias)
+    wide = at_least_float32(x.dtype)
+    scale, norm_bias, kernel = (
+        p[...].astype(wide) for p in (norm.scale, norm.bias, layer.kernel)
+    )
+    # The norm's scale and bias as part of the layer's.
+    bias = norm_bias @ kernel
+    if layer.bias is not None:
+        bias = bias + layer.bias[...].astype(wide)
 
     def f(params, blocks):
-        scale, norm_bias, kernel, bias = params
-        y = _layer_norm(*blocks, scale, norm_bias) @ kernel.astype(x.dtype)
-        return (y if bias is None else y + bias.astype(x.dtype)[None, None, None],)
+        kernel, bias = params
+        y = _normalised(*blocks).astype(x.dtype) @ kernel
+        return (y + bias[None, None, None],)
 
     b, h, w, c = x.shape
     # Several blocks even where one fits the cache: the memory is that of a block.
     rows = block_rows(h, b * w * c, h // 4 if isinstance(h, int) else None)
     block = Rows(1, rows, rows)
+    params = (scale[:, None] * kernel).astype(x.dtype), bias.astype(x.dtype)
     (out,) = map_row_blocks(f, h // rows, (block,), (block,), params, (x,))
     return out
 
 
 def _layer_norm(x: Array, scale: Array, bias: Array) -> Array:
-    wide = at_least_float32(x.dtype)
-    y = x.astype(wide)
-    y = y - y.mean(axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + EPS)
-    scale, bias = (v.astype(wide)[None, None, None] for v in (scale, bias))
+    y = _normalised(x)
+    scale, bias = (v.astype(y.dtype)[None, None, None] for v in (scale, bias))
     return (y * scale + bias).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _normalised(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """With mean 0 and variance 1 over the channels, in float32 or better."""
+    return _normalised_and_factor(x)[0]
+
+
+def _normalised_and_factor(x: Array) -> tuple[Array, Array]:
+    x = x.astype(at_least_float32(x.dtype))
+    centred = x - x.mean(axis=-1, keepdims=True)
+    factor = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + EPS)
+    return centred * factor, factor
+
+
+def _normalised_bwd(x, g):
+    y, factor = _normalised_and_factor(x)
+    c = x.shape[-1]
+    # Means as products with a vector: several times as fast on a CPU as XLA's sums of products.
+    mean = jnp.full((c, 1), 1 / c, y.dtype)
+    g_mean, gy_mean = (jnp.matmul(a, mean, precision=jax.lax.Precision.HIGHEST) for a in (g, g * y))
+    return (((g - g_mean - y * gy_mean) * factor).astype(x.dtype),)
+
+
+_normalised.defvjp(lambda x: (_normalised(x), x), _normalised_bwd)
 
 
 def compute_dtype(dtype: DTypeLike | None, *inputs: Array) -> DTypeLike:
