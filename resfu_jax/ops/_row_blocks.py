@@ -385,7 +385,7 @@ def cut(arrays: tuple[Array, ...], i, blocks: tuple[Block, ...]) -> tuple[Any, .
 
 
 def cut_parts(a: Array, i, rows: Rows, shape: tuple[Size, ...]) -> list[Array]:
-    """Block i of an array, reshaped but for the axis of the rows, in slices of the axis before last.
+    """Block i of an array, reshaped but for the rows' axis, in slices of the axis before last.
 
     Each is a slice of the array: if several slices of a block enter a fusion, XLA's CPU compiler
     reads the block's start anew for every value, and does not vectorise.

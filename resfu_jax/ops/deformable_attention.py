@@ -13,6 +13,7 @@ Du et al., "LDA-AQU", ACM Multimedia 2024.
 """
 
 import functools
+import math
 from typing import Literal, get_args
 
 import jax
@@ -83,15 +84,18 @@ def deformable_attention(
             f"got {implementation!r}"
         )
 
+    # Groups of samples that belong to one head each.
+    groups = points.shape[3]
+    points = jnp.repeat(points, math.lcm(heads, groups) // groups, axis=3)
     if implementation == "reference":
-        return _attend_in(heads, (k, v, bias), (q, points))[0]
+        return _attend_at((k, v, bias), (q, points), heads)
     return _in_blocks(q, k, v, points, bias, heads)
 
 
-def _attend_in(heads: int, params, blocks) -> tuple[Array]:
+def _attend_at(params, blocks, heads: int) -> Array:
     (k, v, bias), (q, points) = params, blocks
     keys, values = (deformable_sample(a, points, implementation="reference") for a in (k, v))
-    return (_attend(q, keys, values, bias, heads).astype(v.dtype),)
+    return _attend(q, keys, values, bias, heads)
 
 
 def _attend(
@@ -101,21 +105,28 @@ def _attend(
     bias: Float[Array, "heads p e"] | None,
     heads: int,
 ) -> Float[Array, "b H W c"]:
-    keys, values = (_by_head(a, heads) for a in (keys, values))
-    if bias is not None:
-        keys = keys + bias.astype(keys.dtype).swapaxes(0, 1)[None, None, None]
-    q = q.reshape(*q.shape[:3], heads, -1)
+    # Group by group: to bring those of a head together, samples would be transposed.
+    b, hh, ww, groups, p, dk = keys.shape
     dtype = at_least_float32(q.dtype)
-    scores = jnp.einsum("bhwnd,bhwpnd->bhwnp", q, keys, preferred_element_type=dtype)
-    attn = softmax(scores)
-    out = jnp.einsum("bhwnp,bhwpnc->bhwnc", attn, values.astype(attn.dtype))
-    return out.reshape(*out.shape[:3], -1)
+    q = q.reshape(b, hh, ww, groups, dk)
+    scores = jnp.einsum("bhwgd,bhwgpd->bhwgp", q, keys, preferred_element_type=dtype)
+    if bias is not None:
+        bias = bias.astype(q.dtype).reshape(heads, p, groups // heads, dk)
+        bias = jnp.moveaxis(bias, 2, 1).reshape(groups, p, dk)
+        scores = scores + jnp.einsum("bhwgd,gpd->bhwgp", q, bias, preferred_element_type=dtype)
+    scores = scores.reshape(b, hh, ww, heads, groups // heads, p).sum(axis=4)
+    attn = jnp.repeat(softmax(scores), groups // heads, axis=3)
+    out = jnp.einsum("bhwgp,bhwgpc->bhwgc", attn, values.astype(attn.dtype))
+    return out.reshape(b, hh, ww, -1).astype(values.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _in_blocks(q, k, v, points, bias, heads):
     count, block = _blocks(k, v, points)
-    attend = functools.partial(_attend_in, heads)
+
+    def attend(params, blocks):
+        return (_attend_at(params, blocks, heads),)
+
     (out,) = map_row_blocks(attend, count, (block, block), (block,), (k, v, bias), (q, points))
     return out
 
@@ -133,22 +144,23 @@ def _in_blocks_bwd(heads, saved, g):
         d_q, d_points, d_padded, d_bias = state
         rows, p, d_out = cut((q, points, g), i, (block, block, block))
         index, weights, vjp_weights = corners(k, p, "zeros", border)
+        samples = [_bilinear.weighted_sum(weights, _bilinear.gather(a, index)) for a in padded]
 
-        def attend(q, weights, corners, bias):
-            keys, values = (
-                _bilinear.weighted_sum(weights, c).astype(a.dtype)
-                for a, c in zip((k, v), corners, strict=True)
-            )
-            return _attend(q, keys, values, bias, heads).astype(v.dtype)
+        def attend(q, samples, bias):
+            keys, values = (s.astype(a.dtype) for s, a in zip(samples, (k, v), strict=True))
+            return _attend(q, keys, values, bias, heads)
 
-        _, vjp = jax.vjp(attend, rows, weights, [_bilinear.gather(a, index) for a in padded], bias)
-        d_rows, d_weights, d_corners, d_bias_here = vjp(d_out)
+        _, vjp = jax.vjp(attend, rows, samples, bias)
+        d_rows, d_samples, d_bias_here = vjp(d_out)
         d_q = add(d_q, d_rows, i, block)
-        d_points = add(d_points, *vjp_weights(d_weights), i, block)
-        d_padded = tuple(
-            _bilinear.scatter_add(total, index, d)
-            for total, d in zip(d_padded, d_corners, strict=True)
+        d_padded, d_weights = zip(
+            *[
+                _bilinear.sample_bwd(total, a, index, weights, d, _bilinear.parts(d))
+                for total, a, d in zip(d_padded, padded, d_samples, strict=True)
+            ],
+            strict=True,
         )
+        d_points = add(d_points, *vjp_weights(sum(d_weights)), i, block)
         return d_q, d_points, d_padded, add_to_sums(d_bias, d_bias_here)
 
     zeros = (
@@ -180,8 +192,3 @@ def _blocks(k: Array, v: Array, points: Array) -> tuple[Size, Rows]:
     # The samples of a pixel are P times its channels.
     rows = block_rows(hh, b * ww * p * max(k.shape[3], v.shape[3]))
     return hh // rows, Rows(1, rows, rows)
-
-
-def _by_head(samples: Float[Array, "b H W g p d"], heads: int) -> Float[Array, "b H W p n e"]:
-    samples = jnp.moveaxis(samples, 3, 4)
-    return samples.reshape(*samples.shape[:4], heads, -1)

@@ -120,9 +120,7 @@ def apply_linear_of_norm(
     if not isinstance(norm, nnx.LayerNorm):
         return apply_linear(apply_norm(x, norm), layer)
     wide = at_least_float32(x.dtype)
-    scale, norm_bias, kernel = (
-        p[...].astype(wide) for p in (norm.scale, norm.bias, layer.kernel)
-    )
+    scale, norm_bias, kernel = (p[...].astype(wide) for p in (norm.scale, norm.bias, layer.kernel))
     # The norm's scale and bias as part of the layer's.
     bias = norm_bias @ kernel
     if layer.bias is not None:
