@@ -361,8 +361,8 @@ def _replaced(rows: Block) -> bool:
 def _words(a: Array) -> Array:
     """On a CPU, bfloat16 as its bits.
 
-    XLA's CPU compiler updates a slice of bfloat16 by way of float32, and for that writes the whole
-    array again.
+    XLA's CPU compiler reads and updates a slice of bfloat16 by way of float32, and for that writes
+    the whole array again.
     """
     narrow = a.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
     return _as(a, jnp.dtype(jnp.uint16)) if narrow else a
@@ -380,7 +380,7 @@ def _as(a: Array, dtype: np.dtype) -> Array:
 
 
 def cut(arrays: tuple[Array, ...], i, blocks: tuple[Block, ...]) -> tuple[Any, ...]:
-    """Block i of every array."""
+    """Block i of every array. Differentiable where i is a number, as it is of a single block."""
     return tuple(_cut(a, i, rows) for a, rows in zip(arrays, blocks, strict=True))
 
 
@@ -390,18 +390,24 @@ def cut_parts(a: Array, i, rows: Rows, shape: tuple[Size, ...]) -> list[Array]:
     Each is a slice of the array: if several slices of a block enter a fusion, XLA's CPU compiler
     reads the block's start anew for every value, and does not vectorise.
     """
-    a = a.reshape(shape)
+    dtype, words = a.dtype, _words(a).reshape(shape)
     length = [*shape]
     length[rows.axis], length[-2] = rows.length, 1
     parts = []
-    for k in range(a.shape[-2]):
-        start = _start(a, i, rows)
+    for k in range(shape[-2]):
+        start = _start(words, i, rows)
         start[-2] = jnp.asarray(k, start[0].dtype)
-        parts.append(jax.lax.dynamic_slice(a, start, length)[..., 0, :])
+        parts.append(_as(jax.lax.dynamic_slice(words, start, length)[..., 0, :], dtype))
     return parts
 
 
 def _cut(a: Array, i, rows: Block) -> Any:
+    if isinstance(i, int):
+        return _cut_words(a, i, rows)
+    return jax.tree.map(lambda block: _as(block, a.dtype), _cut_words(_words(a), i, rows))
+
+
+def _cut_words(a: Array, i, rows: Block) -> Any:
     if isinstance(rows, Taps):
         shape = (*a.shape[:-2], rows.length, rows.width)
 

@@ -164,8 +164,7 @@ def local_attention(
     def whole(_, arrays):
         *narrow, v = arrays
         # XLA fuses the sums with what follows: with a scale the caller adds to them.
-        out = _reassemble_whole(weights_of(*narrow), v, alone=scale is None and v.dtype == dtype)
-        return (out.astype(v.dtype),)
+        return (_reassemble_whole(weights_of(*narrow), v, alone=scale is None),)
 
     count, windows, pixels = _blocks(v, scores.shape[1:3], kernel_size)
     inputs = (*[pixels] * len(narrow), windows)
@@ -217,20 +216,16 @@ def shuffled_attention(
     if not _polyphase(implementation, v.shape[1:3], out_size):
         scores = pixel_shuffle(scores, ratio)
         return local_attention(scores, v, groups=groups, implementation="reference")
-    dtype = promote(scores.dtype, at_least_float32(v.dtype))
-    scores, wide = scores.astype(dtype), v.astype(dtype)
-    alone = v.dtype == dtype
-    return _shuffled_attention(scores, wide, groups, taps, ratio, alone).astype(v.dtype)
+    scores = scores.astype(promote(scores.dtype, at_least_float32(v.dtype)))
+    return _shuffled_attention(scores, v, groups, taps, ratio)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _shuffled_attention(
-    scores: Array, v: Array, groups: int, taps: int, ratio: int, alone: bool
-) -> Array:
-    return _reassemble_whole(_shuffled_softmax(scores, groups, taps, ratio), v, alone=alone)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _shuffled_attention(scores: Array, v: Array, groups: int, taps: int, ratio: int) -> Array:
+    return _reassemble_whole(_shuffled_softmax(scores, groups, taps, ratio), v)
 
 
-def _shuffled_attention_fwd(scores, v, groups, taps, ratio, alone):
+def _shuffled_attention_fwd(scores, v, groups, taps, ratio):
     b, h, w, _ = v.shape
     count, windows, _ = _blocks(v, (ratio * h, ratio * w), math.isqrt(taps))
     rows = Rows(1, windows.step, windows.step)
@@ -243,13 +238,14 @@ def _shuffled_attention_fwd(scores, v, groups, taps, ratio, alone):
     # The weights take the place of the scores, of which each row has as many.
     weights = loop(count, body, scores.reshape(b, h, -1))
     weights = weights.reshape(b, ratio * h, ratio * w, groups, taps)
-    out = _reassemble_whole(weights, v, alone=alone)
+    out = _reassemble_whole(weights, v)
     weights = weights.reshape(b, h, -1)
-    # What is fused with its cast is never there as a whole.
-    return out, (weights, v, zeros_once(out) if alone else jnp.zeros(b, v.dtype))
+    # The branch would read a whole copy of a narrow result, in float32.
+    once = zeros_once(out) if v.dtype == weights.dtype else jnp.zeros(b, weights.dtype)
+    return out, (weights, v, once)
 
 
-def _shuffled_attention_bwd(groups, taps, ratio, alone, saved, g):
+def _shuffled_attention_bwd(groups, taps, ratio, saved, g):
     weights, v, once = saved
     b, h, w, _ = v.shape
     # Of a small map, too, many blocks: beside the weights, one block is most of the memory.
@@ -265,6 +261,7 @@ def _shuffled_attention_bwd(groups, taps, ratio, alone, saved, g):
         weights, d_v = state
         block, window, d_out = cut((weights, v, g), i, (rows, windows, pixels))
         block = block.reshape(b, -1, ratio * w, groups, taps)
+        window, d_out = window.astype(block.dtype), d_out.astype(block.dtype)
         d_weights, d_window = jax.vjp(_cells.reassemble, block, window)[1](d_out)
         # All that reads the block comes before it is replaced, or XLA copies the array.
         zero = zeros_after(d_window, (b, 1, 1, 1, 1, 1), block.dtype)
@@ -273,9 +270,9 @@ def _shuffled_attention_bwd(groups, taps, ratio, alone, saved, g):
         return put(weights, d_scores, i, rows), add(d_v, d_window, i, windows)
 
     # The gradient to the scores takes the place of the weights, once the output is made of them.
-    d_v = zeros_after(g, v.shape, v.dtype) + once[:, None, None, None]
+    d_v = zeros_after(g, v.shape, once.dtype) + once[:, None, None, None]
     d_scores, d_v = loop(count, body, (weights, d_v))
-    return d_scores.reshape(b, h, w, -1), d_v
+    return d_scores.reshape(b, h, w, -1), d_v.astype(v.dtype)
 
 
 _shuffled_attention.defvjp(_shuffled_attention_fwd, _shuffled_attention_bwd)
@@ -316,8 +313,8 @@ def _blocks(
     return count, Bordered(windows.step, windows.length, border), pixels
 
 
-def _reassemble_whole(weights: _cells.Weights, v: Array, *, alone: bool) -> Array:
-    """Sums of all windows, as an array of its own or for a fusion with what follows."""
+def _reassemble_whole(weights: _cells.Weights, v: Array, *, alone: bool = True) -> Array:
+    """Sums of all windows in the dtype of v, as an array of its own or for a fusion with more."""
 
     def sums(zero):
         # Padded once the weights are computed, not beside what they are made of.
@@ -325,7 +322,9 @@ def _reassemble_whole(weights: _cells.Weights, v: Array, *, alone: bool) -> Arra
         return _cells.reassemble(weights, padded)
 
     taps, zero = weights.shape[4], zeros_after(weights, weights.shape[:1], weights.dtype)
-    return filled(sums, zero, weights) if alone else sums(zero)
+    # Narrow ones, too, are fused with more: the cast.
+    alone = alone and v.dtype == weights.dtype
+    return (filled(sums, zero, weights) if alone else sums(zero)).astype(v.dtype)
 
 
 def _polyphase(implementation: str | None, size, out_size) -> bool:
