@@ -4,7 +4,7 @@ Forms: `ours`, what a user gets; `literal`, the same operator as its formulas st
 (`implementation="reference"`); `torch` and `torch.compile`, the official module. All share weights
 and inputs, and what they return is compared before anything is timed.
 
-A turn is up to four calls, timed but for the first (`ms_first`): when the other framework's threads
+A turn is up to eight calls, timed but for the first (`ms_first`): when the other framework's threads
 go to sleep, a call of some milliseconds finds both of its own on one core.
 
 Forward gives y; forward+backward gives y and the gradients to the parameters, the features and the
@@ -37,7 +37,7 @@ FORMS = ("ours", "literal", "torch", "torch.compile")
 # Between turns: the thread pools of both frameworks keep cores busy for a moment after a call.
 _PAUSE = 0.02
 # A turn: calls at most, and seconds after which none starts. At least two are made.
-_CALLS, _TURN = 4, 1.0
+_CALLS, _TURN = 8, 1.0
 # Relative to the norm of the array, in float32. GPUs multiply in TensorFloat-32.
 _TOLERANCE = {"cpu": 1e-3, "gpu": 1e-2}
 
