@@ -4,8 +4,8 @@ Forms: `ours`, what a user gets; `literal`, the same operator as its formulas st
 (`implementation="reference"`); `torch` and `torch.compile`, the official module. All share weights
 and inputs, and what they return is compared before anything is timed.
 
-A turn is up to eight calls, timed but for the first (`ms_first`): when the other framework's threads
-go to sleep, a call of some milliseconds finds both of its own on one core.
+A turn is up to eight calls, timed but for the first (`ms_first`): when the other framework's
+threads go to sleep, a call of some milliseconds finds both of its own on one core.
 
 Forward gives y; forward+backward gives y and the gradients to the parameters, the features and the
 guide. Temporary memory is what a call needs beyond its arguments and these results: for XLA its

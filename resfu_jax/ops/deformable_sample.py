@@ -29,12 +29,9 @@ from resfu_jax.ops._row_blocks import (
 PaddingMode = Literal["zeros", "border"]
 Implementation = Literal["reference", "blocks"]
 
-# Blocks of points are a fraction of other blocks: much is made of them on the way to and fro. But
-# they are of so many pixels of the source that its products are efficient.
-_POINTS_FRACTION, _SOURCE_PIXELS = 32, 32
-
-# Backward, a block is a quarter of what fits the cache: several such arrays are read and written.
-_PARTS = 4
+# Blocks of points are a fraction of other blocks, as much is made of them on the way to and fro.
+# So, less, are those of their source, but of so many pixels that its products are efficient.
+_POINTS_FRACTION, _SOURCE_FRACTION, _SOURCE_PIXELS = 32, 8, 32
 
 
 def deformable_sample(
@@ -179,7 +176,7 @@ def _at_made_points_bwd(make_points, padding_mode, saved, g):
     own = source is None
     source = x if own else source
     count, rows, shape = _source_blocks(make_points, params, x, source)
-    inner, block = _blocks(x, shape, _PARTS)
+    inner, block = _gradient_blocks(x, shape)
     border, padded = _padded(x, g, shape[3], padding_mode)
     apart = not own or border > 0
 
@@ -236,11 +233,11 @@ def _source_blocks(
         block = jax.eval_shape(lambda source: cut((source,), 0, (rows,))[0], source)
         return jax.eval_shape(make_points, params, block, jnp.int32(0)).shape
 
-    b, h, w, _ = source.shape
+    b, h, w, e = source.shape
     b_, hh, ww, groups, p, _ = points_shape(Rows(1, 1, 1))
     n = 1
     if all(isinstance(size, int) for size in (b, h, w)):
-        values = _POINTS_FRACTION * b_ * hh * ww * groups * p * 2
+        values = max(_POINTS_FRACTION * b_ * hh * ww * groups * p * 2, _SOURCE_FRACTION * b * w * e)
         n = block_rows(h, values, at_least=values * (_SOURCE_PIXELS // (b * w)))
     rows = Rows(1, n, n)
     return h // n, rows, points_shape(rows)
@@ -250,9 +247,20 @@ def _first(i, rows: Rows) -> Array:
     return jnp.asarray(i, jnp.int32) * rows.step
 
 
-def _blocks(x: Array, points_shape: tuple[Size, ...], parts: int = 1) -> tuple[Size, Rows]:
+def _blocks(x: Array, points_shape: tuple[Size, ...]) -> tuple[Size, Rows]:
     b, hh, ww, _, p, _ = points_shape
-    rows = block_rows(hh, parts * b * ww * p * 4 * x.shape[3])  # four corners a sample
+    rows = block_rows(hh, b * ww * p * 4 * x.shape[3])  # four corners a sample
+    return hh // rows, Rows(1, rows, rows)
+
+
+def _gradient_blocks(x: Array, points_shape: tuple[Size, ...]) -> tuple[Size, Rows]:
+    b, hh, ww, _, p, _ = points_shape
+    values, most = b * ww * p * 2 * x.shape[3], None  # two corners a sample
+    if all(isinstance(n, int) for n in (*x.shape, values)):
+        # Of a small map, too, many blocks: beside it, one block is most of the memory.
+        most = math.prod(x.shape) // values
+    # Products with the corners and the gradient to them, and what both are made of.
+    rows = block_rows(hh, 4 * values, most)
     return hh // rows, Rows(1, rows, rows)
 
 
@@ -260,7 +268,7 @@ def _in_blocks_bwd(padding_mode, saved, g):
     # Written out, so that what each block adds to x is scattered into one map.
     x, points = saved
     border, padded = _padded(x, points, points.shape[3], padding_mode)
-    count, block = _blocks(x, points.shape, _PARTS)
+    count, block = _gradient_blocks(x, points.shape)
 
     def body(i, state):
         d_padded, d_points = state

@@ -127,7 +127,7 @@ def apply_linear_of_norm(
         bias = bias + layer.bias[...].astype(wide)
 
     def f(params, blocks):
-        kernel, bias = params
+        kernel, bias = (p.astype(x.dtype) for p in params)
         y = _normalised(*blocks).astype(x.dtype) @ kernel
         return (y + bias[None, None, None],)
 
@@ -135,7 +135,7 @@ def apply_linear_of_norm(
     # Several blocks even where one fits the cache: the memory is that of a block.
     rows = block_rows(h, b * w * c, h // 4 if isinstance(h, int) else None)
     block = Rows(1, rows, rows)
-    params = (scale[:, None] * kernel).astype(x.dtype), bias.astype(x.dtype)
+    params = scale[:, None] * kernel, bias
     (out,) = map_row_blocks(f, h // rows, (block,), (block,), params, (x,))
     return out
 
