@@ -102,15 +102,44 @@ def test_pcdc_in_bfloat16(size, values):
         assert jnp.linalg.norm(a - b) <= 0.03 * jnp.linalg.norm(b)
 
 
+POINTS = 4 * jax.random.uniform(jax.random.key(4), (2, 6, 5, 2, 3, 2)) - 0.5
+QKV = [normal(0, 2, 6, 5, 8), normal(1, 2, 3, 4, 8), normal(2, 2, 3, 4, 4)]
+
+
 def test_deformable_attention(values):
     def f(q, k, v, points, bias, implementation):
         return deformable_attention(
             q, k, v, points, heads=2, bias=bias, implementation=implementation
         )
 
-    points = 4 * jax.random.uniform(jax.random.key(4), (2, 6, 5, 2, 3, 2)) - 0.5
-    arrays = [normal(0, 2, 6, 5, 8), normal(1, 2, 3, 4, 8), normal(2, 2, 3, 4, 4)]
-    check(f, *arrays, points, normal(3, 2, 3, 4))
+    check(f, *QKV, POINTS, normal(3, 2, 3, 4))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_heads_of_deformable_attention(heads):
+    """One head of two groups, a head of each, two heads of each: as the formula stands."""
+    bias = normal(3, heads, 3, 8 // heads)
+
+    def formula(q, k, v, points, bias):
+        def by_head(samples):
+            """Points before all channels, then heads."""
+            b, hh, ww, groups, p, d = samples.shape
+            return jnp.moveaxis(samples, 3, 4).reshape(b, hh, ww, p, heads, groups * d // heads)
+
+        keys, values = (by_head(deformable_sample(a, points)) for a in (k, v))
+        keys = keys + jnp.moveaxis(bias, 0, 1)[None, None, None]
+        scores = jnp.einsum("bhwnd,bhwpnd->bhwpn", q.reshape(2, 6, 5, heads, -1), keys)
+        out = jnp.einsum("bhwpn,bhwpnc->bhwnc", jax.nn.softmax(scores, axis=3), values)
+        return out.reshape(2, 6, 5, -1)
+
+    ours = with_gradients(
+        lambda *args: deformable_attention(*args[:4], heads=heads, bias=args[4]),
+        *QKV,
+        POINTS,
+        bias,
+    )
+    expected = with_gradients(formula, *QKV, POINTS, bias)
+    chex.assert_trees_all_close(ours, expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "border"])
