@@ -126,6 +126,11 @@ def block_values() -> int:
     return BLOCK_VALUES.get(jax.default_backend(), _BLOCK_VALUES_ELSEWHERE)
 
 
+def may_be_small() -> bool:
+    """Whether blocks may be smaller than fit, for memory alone; not on a device to keep busy."""
+    return jax.default_backend() in BLOCK_VALUES
+
+
 def map_row_blocks(
     f: Function,
     count: Size,

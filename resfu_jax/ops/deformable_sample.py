@@ -22,6 +22,7 @@ from resfu_jax.ops._row_blocks import (
     cut_parts,
     loop,
     map_row_blocks,
+    may_be_small,
     put,
     zero_sums,
 )
@@ -256,7 +257,7 @@ def _blocks(x: Array, points_shape: tuple[Size, ...]) -> tuple[Size, Rows]:
 def _gradient_blocks(x: Array, points_shape: tuple[Size, ...]) -> tuple[Size, Rows]:
     b, hh, ww, _, p, _ = points_shape
     values, most = b * ww * p * 2 * x.shape[3], None  # two corners a sample
-    if all(isinstance(n, int) for n in (*x.shape, values)):
+    if may_be_small() and all(isinstance(n, int) for n in (*x.shape, values)):
         # Of a small map, too, many blocks: beside it, one block is most of the memory.
         most = math.prod(x.shape) // values
     # Products with the corners and the gradient to them, and what both are made of.

@@ -28,7 +28,16 @@ from resfu_jax.ops._interp import Size
 from resfu_jax.ops._large_pages import filled
 from resfu_jax.ops._order import zeros_after, zeros_once
 from resfu_jax.ops._polyphase import whole_ratio
-from resfu_jax.ops._row_blocks import Bordered, Rows, add, cut, loop, map_row_blocks, put
+from resfu_jax.ops._row_blocks import (
+    Bordered,
+    Rows,
+    add,
+    cut,
+    loop,
+    map_row_blocks,
+    may_be_small,
+    put,
+)
 from resfu_jax.ops._softmax import softmax, softmax_gradient
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle, pixel_unshuffle
 from resfu_jax.ops.unfold import unfold
@@ -249,7 +258,8 @@ def _shuffled_attention_bwd(groups, taps, ratio, saved, g):
     weights, v, once = saved
     b, h, w, _ = v.shape
     # Of a small map, too, many blocks: beside the weights, one block is most of the memory.
-    tile = ratio * max(1, h // _GRADIENT_BLOCKS) if isinstance(h, int) else ratio
+    known = isinstance(h, int) and may_be_small()
+    tile = ratio * max(1, h // _GRADIENT_BLOCKS) if known else None
     count, windows, pixels = _blocks(v, (ratio * h, ratio * w), math.isqrt(taps), tile)
     rows = Rows(1, windows.step, windows.step)
 
