@@ -142,12 +142,12 @@ def sample_bwd(
     return d_padded, jnp.concatenate(d_weights, axis=-1)
 
 
-def parts(d_out: Samples) -> list[Float[Array, "b H W g p e"]]:
-    """An array's parts for `sample_bwd`."""
-    return jnp.split(d_out, parts_of(d_out.shape[5]), axis=5)
+def split(d_out: Samples) -> list[Float[Array, "b H W g p e"]]:
+    """A gradient to samples in parts, for `sample_bwd`."""
+    return jnp.split(d_out, count_parts(d_out.shape[5]), axis=5)
 
 
-def parts_of(d: int) -> int:
+def count_parts(d: int) -> int:
     """Number of parts of d channels for `sample_bwd`: with 32 channels or more XLA vectorises."""
     return max(n for n in range(1, 17) if d % n == 0 and (n == 1 or d // n >= 32))
 

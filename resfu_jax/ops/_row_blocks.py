@@ -313,10 +313,11 @@ def _run_backward(f, count, inputs, params, arrays, cotangents, done):
     d_params = zero_sums(params)
     d_arrays = []
     for a, rows in zip(arrays, inputs, strict=True):
-        make = functools.partial(zeros_after, done)
-        if _replaced(rows) and a.shape[rows.axis] == count * rows.step:
-            make = functools.partial(empty, done=done)
-        d_arrays.append(make(a.shape, at_least_float32(a.dtype)))
+        dtype = at_least_float32(a.dtype)
+        filled = _are_apart(rows) and a.shape[rows.axis] == count * rows.step
+        d_arrays.append(
+            empty(a.shape, dtype, done) if filled else zeros_after(done, a.shape, dtype)
+        )
 
     def body(i, state):
         d_params, d_arrays = state
@@ -356,11 +357,6 @@ def loop(count: Size, body, state):
     dtypes = jax.tree.map(lambda a: a.dtype, state)
     state = jax.lax.fori_loop(0, bound, body, jax.tree.map(_words, state))
     return jax.tree.map(_as, state, dtypes)
-
-
-def _replaced(rows: Block) -> bool:
-    """Whether blocks do not overlap: what one adds to zeros is all that comes there."""
-    return isinstance(rows, Rows) and not rows.offsets and rows.step == rows.length
 
 
 def _words(a: Array) -> Array:
@@ -459,8 +455,13 @@ def put(a: Array, block: Array, i, rows: Rows, offset: Size = 0) -> Array:
     return jax.lax.dynamic_update_slice(a, _as(block, a.dtype), _start(a, i, rows, offset))
 
 
+def _are_apart(rows: Block) -> bool:
+    """Whether blocks do not overlap, so that `add` replaces each."""
+    return isinstance(rows, Rows) and not rows.offsets and rows.step == rows.length
+
+
 def add(a: Array, block: Any, i, rows: Block) -> Array:
-    """The array with its block i increased."""
+    """The array with its block i increased, from zero where blocks do not overlap."""
     if isinstance(rows, Taps):
         pieces = jnp.unstack(block, axis=a.ndim - 3)
         starts = [_start_of_tap(a, i, rows, offset) for offset in np.int32(rows.offsets)]
@@ -471,7 +472,7 @@ def add(a: Array, block: Any, i, rows: Block) -> Array:
         inside = jax.lax.dynamic_update_slice_in_dim(inside, block[:, :, n:columns], offset, 1)
         pieces = (inside[:, n : length + n],)
         starts = [[jnp.zeros_like(first), first, *[jnp.zeros_like(first)] * (a.ndim - 2)]]
-    elif _replaced(rows):
+    elif _are_apart(rows):
         return put(a, block, i, rows)
     else:
         pieces = block if rows.offsets else (block,)

@@ -155,7 +155,7 @@ def _in_blocks_bwd(heads, saved, g):
         d_q = add(d_q, d_rows, i, block)
         d_padded, d_weights = zip(
             *[
-                _bilinear.sample_bwd(total, a, index, weights, d, _bilinear.parts(d))
+                _bilinear.sample_bwd(total, a, index, weights, d, _bilinear.split(d))
                 for total, a, d in zip(d_padded, padded, d_samples, strict=True)
             ],
             strict=True,

@@ -294,7 +294,7 @@ def _cut_samples(g: Array, i, block: Rows, points: Array) -> tuple[Array, list[A
     """Block i of the gradient to samples, as a whole and in parts, for `_bilinear.sample_bwd`."""
     groups, p = points.shape[3:5]
     d = math.prod(g.shape[3:]) // (groups * p)
-    n = _bilinear.parts_of(d)
+    n = _bilinear.count_parts(d)
     (whole,) = cut((g,), i, (block,))
     parts = cut_parts(g, i, block, (*g.shape[:3], groups, p, n, d // n))
     return whole.reshape(*points.shape[:5], d), parts

@@ -258,8 +258,9 @@ def _shuffled_attention_bwd(groups, taps, ratio, saved, g):
     weights, v, once = saved
     b, h, w, _ = v.shape
     # Of a small map, too, many blocks: beside the weights, one block is most of the memory.
-    known = isinstance(h, int) and may_be_small()
-    tile = ratio * max(1, h // _GRADIENT_BLOCKS) if known else None
+    tile = None
+    if isinstance(h, int) and may_be_small():
+        tile = ratio * max(1, h // _GRADIENT_BLOCKS)
     count, windows, pixels = _blocks(v, (ratio * h, ratio * w), math.isqrt(taps), tile)
     rows = Rows(1, windows.step, windows.step)
 
