@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from resfu_jax.ops._interp import Size
+from resfu_jax.ops._order import zeros_after
 
 # G contiguous groups of channels, each with P positions of its own for every output pixel.
 Maps = Float[Array, "b h w g d"]
@@ -127,7 +128,6 @@ def sample_bwd(
     n, e = len(d_out_parts), d_out_parts[0].shape[5]
     ones = jnp.ones(e, weights.dtype)
     d_weights = []
-    # Upper corners, then lower ones: half as much exists at a time.
     for row in range(2):
         at = index + jnp.asarray([row, 0, 0], index.dtype).reshape(1, 1, 1, 1, 1, 3)
         values = gather(padded, at, rows=1)
@@ -138,6 +138,8 @@ def sample_bwd(
             jnp.einsum("...e,e->...", products, ones, precision=jax.lax.Precision.HIGHEST)
         )
         d_values = weights[..., 2 * row : 2 * row + 2, None] * d_out[..., None, :]
+        if row == 1:  # when what the upper corners add is in place: half as much exists at a time
+            d_values += zeros_after(d_padded, (d_values.shape[0], *[1] * 6), d_values.dtype)
         d_padded = scatter_add(d_padded, at, d_values)
     return d_padded, jnp.concatenate(d_weights, axis=-1)
 

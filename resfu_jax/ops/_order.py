@@ -3,8 +3,8 @@
 Large computations that are independent are scheduled side by side, and need the memory of both. An
 optimisation barrier does not help: XLA's CPU compiler drops it before it fuses and schedules. So
 the later one gets a zero that depends on the earlier one, which must be the result of a loop
-(`_row_blocks`): of anything else, the compiler would compute the one pixel apart. Where the earlier
-one is not a loop, a branch that reads it serves (`zeros_once`).
+(`_row_blocks`) or of a scatter: of anything else, the compiler would compute the one pixel apart.
+For any other, a branch that reads it serves (`zeros_once`).
 """
 
 import jax
