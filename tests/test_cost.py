@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from benchmarks.workloads import WORKLOADS, Workload, create, fit, is_guided
+from resfu_jax.ops._dtypes import bfloat16_is_native
 from resfu_jax.ops._row_blocks import one_block
 
 # tests/conftest.py switches it off, in versions that can.
@@ -17,14 +18,14 @@ AS_IN_USE = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 
 MEMBERS = ("resfu", "sapa", "fade", "carafe", "dysample", "lda_aqu")
 
 
-def call(name, workload, direction, **options):
+def call(name, workload, direction, dtype=jnp.float32, **options):
     """A function, and the shapes of its arguments; nothing is computed."""
     workload, _ = fit(name, workload)
-    module = nnx.eval_shape(lambda: create(name, workload, **options))
+    module = nnx.eval_shape(lambda: create(name, workload, dtype=dtype, **options))
     graphdef, params = nnx.split(module)
 
     def shape(size, channels):
-        return jax.ShapeDtypeStruct((1, *size, channels), jnp.float32)
+        return jax.ShapeDtypeStruct((1, *size, channels), dtype)
 
     inputs = [shape(workload.size, workload.channels)]
     if is_guided(name):
@@ -39,8 +40,8 @@ def call(name, workload, direction, **options):
         return y, vjp(cotangent)
 
     if direction == "forward":
-        return forward, (params, *inputs), 4 * y.size
-    return both, (params, y, *inputs), 4 * y.size
+        return forward, (params, *inputs), y.size * y.dtype.itemsize
+    return both, (params, y, *inputs), y.size * y.dtype.itemsize
 
 
 def temporary(name, workload, direction, **options):
@@ -78,6 +79,18 @@ def test_dysample_of_small_maps(workload, limit):
     """Half of what the official module allocates: 3.1 and 1.6 MB, of outputs of 16.8."""
     used, output = temporary("dysample", WORKLOADS[workload], "both")
     assert used <= limit * output
+
+
+@pytest.mark.skipif(not bfloat16_is_native(), reason="XLA copies bfloat16 maps before JAX 0.11.2")
+@pytest.mark.parametrize(
+    ("name", "forward", "both"),
+    [("sapa", 0.3, 0.6), ("carafe", 0.2, 0.35), ("dysample", 0.02, 0.04), ("resfu", 0.52, 1.5)],
+)
+def test_bfloat16(name, forward, both):
+    """28 x 28 to 448 x 448, 384 channels, in outputs, which are half as large."""
+    for direction, limit in (("forward", forward), ("both", both)):
+        used, output = temporary(name, WORKLOADS["dino"], direction, dtype=jnp.bfloat16)
+        assert used <= limit * output, direction
 
 
 def test_carafe_at_high_ratio():

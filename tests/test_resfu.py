@@ -130,6 +130,14 @@ def test_filters_keep_constants(h, w, radius):
         np.testing.assert_allclose(y, x, rtol=1e-5)
 
 
+def test_blur_in_bfloat16_keeps_constants():
+    # The kernel's numbers, rounded to bfloat16, sum to 0.9980.
+    x = jnp.broadcast_to(jnp.arange(1, 2, 2**-7).astype(jnp.bfloat16), (1, 5, 4, 128))
+    y = gaussian_blur(x, kernel_size=3)
+    assert y.dtype == x.dtype
+    np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(x, np.float32))
+
+
 def test_box_filter_is_the_mean_of_the_window():
     x = np.asarray(normal(0, 1, 6, 5, 1))
     y = box_filter(jnp.asarray(x), 2)

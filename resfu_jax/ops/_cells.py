@@ -161,6 +161,8 @@ def _scatter(weights: Weights, y: Output, size: tuple) -> Padded:
         band = out[..., s : s + cols, :].transpose(0, 1, 4, 2, 5, 3, 6)
         band = band.reshape(b, h // rows, seen_rows, w, -1)
         bands = bands + jnp.pad(band, [(0, 0)] * 3 + [(s, n - 1 - s), (0, 0)])
+    if h == rows:
+        return bands[:, 0]
     total = 0
     for t in range(0, seen_rows, rows):
         band = bands[:, :, t : t + rows].reshape(b, h, *bands.shape[3:])

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops._dtypes import at_least_float32, bfloat16_is_native
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._large_pages import empty
 from resfu_jax.ops._order import zeros_after
@@ -360,13 +360,13 @@ def loop(count: Size, body, state):
 
 
 def _words(a: Array) -> Array:
-    """On a CPU, bfloat16 as its bits.
+    """bfloat16 as its bits, where it is not native.
 
-    XLA's CPU compiler reads and updates a slice of bfloat16 by way of float32, and for that writes
-    the whole array again.
+    There XLA's CPU compiler reads and updates a slice by way of float32, and for that writes the
+    whole array again. Of the bits, a loop's result is copied once.
     """
-    narrow = a.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
-    return _as(a, jnp.dtype(jnp.uint16)) if narrow else a
+    needed = a.dtype == jnp.bfloat16 and not bfloat16_is_native()
+    return _as(a, jnp.dtype(jnp.uint16)) if needed else a
 
 
 def _as(a: Array, dtype: np.dtype) -> Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._row_blocks import Rows, block_rows, block_values, map_row_blocks
 
 Implementation = Literal["reference", "blocks"]
@@ -152,11 +153,14 @@ def _product(windows: Float[Array, "b h w k"], kernel: Float[Array, "k o"]) -> A
 def _product_bwd(saved, g):
     # The gradient to the kernel is a product over pixels, for which XLA copies its second factor.
     windows, kernel = saved
+    # Of bfloat16, it is slow on a CPU (JAX 0.12), and one that gives float32 does not always run.
+    wide = at_least_float32(g.dtype)
+    factors = windows.astype(wide), g.astype(wide)
     if windows.shape[3] < g.shape[3]:
-        d_kernel = jnp.einsum("bhwk,bhwo->ko", windows, g)
+        d_kernel = jnp.einsum("bhwk,bhwo->ko", *factors)
     else:
-        d_kernel = jnp.einsum("bhwo,bhwk->ok", g, windows).T
-    return g @ kernel.T, d_kernel
+        d_kernel = jnp.einsum("bhwo,bhwk->ok", *factors[::-1]).T
+    return g @ kernel.T, d_kernel.astype(kernel.dtype)
 
 
 _product.defvjp(lambda *args: (_product(*args), args), _product_bwd)

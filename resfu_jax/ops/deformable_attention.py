@@ -137,14 +137,17 @@ def _in_blocks_bwd(heads, saved, g):
     dtype = _bilinear.position_dtype(k, points)
     maps = [by_group(a, points.shape[3]) for a in (k, v)]
     border = _bilinear.zero_border(maps[0], inside=False)
-    padded = tuple(_bilinear.pad(a.astype(dtype), border) for a in maps)
+    padded = tuple(_bilinear.pad(a, border) for a in maps)
     count, block = _blocks(k, v, points)
 
     def body(i, state):
         d_q, d_points, d_padded, d_bias = state
         rows, p, d_out = cut((q, points, g), i, (block, block, block))
         index, weights, vjp_weights = corners(k, p, "zeros", border)
-        samples = [_bilinear.weighted_sum(weights, _bilinear.gather(a, index)) for a in padded]
+        samples = [
+            _bilinear.weighted_sum(weights, _bilinear.gather(a, index).astype(dtype))
+            for a in padded
+        ]
 
         def attend(q, samples, bias):
             keys, values = (s.astype(a.dtype) for s, a in zip(samples, (k, v), strict=True))
@@ -166,7 +169,7 @@ def _in_blocks_bwd(heads, saved, g):
     zeros = (
         zeros_after(g, q.shape, q.dtype),
         zeros_after(g, points.shape, points.dtype),
-        tuple(jnp.zeros_like(a) for a in padded),
+        tuple(jnp.zeros(a.shape, dtype) for a in padded),
         zero_sums(bias),
     )
     d_q, d_points, d_padded, d_bias = loop(count, body, zeros)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from resfu_jax.ops import _bilinear
+from resfu_jax.ops._dtypes import narrow
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._large_pages import empty
 from resfu_jax.ops._order import zeros_after
@@ -94,7 +95,7 @@ def deformable_sample(
 def _sample(x: Array, points: Array, padding_mode: PaddingMode) -> Array:
     inside = padding_mode == "border"
     x, positions = by_group(x, points.shape[3]), _positions(x, points, padding_mode)
-    return _bilinear.sample(x, *positions, inside=inside).astype(x.dtype)
+    return narrow(_bilinear.sample(x, *positions, inside=inside), x.dtype)
 
 
 def by_group(x: Float[Array, "b h w c"], groups: int) -> _bilinear.Maps:
@@ -178,7 +179,7 @@ def _at_made_points_bwd(make_points, padding_mode, saved, g):
     source = x if own else source
     count, rows, shape = _source_blocks(make_points, params, x, source)
     inner, block = _gradient_blocks(x, shape)
-    border, padded = _padded(x, g, shape[3], padding_mode)
+    border, padded, d_padded = _padded(x, g, shape[3], padding_mode)
     apart = not own or border > 0
 
     def body(i, state):
@@ -207,7 +208,7 @@ def _at_made_points_bwd(make_points, padding_mode, saved, g):
         return d_padded, d_source, add_to_sums(d_params, parts)
 
     zeros = (
-        jnp.zeros(padded.shape, padded.dtype),
+        d_padded,
         zeros_after(g, source.shape, source.dtype) if apart else (),
         zero_sums(params),
     )
@@ -268,7 +269,7 @@ def _gradient_blocks(x: Array, points_shape: tuple[Size, ...]) -> tuple[Size, Ro
 def _in_blocks_bwd(padding_mode, saved, g):
     # Written out, so that what each block adds to x is scattered into one map.
     x, points = saved
-    border, padded = _padded(x, points, points.shape[3], padding_mode)
+    border, padded, d_padded = _padded(x, points, points.shape[3], padding_mode)
     count, block = _gradient_blocks(x, points.shape)
 
     def body(i, state):
@@ -278,16 +279,18 @@ def _in_blocks_bwd(padding_mode, saved, g):
         d_padded, d_p = _sample_bwd(d_padded, x, padded, p, d_out, padding_mode, border)
         return d_padded, add(d_points, d_p, i, block)
 
-    zeros = jnp.zeros(padded.shape, padded.dtype), zeros_after(g, points.shape, points.dtype)
-    d_padded, d_points = loop(count, body, zeros)
+    d_points = zeros_after(g, points.shape, points.dtype)
+    d_padded, d_points = loop(count, body, (d_padded, d_points))
     return _bilinear.unpad(d_padded, border).reshape(x.shape).astype(x.dtype), d_points
 
 
 def _padded(x: Array, positions: Array, groups: int, padding_mode: PaddingMode):
-    """The border that x needs, and x with it."""
+    """The border that x needs, x with it, and the gradient to that to begin with."""
     maps = by_group(x, groups)
     border = _bilinear.zero_border(maps, padding_mode == "border")
-    return border, _bilinear.pad(maps.astype(_bilinear.position_dtype(x, positions)), border)
+    padded = _bilinear.pad(maps, border)
+    dtype = _bilinear.position_dtype(x, positions)
+    return border, padded, jnp.zeros(padded.shape, dtype)
 
 
 def _cut_samples(g: Array, i, block: Rows, points: Array) -> tuple[Array, list[Array]]:
@@ -303,7 +306,7 @@ def _cut_samples(g: Array, i, block: Rows, points: Array) -> tuple[Array, list[A
 def _sample_bwd(d_padded, x, padded, points, d_out, padding_mode, border):
     """The gradient to x with what samples at some points add to it, and that to the points."""
     index, weights, vjp = corners(x, points, padding_mode, border)
-    d_out, parts = jax.tree.map(lambda a: a.astype(padded.dtype), d_out)
+    d_out, parts = jax.tree.map(lambda a: a.astype(d_padded.dtype), d_out)
     d_padded, d_weights = _bilinear.sample_bwd(d_padded, padded, index, weights, d_out, parts)
     return d_padded, *vjp(d_weights)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._order import after
 from resfu_jax.ops._polyphase import extend, extend_axis, upsample_extended, whole_ratio
@@ -33,9 +34,10 @@ def gaussian_blur(
     taps = [math.exp(-(u**2) / (2 * sigma**2)) for u in range(-r, r + 1)]
     taps = [t / sum(taps) for t in taps]
 
+    y = x.astype(at_least_float32(x.dtype))  # or taps would be rounded, and not sum to 1
     for axis in (1, 2):
-        x = _correlate(extend_axis(x, r, axis), tuple(taps), axis)
-    return x
+        y = _correlate(extend_axis(y, r, axis), tuple(taps), axis)
+    return y.astype(x.dtype)
 
 
 def box_filter(x: Float[Array, "b h w c"], radius: int) -> Float[Array, "b h w c"]:
