@@ -34,8 +34,7 @@ def narrow(a: Array, dtype: DTypeLike) -> Array:
     if a.dtype != jnp.float32 or dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
         return a.astype(dtype)
     bits = jax.lax.bitcast_convert_type(jax.lax.reduce_precision(a, 8, 7), jnp.uint32)
-    upper = jax.lax.shift_right_logical(bits, jnp.full_like(bits, 16)).astype(jnp.uint16)
-    return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 @narrow.defjvp
