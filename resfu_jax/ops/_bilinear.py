@@ -6,7 +6,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from resfu_jax.ops._dtypes import bfloat16_is_native
+from resfu_jax.ops._dtypes import at_least_float32, bfloat16_is_native
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._order import zeros_after
 
@@ -61,9 +61,9 @@ def corners(
 
 
 def pad(x: Maps, border: int) -> Float[Array, "b hp wp g d"]:
-    """With a border of zeros, to gather from: in float32 where that is much faster."""
-    if x.dtype == jnp.bfloat16 and not bfloat16_is_native():
-        x = x.astype(jnp.float32)
+    """With a border of zeros, to gather from: in float32 where XLA is slow with narrow types."""
+    if not bfloat16_is_native():
+        x = x.astype(at_least_float32(x.dtype))
     return jnp.pad(x, ((0, 0), (border, border), (border, border), (0, 0), (0, 0)))
 
 

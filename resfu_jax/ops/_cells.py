@@ -162,7 +162,7 @@ def _scatter(weights: Weights, y: Output, size: tuple) -> Padded:
         band = band.reshape(b, h // rows, seen_rows, w, -1)
         bands = bands + jnp.pad(band, [(0, 0)] * 3 + [(s, n - 1 - s), (0, 0)])
     if h == rows:
-        return bands[:, 0]
+        return bands[:, 0]  # of one row of patches; XLA would write each padded map below
     total = 0
     for t in range(0, seen_rows, rows):
         band = bands[:, :, t : t + rows].reshape(b, h, *bands.shape[3:])

@@ -155,11 +155,11 @@ def _product_bwd(saved, g):
     windows, kernel = saved
     # Of bfloat16, it is slow on a CPU (JAX 0.12), and one that gives float32 does not always run.
     wide = at_least_float32(g.dtype)
-    factors = windows.astype(wide), g.astype(wide)
-    if windows.shape[3] < g.shape[3]:
-        d_kernel = jnp.einsum("bhwk,bhwo->ko", *factors)
+    x, y = windows.astype(wide), g.astype(wide)
+    if x.shape[3] < y.shape[3]:
+        d_kernel = jnp.einsum("bhwk,bhwo->ko", x, y)
     else:
-        d_kernel = jnp.einsum("bhwo,bhwk->ok", *factors[::-1]).T
+        d_kernel = jnp.einsum("bhwo,bhwk->ok", y, x).T
     return g @ kernel.T, d_kernel.astype(kernel.dtype)
 
 
