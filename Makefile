@@ -18,7 +18,7 @@ $(VENV)/installed: pyproject.toml
 
 install: $(VENV)/installed  ## make the virtual environment
 
-train: install  ## train ReSFU on the embedded dataset `shapes` (two CPU cores: 5 to 7 minutes with installation)
+train: install  ## train ReSFU on the embedded dataset `shapes` (two CPU cores: 4 to 7 minutes with installation)
 	$(BIN)/python train.py --config configs/shapes_resfu.py --workdir $(WORKDIR)
 
 test: install  ## run all tests (CPU)

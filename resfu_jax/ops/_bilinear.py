@@ -36,7 +36,7 @@ def sample(x: Maps, rows: Positions, columns: Positions, *, inside: bool) -> Sam
     """
     border = zero_border(x, inside)
     index, weights = corners(x.shape[1:3], rows, columns, border)
-    return weighted_sum(weights, gather(pad(x, border), index).astype(weights.dtype))
+    return weighted_sum(weights, gather(pad(x, border), index, weights.dtype))
 
 
 def zero_border(x: Maps, inside: bool) -> int:
@@ -77,8 +77,10 @@ def unpad(padded: Float[Array, "b hp wp g d"], border: int) -> Maps:
 # group is one more index: to bring each group into a map of its own takes as long as all the rest.
 
 
-def gather(padded: Maps, index: Index, rows: int = 2) -> Float[Array, "b H W g p k d"]:
-    """The four corners, or the two of one row."""
+def gather(
+    padded: Maps, index: Index, dtype: DTypeLike, rows: int = 2
+) -> Float[Array, "b H W g p k d"]:
+    """The four corners, or the two of one row, in `dtype`."""
     d = padded.shape[4]
     axes = jax.lax.GatherDimensionNumbers(
         offset_dims=(4, 5, 6), collapsed_slice_dims=(2,), start_index_map=(0, 1, 2)
@@ -87,7 +89,8 @@ def gather(padded: Maps, index: Index, rows: int = 2) -> Float[Array, "b H W g p
     def windows(x, index):
         return jax.lax.gather(x, index, axes, (rows, 2, 1, d), mode="clip")
 
-    return jax.vmap(windows)(padded, index).reshape(*index.shape[:5], 2 * rows, d)
+    values = jax.vmap(windows)(padded, index).astype(dtype)
+    return values.reshape(*index.shape[:5], 2 * rows, d)
 
 
 def scatter_add(padded: Maps, index: Index, values: Float[Array, "b H W g p k d"]) -> Maps:
@@ -113,7 +116,7 @@ def sample_bwd(
     d_out: Samples,
     d_out_parts: list[Float[Array, "b H W g p e"]],
 ) -> tuple[Maps, Float[Array, "b H W g p 4"]]:
-    """Gradients of the samples `weighted_sum(weights, gather(padded, index))`.
+    """Gradients of the samples `weighted_sum(weights, gather(padded, index, weights.dtype))`.
 
     Args:
       d_padded: what the gradient to the map is added to.
@@ -132,7 +135,7 @@ def sample_bwd(
     d_weights = []
     for row in range(2):
         at = index + jnp.asarray([row, 0, 0], index.dtype).reshape(1, 1, 1, 1, 1, 3)
-        values = gather(padded, at, rows=1).astype(weights.dtype)
+        values = gather(padded, at, weights.dtype, rows=1)
         values = values.reshape(*values.shape[:6], n, e)
         products = sum(values[..., k, :] * d_out_parts[k][..., None, :] for k in range(n))
         # The rest of the sum as a product: XLA's reductions of an inner axis are slow on a CPU.

@@ -151,9 +151,9 @@ def _product(windows: Float[Array, "b h w k"], kernel: Float[Array, "k o"]) -> A
 
 
 def _product_bwd(saved, g):
-    # The gradient to the kernel is a product over pixels, for which XLA copies its second factor.
+    # The gradient to the kernel is a product over pixels, of which XLA copies the second factor. In
+    # bfloat16 that is slow on a CPU (JAX 0.12); from bfloat16 to float32 it does not always run.
     windows, kernel = saved
-    # Of bfloat16, it is slow on a CPU (JAX 0.12), and one that gives float32 does not always run.
     wide = at_least_float32(g.dtype)
     x, y = windows.astype(wide), g.astype(wide)
     if x.shape[3] < y.shape[3]:

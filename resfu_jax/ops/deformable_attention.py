@@ -145,8 +145,7 @@ def _in_blocks_bwd(heads, saved, g):
         rows, p, d_out = cut((q, points, g), i, (block, block, block))
         index, weights, vjp_weights = corners(k, p, "zeros", border)
         samples = [
-            _bilinear.weighted_sum(weights, _bilinear.gather(a, index).astype(dtype))
-            for a in padded
+            _bilinear.weighted_sum(weights, _bilinear.gather(a, index, dtype)) for a in padded
         ]
 
         def attend(q, samples, bias):
