@@ -58,17 +58,7 @@ def test_equals_definition(implementation, size, kernel, options, short_blocks):
     np.testing.assert_allclose(out, by_definition(x, k, **options), atol=2e-5)
 
 
-# Many outputs take the gradient to x from windows, too.
-@pytest.mark.parametrize(
-    "size, kernel, options, outputs",
-    [(*case, 5) for case in CASES] + [(IMAGE, (3, 3), dict(padding=1), 14)],
-)
-@pytest.mark.parametrize("rows", ["one", "all"])
-def test_gradients_equal_those_of_xla(size, kernel, options, outputs, rows, request):
-    if rows == "one":
-        request.getfixturevalue("short_blocks")
-    x, k = inputs(size, kernel, outputs=outputs)
-
+def assert_gradients_equal_those_of_xla(x, k, options):
     def gradients(implementation):
         def loss(x, k):
             out = conv(x, k, implementation=implementation, **options)
@@ -80,17 +70,47 @@ def test_gradients_equal_those_of_xla(size, kernel, options, outputs, rows, requ
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_second_derivative(stride, short_blocks):
-    x, k = inputs((1, 3, 3, 16), (2, 2), outputs=1)
+@pytest.mark.parametrize("size, kernel, options", CASES)
+@pytest.mark.parametrize("rows", ["one", "all"])
+def test_gradients_equal_those_of_xla(size, kernel, options, rows, request):
+    if rows == "one":
+        request.getfixturevalue("short_blocks")
+    assert_gradients_equal_those_of_xla(*inputs(size, kernel), options)
+
+
+@pytest.mark.parametrize("form", ["tap by tap", "rows"])
+@pytest.mark.parametrize(
+    "size, kernel, options",
+    [
+        (WIDE, (3, 3), dict(padding=1)),
+        (IMAGE, (3, 3), dict(padding=1)),
+        (WIDE, (3, 2), dict(padding=((1, 0), (2, 3)), dilation=(2, 1))),
+        (IMAGE, (3, 3), dict(padding=1, stride=2)),
+    ],
+)
+def test_gradients_of_many_outputs(size, kernel, options, form, monkeypatch, short_blocks):
+    """They take the gradient to x from windows, too: tap by tap, where the outputs' is small."""
+    x, k = inputs(size, kernel, outputs=72)
+    module, gradient = sys.modules["resfu_jax.ops.conv"], conv(x, k, **options).size
+    # Just enough for the outputs' gradient: the channels of `WIDE` are in several parts.
+    values = gradient if form == "tap by tap" else gradient - 1
+    monkeypatch.setattr(module, "block_values", lambda: values)
+    assert_gradients_equal_those_of_xla(x, k / 8, options)  # of sums of 648, as of those of 45
+
+
+@pytest.mark.parametrize("channels, outputs, stride", [(16, 1, 1), (16, 1, 2), (2, 5, 1)])
+def test_second_derivative(channels, outputs, stride, short_blocks):
+    x, k = inputs((1, 3, 3, channels), (2, 2), outputs=outputs)
 
     def hessian(implementation):
-        def loss(k):
+        def loss(x, k):
             return jnp.sum(conv(x, k, stride=stride, implementation=implementation) ** 3)
 
-        return jax.jacrev(jax.grad(loss))(k)
+        return jax.jacrev(jax.grad(loss, argnums=(0, 1)), argnums=(0, 1))(x, k)
 
-    np.testing.assert_allclose(hessian("blocks"), hessian("reference"), rtol=1e-4, atol=1e-3)
+    both = map(jax.tree.leaves, map(hessian, ("blocks", "reference")))
+    for ours, expected in zip(*both, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -100,6 +100,20 @@ def test_carafe_at_high_ratio():
     assert used <= 1.4 * weights
 
 
+@pytest.mark.parametrize(
+    "workload, direction, torch",
+    [
+        ("segformer_x8", "forward", 6.56e6),
+        ("segformer_x8", "both", 4.01e6),
+        ("segformer_x4", "both", 9.06e6),
+        ("segmenter", "both", 11.4e6),
+    ],
+)
+def test_carafe_of_small_maps(workload, direction, torch):
+    """At most half of what PyTorch's takes (docs/benchmarks_cpu_amd.json)."""
+    assert temporary("carafe", WORKLOADS[workload], direction)[0] <= torch / 2
+
+
 def test_dino_hd_fits():
     """768 channels, 64 x 64 to 1024 x 1024, forward and backward: 24 GB with all arguments."""
     f, args, _ = call("resfu", WORKLOADS["dino_hd"], "both")

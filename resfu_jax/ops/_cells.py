@@ -33,6 +33,7 @@ _PATCH_PIXELS = 64  # of the output, at most, in a patch of several rows of cell
 Weights = Float[Array, "b H W g taps"]
 Padded = Float[Array, "b hp wp c"]
 Output = Float[Array, "b H W c"]
+Products = Float[Array, "b rows cols g seen d"]
 
 
 @jax.custom_vjp
@@ -129,7 +130,17 @@ def _correlate(y: Output, x: Padded, n: int, groups: int) -> Weights:
 
 
 def _scatter(weights: Weights, y: Output, size: tuple) -> Padded:
-    # Per patch of cells: (what they see x pixels)(pixels x C), then the patches overlap-add.
+    n = math.isqrt(weights.shape[4])
+    ratio = _cells(y.shape, size, n)[1]
+    return overlap_add(patch_products(weights, y, size), size, n, ratio)
+
+
+def patch_products(weights: Weights, y: Output, size: tuple) -> Products:
+    """What each patch of cells adds to the pixels that it sees: the products of `scatter`.
+
+    `overlap_add` sums them up. `size` is x's shape; both are for all rows at once.
+    """
+    # Per patch of cells: (what they see x pixels)(pixels x C).
     b, hh, ww, g, taps = weights.shape
     n = math.isqrt(taps)
     (h, w), ratio = _cells(y.shape, size, n)
@@ -154,8 +165,16 @@ def _scatter(weights: Weights, y: Output, size: tuple) -> Padded:
         axis=4,
     )
     weights = weights.reshape(b, h // rows, w // cols, g, -1, seen_rows * seen_cols)
-    out = jnp.einsum("bhwgpt,bhwgpc->bhwgtc", weights, _by_patch(y, g, ratio, patch))
-    out = out.reshape(b, h // rows, w // cols, g, seen_rows, seen_cols, -1)
+    return jnp.einsum("bhwgpt,bhwgpc->bhwgtc", weights, _by_patch(y, g, ratio, patch))
+
+
+def overlap_add(products: Products, size: tuple, n: int, ratio: tuple[int, int]) -> Padded:
+    """The patches' products, each pixel of them added to its place in x."""
+    (b, height, width, _), g = size, products.shape[3]
+    h, w = height - n + 1, width - n + 1
+    rows, cols = _patch(h, w, n, ratio)
+    seen_rows, seen_cols = rows + n - 1, cols + n - 1
+    out = products.reshape(b, h // rows, w // cols, g, seen_rows, seen_cols, -1)
     bands = 0
     for s in range(0, seen_cols, cols):
         band = out[..., s : s + cols, :].transpose(0, 1, 4, 2, 5, 3, 6)

@@ -9,8 +9,8 @@ For any other, a branch that reads it serves (`zeros_once`).
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 
 @jax.custom_vjp
@@ -24,6 +24,16 @@ def zeros_after(done: Array, shape: tuple, dtype: DTypeLike) -> Array:
     pixel = done[(slice(None), *_middle(done.shape[1:]))]
     zero = (pixel > jnp.inf).astype(dtype).reshape(done.shape[0], *[1] * (len(shape) - 1))
     return jnp.broadcast_to(zero, shape)
+
+
+def later(i: Int[ArrayLike, ""], done: Array) -> Int[ArrayLike, ""]:
+    """A loop's index i, but not known before `done` is computed: what it cuts comes after.
+
+    A number, the index of the only block, stays as it is.
+    """
+    if isinstance(i, int):
+        return i
+    return jnp.asarray(i, jnp.int32) + never(done).astype(jnp.int32)
 
 
 def never(done: Array) -> Bool[Array, ""]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops._order import never
 from resfu_jax.ops._row_blocks import Rows, block_rows, block_values, map_row_blocks
 
 Implementation = Literal["reference", "blocks"]
@@ -103,6 +104,8 @@ def _gradient_in_blocks_bwd(stride, padding, dilation, saved, g):
     options = stride, padding, dilation
     kh, kw, c, o = kernel.shape
     if kh * kw * c <= 2 * o:
+        if stride == (1, 1) and g.size <= block_values():  # g stays in the cache
+            return _gradients_tap_by_tap(x, kernel, g, padding, dilation)
         return jax.vjp(lambda *args: _blocks(*args, *options), x, kernel)[1](g)
     # The gradient of the windows would be much larger than that of the outputs.
     (d_x,) = jax.vjp(lambda x: _reference(x, kernel, *options), x)[1](g)
@@ -113,6 +116,35 @@ def _gradient_in_blocks_bwd(stride, padding, dilation, saved, g):
 _gradient_in_blocks.defvjp(
     lambda *args: (_gradient_in_blocks(*args), args[:2]), _gradient_in_blocks_bwd
 )
+
+
+def _gradients_tap_by_tap(x, kernel, g, padding, dilation):
+    # With nothing as large as g beside it: neither the windows of all taps, nor a large kernel's
+    # gradient but at its place.
+    (b, h, w, o), (kh, kw, c, _), (d, e) = g.shape, kernel.shape, dilation
+    wide = at_least_float32(g.dtype)
+    zero = never(g).astype(wide)  # what is added to it exists from when g does
+    x = x + zero.astype(x.dtype)
+    padded, unpad = jax.vjp(lambda x: jnp.pad(x, ((0, 0), *padding, (0, 0))), x)
+    most = max(1, block_values() // (16 * o))
+    part = max(k for k in range(1, min(c, most) + 1) if c % k == 0)  # of the channels
+    g = g.astype(wide)
+
+    def body(i, state):
+        d_padded, d_kernel = state
+        tap, first = i // (c // part), i % (c // part) * part
+        origin, (u, v) = jnp.zeros_like(first), (tap // kw, tap % kw)
+        at_window, at_weights = (origin, d * u, e * v, first), (u, v, first, origin)
+        window = jax.lax.dynamic_slice(padded, at_window, (b, h, w, part))
+        weights = jax.lax.dynamic_slice(kernel, at_weights, (1, 1, part, o))[0, 0].astype(wide)
+        d_weights = _over_pixels(window, g)[None, None]
+        d_window = g @ weights.T + jax.lax.dynamic_slice(d_padded, at_window, window.shape)
+        d_padded = jax.lax.dynamic_update_slice(d_padded, d_window, at_window)
+        return d_padded, jax.lax.dynamic_update_slice(d_kernel, d_weights, at_weights)
+
+    state = tuple(jnp.broadcast_to(zero, a.shape) for a in (padded, kernel))
+    d_padded, d_kernel = jax.lax.fori_loop(0, kh * kw * (c // part), body, state)
+    return *unpad(d_padded.astype(x.dtype)), d_kernel.astype(kernel.dtype)
 
 
 def _blocks(x, kernel, stride, padding, dilation):
@@ -151,16 +183,18 @@ def _product(windows: Float[Array, "b h w k"], kernel: Float[Array, "k o"]) -> A
 
 
 def _product_bwd(saved, g):
-    # The gradient to the kernel is a product over pixels, of which XLA copies the second factor. In
-    # bfloat16 that is slow on a CPU (JAX 0.12); from bfloat16 to float32 it does not always run.
     windows, kernel = saved
-    wide = at_least_float32(g.dtype)
-    x, y = windows.astype(wide), g.astype(wide)
+    return g @ kernel.T, _over_pixels(windows, g).astype(kernel.dtype)
+
+
+def _over_pixels(x: Float[Array, "b h w k"], y: Float[Array, "b h w o"]) -> Float[Array, "k o"]:
+    # XLA copies the second factor of a product over pixels. In bfloat16 that is slow on a CPU
+    # (JAX 0.12); from bfloat16 to float32 it does not always run.
+    wide = at_least_float32(y.dtype)
+    x, y = x.astype(wide), y.astype(wide)
     if x.shape[3] < y.shape[3]:
-        d_kernel = jnp.einsum("bhwk,bhwo->ko", x, y)
-    else:
-        d_kernel = jnp.einsum("bhwo,bhwk->ok", y, x).T
-    return g @ kernel.T, d_kernel.astype(kernel.dtype)
+        return jnp.einsum("bhwk,bhwo->ko", x, y)
+    return jnp.einsum("bhwo,bhwk->ok", y, x).T
 
 
 _product.defvjp(lambda *args: (_product(*args), args), _product_bwd)

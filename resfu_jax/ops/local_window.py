@@ -26,7 +26,7 @@ from resfu_jax.ops import _cells
 from resfu_jax.ops._dtypes import at_least_float32, promote
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._large_pages import filled
-from resfu_jax.ops._order import zeros_after, zeros_once
+from resfu_jax.ops._order import later, zeros_after, zeros_once
 from resfu_jax.ops._polyphase import whole_ratio
 from resfu_jax.ops._row_blocks import (
     Bordered,
@@ -256,13 +256,17 @@ def _shuffled_attention_fwd(scores, v, groups, taps, ratio):
 
 def _shuffled_attention_bwd(groups, taps, ratio, saved, g):
     weights, v, once = saved
-    b, h, w, _ = v.shape
+    (b, h, w, c), kernel_size = v.shape, math.isqrt(taps)
     # Of a small map, too, many blocks: beside the weights, one block is most of the memory.
     tile = None
     if isinstance(h, int) and may_be_small():
         tile = ratio * max(1, h // _GRADIENT_BLOCKS)
-    count, windows, pixels = _blocks(v, (ratio * h, ratio * w), math.isqrt(taps), tile)
+    count, windows, pixels = _blocks(v, (ratio * h, ratio * w), kernel_size, tile)
     rows = Rows(1, windows.step, windows.step)
+    window_shape = (b, windows.length, w + kernel_size - 1, c)
+
+    def by_pixel(block):
+        return block.reshape(b, -1, ratio * w, groups, taps)
 
     def by_tap(x):
         x = pixel_unshuffle(x.reshape(b, -1, ratio * w, groups * taps), ratio)
@@ -270,15 +274,18 @@ def _shuffled_attention_bwd(groups, taps, ratio, saved, g):
 
     def body(i, state):
         weights, d_v = state
-        block, window, d_out = cut((weights, v, g), i, (rows, windows, pixels))
-        block = block.reshape(b, -1, ratio * w, groups, taps)
-        window, d_out = window.astype(block.dtype), d_out.astype(block.dtype)
-        d_weights, d_window = jax.vjp(_cells.reassemble, block, window)[1](d_out)
-        # All that reads the block comes before it is replaced, or XLA copies the array.
-        zero = zeros_after(d_window, (b, 1, 1, 1, 1, 1), block.dtype)
-        d_scores = softmax_gradient(by_tap(block), by_tap(d_weights), axis=4) + zero
-        d_scores = d_scores.reshape(b, d_scores.shape[1], -1)
-        return put(weights, d_scores, i, rows), add(d_v, d_window, i, windows)
+        # In this order: of a small map one block's arrays, all at once, are most of the memory.
+        block, d_out = cut((weights, g), i, (rows, pixels))
+        d_out = d_out.astype(weights.dtype)
+        products = _cells.patch_products(by_pixel(block), d_out, window_shape)
+        d_window = _cells.overlap_add(products, window_shape, kernel_size, (ratio, ratio))
+        d_v = add(d_v, d_window, later(i, products), windows)
+        (window,) = cut((v,), later(i, d_v), (windows,))
+        d_weights = _cells.correlate(d_out, window.astype(d_out.dtype), kernel_size, groups)
+        i = later(i, d_weights)
+        (block,) = cut((weights,), i, (rows,))
+        d_scores = softmax_gradient(by_tap(by_pixel(block)), by_tap(d_weights), axis=4)
+        return put(weights, d_scores.reshape(block.shape), i, rows), d_v
 
     # The gradient to the scores takes the place of the weights, once the output is made of them.
     d_v = zeros_after(g, v.shape, once.dtype) + once[:, None, None, None]
