@@ -51,9 +51,13 @@ def by_definition(x, kernel, stride=1, padding=0, dilation=1):
 
 
 @pytest.mark.parametrize("implementation", [None, "reference", "blocks"])
-@pytest.mark.parametrize("size, kernel, options", CASES)
-def test_equals_definition(implementation, size, kernel, options, short_blocks):
-    x, k = inputs(size, kernel)
+@pytest.mark.parametrize(
+    "size, kernel, options, outputs",
+    # Of the last, the windows are small next to the outputs.
+    [(*case, 5) for case in CASES] + [(WIDE, (1, 2), dict(padding=1, dilation=2), 72)],
+)
+def test_equals_definition(implementation, size, kernel, options, outputs, short_blocks):
+    x, k = inputs(size, kernel, outputs=outputs)
     out = jax.jit(functools.partial(conv, implementation=implementation, **options))(x, k)
     np.testing.assert_allclose(out, by_definition(x, k, **options), atol=2e-5)
 
@@ -83,6 +87,7 @@ def test_gradients_equal_those_of_xla(size, kernel, options, rows, request):
     "size, kernel, options",
     [
         (WIDE, (3, 3), dict(padding=1)),
+        (WIDE, (1, 2), dict(padding=1)),
         (IMAGE, (3, 3), dict(padding=1)),
         (WIDE, (3, 2), dict(padding=((1, 0), (2, 3)), dilation=(2, 1))),
         (IMAGE, (3, 3), dict(padding=1, stride=2)),

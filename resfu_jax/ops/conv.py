@@ -40,10 +40,10 @@ def conv(
       padding: zeros around x, pixels; one number or ((top, bottom), (left, right)).
       dilation: distance of the taps, pixels; one number or (rows, columns).
       implementation: `"reference"` is XLA's convolution. `"blocks"` has its values and gradients
-        from products of the kernel, as a matrix, with the windows of a block of rows, where XLA is
-        slow on a CPU: the gradient to the kernel, with many outputs that to `x`, and all of a
-        convolution with a stride. `None` takes `"blocks"` on a CPU where the sizes are known, and
-        `"reference"` elsewhere.
+        from products of the kernel, as a matrix, with windows of x, where XLA is slow on a CPU: the
+        gradient to the kernel, with many outputs that to `x` and the values, too, and all of a
+        convolution with a stride; block by block, where these would be many. `None` takes
+        `"blocks"` on a CPU where the sizes are known, and `"reference"` elsewhere.
 
     Raises:
       ValueError: a kernel that does not fit `x`, an unknown implementation, or a stride, dilation
@@ -78,7 +78,7 @@ def conv(
         return _reference(x, kernel, stride, padding, dilation)
     if stride != (1, 1) and x.shape[3] >= _FEW:
         return _blocks(x, kernel, stride, padding, dilation)
-    return _gradient_in_blocks(x, kernel, stride, padding, dilation)
+    return _by_products(x, kernel, stride, padding, dilation)
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
@@ -95,11 +95,16 @@ def _reference(x, kernel, stride, padding, dilation):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _gradient_in_blocks(x, kernel, *options):
-    return _reference(x, kernel, *options)
+def _by_products(x, kernel, stride, padding, dilation):
+    kh, kw, c, o = kernel.shape
+    if 2 * kh * kw * c > o or c < _FEW or x.dtype == jnp.bfloat16:
+        return _reference(x, kernel, stride, padding, dilation)
+    # Windows are small next to outputs: one product, which XLA divides better among the cores, but
+    # has its bfloat16 results in float32 first.
+    return _windows(_pad(x, padding), (kh, kw), stride, dilation) @ kernel.reshape(-1, o)
 
 
-def _gradient_in_blocks_bwd(stride, padding, dilation, saved, g):
+def _by_products_bwd(stride, padding, dilation, saved, g):
     x, kernel = saved
     options = stride, padding, dilation
     kh, kw, c, o = kernel.shape
@@ -113,9 +118,7 @@ def _gradient_in_blocks_bwd(stride, padding, dilation, saved, g):
     return d_x, d_kernel
 
 
-_gradient_in_blocks.defvjp(
-    lambda *args: (_gradient_in_blocks(*args), args[:2]), _gradient_in_blocks_bwd
-)
+_by_products.defvjp(lambda *args: (_by_products(*args), args[:2]), _by_products_bwd)
 
 
 def _gradients_tap_by_tap(x, kernel, g, padding, dilation):
@@ -125,7 +128,7 @@ def _gradients_tap_by_tap(x, kernel, g, padding, dilation):
     wide = at_least_float32(g.dtype)
     zero = never(g).astype(wide)  # what is added to it exists from when g does
     x = x + zero.astype(x.dtype)
-    padded, unpad = jax.vjp(lambda x: jnp.pad(x, ((0, 0), *padding, (0, 0))), x)
+    padded, unpad = jax.vjp(lambda x: _pad(x, padding), x)
     most = max(1, block_values() // (16 * o))
     part = max(k for k in range(1, min(c, most) + 1) if c % k == 0)  # of the channels
     g = g.astype(wide)
@@ -149,32 +152,50 @@ def _gradients_tap_by_tap(x, kernel, g, padding, dilation):
 
 def _blocks(x, kernel, stride, padding, dilation):
     kh, kw, c, o = kernel.shape
-    (s, t), (d, e) = stride, dilation
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    b, height, width, _ = x.shape
-    h, w = (height - d * (kh - 1) - 1) // s + 1, (width - e * (kw - 1) - 1) // t + 1
+    s, d = stride[0], dilation[0]
+    x = _pad(x, padding)
+    b, h, w = x.shape[0], *_output_size(x, (kh, kw), stride, dilation)
     # Windows and outputs, and the gradients to both, are alive at once. Each block reads the kernel
     # and adds to its gradient: of one that leaves the cache it should not be much smaller.
     least = 0 if 2 * kernel.size <= block_values() else 4 * kernel.size
     rows = block_rows(h, 2 * b * w * max(kh * kw * c, o), at_least=least)
 
     def f(kernel, blocks):
-        (x,) = blocks
-        windows = [
-            jax.lax.slice(
-                x,
-                (0, d * u, e * v, 0),
-                (b, d * u + s * (rows - 1) + 1, e * v + t * (w - 1) + 1, c),
-                (1, s, t, 1),
-            )
-            for u in range(kh)
-            for v in range(kw)
-        ]
-        return (_product(jnp.concatenate(windows, axis=3), kernel.reshape(kh * kw * c, o)),)
+        windows = _windows(*blocks, (kh, kw), stride, dilation)
+        return (_product(windows, kernel.reshape(-1, o)),)
 
     inputs = (Rows(1, s * rows, s * (rows - 1) + d * (kh - 1) + 1),)
     (out,) = map_row_blocks(f, h // rows, inputs, (Rows(1, rows, rows),), kernel, (x,))
     return out
+
+
+def _pad(x, padding):
+    return jnp.pad(x, ((0, 0), *padding, (0, 0)))
+
+
+def _windows(x, kernel_size, stride, dilation) -> Float[Array, "b h w k"]:
+    """What each output sees of the padded x."""
+    (kh, kw), (s, t), (d, e) = kernel_size, stride, dilation
+    h, w = _output_size(x, kernel_size, stride, dilation)
+    b, _, _, c = x.shape
+    taps = [
+        jax.lax.slice(
+            x,
+            (0, d * u, e * v, 0),
+            (b, d * u + s * (h - 1) + 1, e * v + t * (w - 1) + 1, c),
+            (1, s, t, 1),
+        )
+        for u in range(kh)
+        for v in range(kw)
+    ]
+    return jnp.concatenate(taps, axis=3)
+
+
+def _output_size(x, kernel_size, stride, dilation) -> tuple[int, int]:
+    """Of the padded x."""
+    axes = zip(x.shape[1:3], kernel_size, stride, dilation, strict=True)
+    h, w = ((n - d * (k - 1) - 1) // s + 1 for n, k, s, d in axes)
+    return h, w
 
 
 @jax.custom_vjp
