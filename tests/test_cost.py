@@ -114,6 +114,12 @@ def test_carafe_of_small_maps(workload, direction, torch):
     assert temporary("carafe", WORKLOADS[workload], direction)[0] <= torch / 2
 
 
+def test_window_sums_use_all_cores():
+    """XLA computes a loop that it takes for a small one, whatever its size, by one core."""
+    f, args, _ = call("carafe", WORKLOADS["dino"], "forward")
+    assert "small_call" not in jax.jit(f).lower(*args).compile(AS_IN_USE).as_text()
+
+
 def test_dino_hd_fits():
     """768 channels, 64 x 64 to 1024 x 1024, forward and backward: 24 GB with all arguments."""
     f, args, _ = call("resfu", WORKLOADS["dino_hd"], "both")

@@ -32,7 +32,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops._order import never, zeros_after
+from resfu_jax.ops._order import never, on_all_cores, zeros_after
 
 LARGE = 2**24  # bytes
 _TARGET = "resfu_jax_large_pages"
@@ -63,7 +63,7 @@ def filled(f: Callable[[Array], Array], zero: Float[Array, " b"], done: Array) -
     turns = 1 + never(done).astype(jnp.int32)
 
     def body(i, _):
-        return f(jnp.broadcast_to((i > 1).astype(zero.dtype), zero.shape))
+        return f(jnp.broadcast_to((on_all_cores(i) > 1).astype(zero.dtype), zero.shape))
 
     return jax.lax.fori_loop(0, turns, body, empty(result.shape, result.dtype, done))
 

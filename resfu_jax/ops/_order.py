@@ -36,6 +36,15 @@ def later(i: Int[ArrayLike, ""], done: Array) -> Int[ArrayLike, ""]:
     return jnp.asarray(i, jnp.int32) + never(done).astype(jnp.int32)
 
 
+def on_all_cores(i: Int[Array, ""]) -> Int[Array, ""]:
+    """A loop's index, by way of a sort.
+
+    XLA's CPU compiler (JAX 0.12) takes loops for small, whatever their size, and has them computed
+    by one core, but for those that hold one of a few operations, a sort among them.
+    """
+    return jax.lax.sort(jnp.stack([i, i + 1]))[0] if jax.default_backend() == "cpu" else i
+
+
 def never(done: Array) -> Bool[Array, ""]:
     """False, but not known before `done` is computed."""
     return done[_middle(done.shape)] > jnp.inf
