@@ -4,7 +4,8 @@ Large computations that are independent are scheduled side by side, and need the
 optimisation barrier does not help: XLA's CPU compiler drops it before it fuses and schedules. So
 the later one gets a zero that depends on the earlier one, which must be the result of a loop
 (`_row_blocks`) or of a scatter: of anything else, the compiler would compute the one pixel apart.
-For any other, a branch that reads it serves (`zeros_once`).
+For any other, a branch that reads it serves (`zeros_once`). Within a loop, what is cut out of an
+array comes later by its index (`later`).
 """
 
 import jax
@@ -34,15 +35,6 @@ def later(i: Int[ArrayLike, ""], done: Array) -> Int[ArrayLike, ""]:
     if isinstance(i, int):
         return i
     return jnp.asarray(i, jnp.int32) + never(done).astype(jnp.int32)
-
-
-def on_all_cores(i: Int[Array, ""]) -> Int[Array, ""]:
-    """A loop's index, by way of a sort.
-
-    XLA's CPU compiler (JAX 0.12) takes loops for small, whatever their size, and has them computed
-    by one core, but for those that hold one of a few operations, a sort among them.
-    """
-    return jax.lax.sort(jnp.stack([i, i + 1]))[0] if jax.default_backend() == "cpu" else i
 
 
 def never(done: Array) -> Bool[Array, ""]:

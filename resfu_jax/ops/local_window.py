@@ -274,7 +274,8 @@ def _shuffled_attention_bwd(groups, taps, ratio, saved, g):
 
     def body(i, state):
         weights, d_v = state
-        # In this order: of a small map one block's arrays, all at once, are most of the memory.
+        # In this order: of a small map one block's arrays, all at once, are most of the memory. And
+        # all that reads the block comes before it is replaced, or XLA copies the weights.
         block, d_out = cut((weights, g), i, (rows, pixels))
         d_out = d_out.astype(weights.dtype)
         products = _cells.patch_products(by_pixel(block), d_out, window_shape)
