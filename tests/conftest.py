@@ -45,6 +45,17 @@ jaxtyping.jaxtyped = check_annotated_types
 flags.FLAGS.mark_as_parsed()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_this_module_only():
+    """Frees a module's compiled programs.
+
+    JAX keeps all, each has mappings of memory, and with 65530 of them (Linux's `vm.max_map_count`)
+    a process gets no more and crashes.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def as_users_call():
     """Switches off jaxtyping's shape checks, which users do not have, to see our own errors."""
