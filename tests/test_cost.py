@@ -114,9 +114,10 @@ def test_carafe_of_small_maps(workload, direction, torch):
     assert temporary("carafe", WORKLOADS[workload], direction)[0] <= torch / 2
 
 
-def test_window_sums_use_all_cores():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_window_sums_use_all_cores(dtype):
     """XLA computes a loop that it takes for a small one, whatever its size, by one core."""
-    f, args, _ = call("carafe", WORKLOADS["dino"], "forward")
+    f, args, _ = call("carafe", WORKLOADS["dino"], "forward", dtype=dtype)
     assert "small_call" not in jax.jit(f).lower(*args).compile(AS_IN_USE).as_text()
 
 

@@ -101,13 +101,15 @@ def test_same_in_a_batch_of_calls(name, request, float64):
     check_alike(got, np.stack(one_by_one))
 
 
-@pytest.mark.parametrize("name", ["carafe", "dysample"])
+@pytest.mark.parametrize("name", ["carafe", "sapa", "dysample"])
 def test_same_in_bfloat16(name, request):
     module, arrays = example(name)
     arrays = [a.astype(jnp.bfloat16) for a in arrays]
     expected = jax.jit(fresh(module))(*arrays)
     request.getfixturevalue("every_size")
-    got = jax.jit(fresh(module))(*arrays)
+    program = compiled(fresh(module), *arrays)
+    assert TARGET in program.as_text()
+    got = program(*arrays)
     assert got.dtype == jnp.bfloat16
     check_alike(got.astype(jnp.float32), expected.astype(jnp.float32), rtol=0.02, atol=0.02)
 

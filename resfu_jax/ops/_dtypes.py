@@ -25,7 +25,7 @@ def bfloat16_is_native() -> bool:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def narrow(a: Array, dtype: DTypeLike) -> Array:
+def cast(a: Array, dtype: DTypeLike) -> Array:
     """`a.astype(dtype)`, for what a loop puts into a bfloat16 array.
 
     On a CPU the bits are made here: XLA's own rounding keeps such a loop from being vectorised
@@ -37,6 +37,6 @@ def narrow(a: Array, dtype: DTypeLike) -> Array:
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
-@narrow.defjvp
+@cast.defjvp
 def _(dtype, primals, tangents):
-    return narrow(*primals, dtype), tangents[0].astype(dtype)
+    return cast(*primals, dtype), tangents[0].astype(dtype)

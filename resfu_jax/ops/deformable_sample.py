@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from resfu_jax.ops import _bilinear
-from resfu_jax.ops._dtypes import narrow
+from resfu_jax.ops._dtypes import cast
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._large_pages import empty
 from resfu_jax.ops._order import zeros_after
@@ -95,7 +95,7 @@ def deformable_sample(
 def _sample(x: Array, points: Array, padding_mode: PaddingMode) -> Array:
     inside = padding_mode == "border"
     x, positions = by_group(x, points.shape[3]), _positions(x, points, padding_mode)
-    return narrow(_bilinear.sample(x, *positions, inside=inside), x.dtype)
+    return cast(_bilinear.sample(x, *positions, inside=inside), x.dtype)
 
 
 def by_group(x: Float[Array, "b h w c"], groups: int) -> _bilinear.Maps:

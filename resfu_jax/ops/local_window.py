@@ -20,10 +20,11 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from resfu_jax.ops import _cells
-from resfu_jax.ops._dtypes import at_least_float32, promote
+from resfu_jax.ops._dtypes import at_least_float32, bfloat16_is_native, cast, promote
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._large_pages import filled
 from resfu_jax.ops._order import later, zeros_after, zeros_once
@@ -316,9 +317,9 @@ def _gather(x: Array, size: tuple[Size, Size], kernel_size: int) -> Float[Array,
     return windows
 
 
-def _pad(x: Array, kernel_size: int) -> Array:
+def _pad(x: Array, kernel_size: int, border: ArrayLike = 0) -> Array:
     r = kernel_size // 2
-    return jnp.pad(x, ((0, 0), (r, r), (r, r), (0, 0)))
+    return jnp.pad(x, ((0, 0), (r, r), (r, r), (0, 0)), constant_values=border)
 
 
 def _blocks(
@@ -334,16 +335,19 @@ def _blocks(
 
 def _reassemble_whole(weights: _cells.Weights, v: Array, *, alone: bool = True) -> Array:
     """Sums of all windows in the dtype of v, as an array of its own or for a fusion with more."""
+    kernel_size = math.isqrt(weights.shape[4])
 
     def sums(zero):
-        # Padded once the weights are computed, not beside what they are made of.
-        padded = _pad(v.astype(weights.dtype) + zero[:, None, None, None], math.isqrt(taps))
-        return _cells.reassemble(weights, padded)
+        # Padded once the weights are computed, not beside what they are made of; and widened after
+        # that, or a loop would be given the wide map.
+        padded = _pad(v, kernel_size, zero[0].astype(v.dtype))
+        return cast(_cells.reassemble(weights, padded.astype(weights.dtype)), v.dtype)
 
-    taps, zero = weights.shape[4], zeros_after(weights, weights.shape[:1], weights.dtype)
-    # Narrow ones, too, are fused with more: the cast.
-    alone = alone and v.dtype == weights.dtype
-    return (filled(sums, zero, weights) if alone else sums(zero)).astype(v.dtype)
+    zero = zeros_after(weights, weights.shape[:1], weights.dtype)
+    if v.dtype != weights.dtype and not bfloat16_is_native():
+        # XLA widens v before the loop: only where it is small next to the result.
+        alone = alone and weights.shape[1] >= 4 * v.shape[1]
+    return filled(sums, zero, weights) if alone else sums(zero)
 
 
 def _polyphase(implementation: str | None, size, out_size) -> bool:
