@@ -14,7 +14,8 @@ so that the gradients of `reassemble` and `correlate` are exact and again of the
 Differentiated by JAX, the slices of x would each become a padded map.
 
 Shapes: w (B, H, W, G, n*n), x (B, h + n - 1, w + n - 1, C), y (B, H, W, C); G groups of channels,
-contiguous, with weights of their own. Sums are in the arrays' dtype, which callers choose wide.
+contiguous, with weights of their own. Sums are in the arrays' dtype, which callers choose wide; of
+`correlate`, y may be narrow.
 """
 
 import functools
@@ -24,9 +25,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from resfu_jax.ops._dtypes import cast
 from resfu_jax.ops._interp import Size
+from resfu_jax.ops._large_pages import empty
 from resfu_jax.ops._order import zeros_after
-from resfu_jax.ops._row_blocks import Rows, add, block_rows, cut, loop, map_row_blocks
+from resfu_jax.ops._row_blocks import (
+    Rows,
+    add,
+    block_rows,
+    cut,
+    loop,
+    map_row_blocks,
+    may_be_small,
+)
 
 _PATCH_PIXELS = 64  # of the output, at most, in a patch of several rows of cells
 
@@ -58,25 +69,15 @@ def reassemble(weights: Weights, x: Padded) -> Output:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def correlate(y: Output, x: Padded, n: int, groups: int = 1) -> Weights:
-    """Inner products of every pixel of y with the pixels of its n x n window in x."""
+    """Inner products of every pixel of y with the pixels of its n x n window in x, in y's dtype."""
     count, windows, pixels = blocks(y.shape, x.shape, n)
 
     def f(_, rows):
-        return (_correlate(*rows, n, groups),)
+        y, x = rows
+        return (cast(_correlate(y.astype(x.dtype), x, n, groups), y.dtype),)
 
     (out,) = map_row_blocks(f, count, (pixels, windows), (pixels,), (), (y, x))
     return out
-
-
-def scatter(weights: Weights, y: Output, size: tuple) -> Padded:
-    """Every pixel of y added to its window's pixels, times the weights; `size` is x's shape."""
-    count, windows, pixels = blocks(y.shape, size, math.isqrt(weights.shape[4]))
-
-    def body(i, total):
-        w, y_rows = cut((weights, y), i, (pixels, pixels))
-        return add(total, _scatter(w, y_rows, (size[0], windows.length, *size[2:])), i, windows)
-
-    return loop(count, body, zeros_after(y, size, y.dtype))
 
 
 def _reassemble_bwd(saved, g):
@@ -89,7 +90,7 @@ def _reassemble_bwd(saved, g):
         d_weights, d_x = state
         w, y, window = cut((weights, g, x), i, (pixels, pixels, windows))
         d_weights = add(d_weights, _correlate(y, window, n, groups), i, pixels)
-        return d_weights, add(d_x, _scatter(w, y, window.shape), i, windows)
+        return d_weights, add(d_x, scatter(w, y, window.shape), i, windows)
 
     zeros = (zeros_after(g, a.shape, a.dtype) for a in (weights, x))
     return loop(count, body, tuple(zeros))
@@ -100,7 +101,20 @@ reassemble.defvjp(lambda weights, x: (reassemble(weights, x), (weights, x)), _re
 
 def _correlate_bwd(n, groups, saved, g):
     y, x = saved
-    return reassemble(g, x), scatter(g, y, x.shape)
+    # At least two blocks: what is made of a block, all at once, is wider than its rows of y.
+    tile = None
+    if isinstance(y.shape[1], int) and may_be_small():
+        tile = y.shape[1] // 2
+    count, windows, pixels = blocks(y.shape, x.shape, n, tile)
+
+    def body(i, state):
+        d_y, d_x = state
+        *narrow, window = cut((g, y, x), i, (pixels, pixels, windows))
+        weights, y_rows = (a.astype(x.dtype) for a in narrow)
+        d_y = add(d_y, cast(reassemble(weights, window), y.dtype), i, pixels)
+        return d_y, add(d_x, scatter(weights, y_rows, window.shape), i, windows)
+
+    return loop(count, body, (empty(y.shape, y.dtype, g), zeros_after(g, x.shape, x.dtype)))
 
 
 correlate.defvjp(
@@ -129,7 +143,8 @@ def _correlate(y: Output, x: Padded, n: int, groups: int) -> Weights:
     return out.transpose(0, 1, 4, 5, 2, 6, 7, 3, 8, 9).reshape(b, hh, ww, groups, n * n)
 
 
-def _scatter(weights: Weights, y: Output, size: tuple) -> Padded:
+def scatter(weights: Weights, y: Output, size: tuple) -> Padded:
+    """Every pixel of y added to its window's pixels, times the weights; `size` is x's shape."""
     n = math.isqrt(weights.shape[4])
     ratio = _cells(y.shape, size, n)[1]
     return overlap_add(patch_products(weights, y, size), size, n, ratio)

@@ -313,8 +313,8 @@ def _run_backward(f, count, inputs, params, arrays, cotangents, done):
     d_params = zero_sums(params)
     d_arrays = []
     for a, rows in zip(arrays, inputs, strict=True):
-        dtype = at_least_float32(a.dtype)
         filled = _are_apart(rows) and a.shape[rows.axis] == count * rows.step
+        dtype = a.dtype if filled else at_least_float32(a.dtype)
         d_arrays.append(
             empty(a.shape, dtype, done) if filled else zeros_after(done, a.shape, dtype)
         )

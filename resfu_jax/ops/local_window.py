@@ -80,11 +80,9 @@ def local_similarity(
     dtype = at_least_float32(q.dtype)
     if _polyphase(implementation, k.shape[1:3], q.shape[1:3]):
         padded = _pad(k.astype(dtype), kernel_size)
-        out = _cells.correlate(q.astype(dtype), padded, kernel_size, 1)[..., 0, :]
-    else:
-        windows = _gather(k, q.shape[1:3], kernel_size).astype(dtype)
-        out = jnp.einsum("bhwd,bhwtd->bhwt", q.astype(dtype), windows)
-    return out.astype(q.dtype)
+        return _cells.correlate(q, padded, kernel_size)[..., 0, :]
+    windows = _gather(k, q.shape[1:3], kernel_size).astype(dtype)
+    return jnp.einsum("bhwd,bhwtd->bhwt", q.astype(dtype), windows).astype(q.dtype)
 
 
 def local_reassembly(
