@@ -7,6 +7,7 @@ tells.
 import functools
 import importlib
 import os
+import re
 
 import goldens
 import jax
@@ -19,6 +20,7 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from resfu_jax import create_upsampler, list_upsamplers
+from resfu_jax.ops import _large_pages, _row_blocks
 from resfu_jax.upsamplers import pixel_weights, takes_values, upsampler_entry
 
 for module in os.environ.get("UPSAMPLERS", "").split():
@@ -184,6 +186,28 @@ def test_sharded_batch_equals_unsharded(name):
         y = run(up, [jax.device_put(a, sharding) for a in arrays])
         assert y.dtype == jnp.float64 and len(y.sharding.device_set) == 8
         np.testing.assert_allclose(y, run(up, arrays), atol=1e-6)
+
+
+@every
+def test_devices_do_not_wait_for_each_other(name, monkeypatch):
+    """On a GPU or TPU each has its part of the batch; gradients to parameters are not asked for."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(_large_pages, "_available", lambda: False)
+    monkeypatch.setattr(_row_blocks, "_BLOCK_VALUES_ELSEWHERE", 500)  # several blocks
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    graphdef, params = nnx.split(build(name))
+
+    def value_and_gradients(*arrays):
+        y, vjp = jax.vjp(lambda *arrays: nnx.merge(graphdef, params)(*arrays), *arrays)
+        return y, vjp(y)
+
+    shapes = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in inputs(name, batch=8)
+    ]
+    program = jax.jit(value_and_gradients).lower(*shapes).compile().as_text()
+    assert "num_partitions=8" in program
+    assert not re.findall("all-reduce|all-gather|all-to-all|collective-permute", program)
 
 
 @every

@@ -30,9 +30,10 @@ def zeros_after(done: Array, shape: tuple, dtype: DTypeLike) -> Array:
 def later(i: Int[ArrayLike, ""], done: Array) -> Int[ArrayLike, ""]:
     """A loop's index i, but not known before `done` is computed: what it cuts comes after.
 
-    A number, the index of the only block, stays as it is.
+    On a CPU; elsewhere all devices would wait for the one that has the pixel. A number, the index
+    of the only block, stays as it is.
     """
-    if isinstance(i, int):
+    if isinstance(i, int) or jax.default_backend() != "cpu":
         return i
     return jnp.asarray(i, jnp.int32) + never(done).astype(jnp.int32)
 

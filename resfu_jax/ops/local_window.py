@@ -20,7 +20,6 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from resfu_jax.ops import _cells
@@ -315,9 +314,9 @@ def _gather(x: Array, size: tuple[Size, Size], kernel_size: int) -> Float[Array,
     return windows
 
 
-def _pad(x: Array, kernel_size: int, border: ArrayLike = 0) -> Array:
+def _pad(x: Array, kernel_size: int) -> Array:
     r = kernel_size // 2
-    return jnp.pad(x, ((0, 0), (r, r), (r, r), (0, 0)), constant_values=border)
+    return jnp.pad(x, ((0, 0), (r, r), (r, r), (0, 0)))
 
 
 def _blocks(
@@ -336,9 +335,10 @@ def _reassemble_whole(weights: _cells.Weights, v: Array, *, alone: bool = True) 
     kernel_size = math.isqrt(weights.shape[4])
 
     def sums(zero):
-        # Padded once the weights are computed, not beside what they are made of; and widened after
-        # that, or a loop would be given the wide map.
-        padded = _pad(v, kernel_size, zero[0].astype(v.dtype))
+        # Padded once the weights are computed, not beside what they are made of. And not widened
+        # before that, or a loop would be given the wide map.
+        late = zero[:, None, None, None].astype(v.dtype)
+        padded = _pad(jnp.where(late > 0, late, v), kernel_size)
         return cast(_cells.reassemble(weights, padded.astype(weights.dtype)), v.dtype)
 
     zero = zeros_after(weights, weights.shape[:1], weights.dtype)
