@@ -101,11 +101,8 @@ reassemble.defvjp(lambda weights, x: (reassemble(weights, x), (weights, x)), _re
 
 def _correlate_bwd(n, groups, saved, g):
     y, x = saved
-    # At least two blocks: what is made of a block, all at once, is wider than its rows of y.
-    tile = None
-    if isinstance(y.shape[1], int) and may_be_small():
-        tile = y.shape[1] // 2
-    count, windows, pixels = blocks(y.shape, x.shape, n, tile)
+    # Two, as what is made of a block, all at once, is wider than its rows of y.
+    count, windows, pixels = blocks(y.shape, x.shape, n, at_least=2)
 
     def body(i, state):
         d_y, d_x = state
@@ -240,13 +237,20 @@ def _by_patch(
 
 
 def blocks(
-    out_shape: tuple[Size, ...], padded_shape: tuple[Size, ...], n: int, tile: int | None = None
+    out_shape: tuple[Size, ...],
+    padded_shape: tuple[Size, ...],
+    n: int,
+    tile: int | None = None,
+    *,
+    at_least: int = 1,
 ) -> tuple[Size, Rows, Rows]:
-    """Number of blocks of rows, at most `tile`, and their rows of the padded map and the output."""
+    """Number of blocks of rows, at most `tile`, and their rows of the padded map and the output.
+
+    `at_least` so many, for memory alone, where blocks may be small.
+    """
     (h, _), (ratio, _) = _cells(out_shape, padded_shape, n)
-    rows = block_rows(
-        h,
-        out_shape[0] * ratio * out_shape[2] * padded_shape[3],
-        None if tile is None else tile // ratio,
-    )
+    most = None if tile is None else tile // ratio
+    if at_least > 1 and isinstance(h, int) and may_be_small():
+        most = max(1, h // at_least)
+    rows = block_rows(h, out_shape[0] * ratio * out_shape[2] * padded_shape[3], most)
     return h // rows, Rows(1, rows, rows + n - 1), Rows(1, rows * ratio, rows * ratio)

@@ -35,7 +35,6 @@ from resfu_jax.ops._row_blocks import (
     cut,
     loop,
     map_row_blocks,
-    may_be_small,
     put,
 )
 from resfu_jax.ops._softmax import softmax, softmax_gradient
@@ -256,10 +255,8 @@ def _shuffled_attention_bwd(groups, taps, ratio, saved, g):
     weights, v, once = saved
     (b, h, w, c), kernel_size = v.shape, math.isqrt(taps)
     # Of a small map, too, many blocks: beside the weights, one block is most of the memory.
-    tile = None
-    if isinstance(h, int) and may_be_small():
-        tile = ratio * max(1, h // _GRADIENT_BLOCKS)
-    count, windows, pixels = _blocks(v, (ratio * h, ratio * w), kernel_size, tile)
+    size = ratio * h, ratio * w
+    count, windows, pixels = _blocks(v, size, kernel_size, at_least=_GRADIENT_BLOCKS)
     rows = Rows(1, windows.step, windows.step)
     window_shape = (b, windows.length, w + kernel_size - 1, c)
 
@@ -320,13 +317,15 @@ def _pad(x: Array, kernel_size: int) -> Array:
 
 
 def _blocks(
-    v: Array, size: tuple[Size, Size], kernel_size: int, tile: int | None = None
+    v: Array, size: tuple[Size, Size], kernel_size: int, *, at_least: int = 1
 ) -> tuple[Size, Bordered, Rows]:
     """Number of blocks of rows; the windows in v, with a border, and the output pixels of each."""
     b, h, w, c = v.shape
     border = kernel_size // 2
     padded_shape = (b, h + 2 * border, w + 2 * border, c)
-    count, windows, pixels = _cells.blocks((b, *size, c), padded_shape, kernel_size, tile)
+    count, windows, pixels = _cells.blocks(
+        (b, *size, c), padded_shape, kernel_size, at_least=at_least
+    )
     return count, Bordered(windows.step, windows.length, border), pixels
 
 
