@@ -10,9 +10,10 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import pytest
 
-from resfu_jax import training
+from resfu_jax import ops, training
 
 
 class Bad(NamedTuple):
@@ -27,7 +28,13 @@ class Bad(NamedTuple):
 
 
 # ------------------------------------------------------------------------------- ops and upsamplers
-OPS: list[Bad] = []
+def resized(size, tmp_path):
+    return ops.resize(jnp.zeros((1, 2, 2, 1)), size)
+
+
+OPS: list[Bad] = [
+    Bad("ops.resize", "size", (1, 2**29 + 1), resized, r"at most 2\*\*29.*536870913"),
+]
 
 
 # ------------------------------------------------------------------------------ backbones, convert
