@@ -148,16 +148,17 @@ def test_divides_products_of_any_size(data):
     offset = data.draw(st.integers(-d // 2, d // 2))
     first = data.draw(st.integers(0, min(2**31 - 20, (2**31 - 1) * d // n)))
     first = max(0, first - max(20, 20 * d // n))
-    got = _divide_products(
-        *(jnp.int32(i) for i in (n, d)), first=jnp.int32(first), offset=jnp.int32(offset)
-    )
+    numbers = (jnp.int32(i) for i in (n, d, first, offset))
+    got = divide_products(*numbers)
     wanted = [divmod((first + i) * n + offset, d) for i in range(10)]
     for lower, rest, (wanted_lower, wanted_rest) in zip(*got, wanted, strict=True):
         if wanted_lower < 2**31:
             assert (lower, rest) == (wanted_lower, wanted_rest)
 
 
-_divide_products = jax.jit(functools.partial(_interp.divide_products, 10))
+@jax.jit
+def divide_products(n, d, first, offset):
+    return _interp.divide_products(10, n, d, first=first, offset=offset)
 
 
 def expected_1d(x, m, method, align_corners=False, ratio=None):
