@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._dtypes import at_least_float32, promote
@@ -133,7 +134,10 @@ def _window_moments(i: Array, p: Array, radius: int) -> tuple[Array, Array, Arra
     zero = jnp.zeros_like(i)
     moments = i, p, zero, zero
     for axis in (1, 2):
-        pixels = _along(jnp.ones(i.shape[axis], i.dtype), axis)
+        n = i.shape[axis]
+        # Of a known size, a constant: what is made of it is computed by the compiler.
+        ones = jnp.asarray(np.ones(n, i.dtype)) if isinstance(n, int) else jnp.ones(n, i.dtype)
+        pixels = _along(ones, axis)
         *moments, _ = _over_windows((*moments, pixels), radius, axis, _join_moments)
     return tuple(moments)
 
