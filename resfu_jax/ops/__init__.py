@@ -13,7 +13,6 @@ from resfu_jax.ops.local_window import (
     local_attention,
     local_reassembly,
     local_similarity,
-    shuffled_attention,
 )
 from resfu_jax.ops.neighborhood_attention import neighborhood_attention
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle, pixel_unshuffle
@@ -42,6 +41,5 @@ __all__ = [
     "pixel_shuffle",
     "pixel_unshuffle",
     "resize",
-    "shuffled_attention",
     "unfold",
 ]

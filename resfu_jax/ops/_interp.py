@@ -84,6 +84,11 @@ def align_corners_taps(n_in: Size, n_out: Size, *, dtype: DTypeLike = jnp.float3
     return lower, _quotient(rest, last, dtype)
 
 
+def cell_index(n_in: Size, n_out: Size) -> Int[Array, " n"]:
+    """The cell floor(p n_in / n_out) of every output pixel p of an axis."""
+    return divide_products(n_out, n_in, n_out)[0]
+
+
 def _quotient(a: Array, d: Size, dtype: DTypeLike) -> Float[Array, " n"]:
     return a.astype(dtype) / _int32(d).astype(dtype)
 

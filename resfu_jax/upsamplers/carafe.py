@@ -3,7 +3,7 @@
 With x the features, s the scale, K = `up_kernel` and G = `up_group`:
 
     mask = softmax over K*K (PixelShuffle_s(Conv(Linear(x))))       one kernel a pixel and group
-    out[p] = sum_uv mask[p, uv] x[floor(p / s) + (u, v) - r]        `ops.shuffled_attention`
+    out[p] = sum_uv mask[p, uv] x[floor(p / s) + (u, v) - r]        `ops.local_attention`
 
 The kernels come from the features alone. Beyond the image x counts as zero, and the kernel is not
 renormalised: borders come out weaker, as in the official operator.
@@ -17,8 +17,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from resfu_jax.ops._forms import Implementation
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops.local_window import Implementation, shuffled_attention
+from resfu_jax.ops.local_window import local_attention
+from resfu_jax.ops.pixel_shuffle import pixel_shuffle
 from resfu_jax.upsamplers._layers import (
     XAVIER_UNIFORM,
     apply_conv,
@@ -48,7 +50,7 @@ class CARAFE(nnx.Module):
       encoder_kernel: side of the convolution that predicts the kernels, odd.
       encoder_dilation: its dilation.
       compressed_channels: channels between the two layers.
-      implementation: as in `ops.local_reassembly`.
+      implementation: as in `ops.local_attention`.
       dtype: of the computation; the features' dtype if not given. The softmax is float32 or better.
       param_dtype: of the parameters.
       rngs: source of the initial weights: Xavier uniform for the compressor, normal of standard
@@ -121,14 +123,10 @@ class CARAFE(nnx.Module):
         check_output_size("carafe", features, output_size, self.scale)
         x = features.astype(compute_dtype(self.dtype, features))
         v = reassembled(x, values, groups=self.value_groups)
-        return shuffled_attention(
-            self.scores(x),
-            v,
-            kernel_size=self.up_kernel,
-            groups=self.up_group,
-            implementation=self.implementation,
+        return local_attention(
+            self.scores(x), v, groups=self.up_group, implementation=self.implementation
         )
 
-    def scores(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-        """What a pixel shuffle and a softmax over K*K make the kernels of."""
-        return apply_conv(apply_linear(x, self.compress), self.encode)
+    def scores(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W d"]:
+        """What a softmax over K*K makes the kernels of."""
+        return pixel_shuffle(apply_conv(apply_linear(x, self.compress), self.encode), self.scale)

@@ -129,8 +129,7 @@ class FADE(nnx.Module):
         y, encoder = project(y, self.compress_guide)
         x, decoder = project(x, self.compress)
         scores = self._scores(encoder, decoder)
-        # Not `ops._softmax`: XLA fuses this one with the convolution before it.
-        options = dict(weigh=jax.nn.softmax, implementation=self.implementation)
+        options = dict(implementation=self.implementation)
         if self.gate is None:
             return local_attention(scores, reassembled(x, values), **options)
         x, gate = project(x, self.gate)
