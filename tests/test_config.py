@@ -129,15 +129,15 @@ def test_segformer_b1_has_the_published_number_of_parameters(upsampler, added):
 @pytest.mark.parametrize(
     ("name", "rates"),
     [
-        ("segformer_b1", {0: 6e-11, 1500: 6e-5, 80_750: 3e-5, 160_000: 0.0}),
-        ("segmenter_s_resfu", {0: 1e-3, 80_000: 1e-4 + 9e-4 * 0.5**0.9, 160_000: 1e-4}),
-        ("upernet_r50", {0: 1e-2, 40_000: 1e-4 + 99e-4 * 0.5**0.9, 80_000: 1e-4}),
+        ("segformer_b1", {0: 6e-11, 1500: 6e-5, 101_125: 6e-5 * 58_874 / 158_499, 159_999: 0.0}),
+        ("segmenter_s_resfu", {0: 1e-3, 53_333: 1e-4 + 9e-4 * (2 / 3) ** 0.9, 159_999: 1e-4}),
+        ("upernet_r50", {0: 1e-2, 79_998: 1e-4 + 99e-4 / 79_999**0.9, 79_999: 1e-4}),
     ],
 )
 def test_learning_rates_of_the_recipes(name, rates):
     config = importlib.import_module(f"configs.ade20k_{name}").get_config()
     schedule = create_schedule(config.optimizer, config.steps)
-    assert config.steps == max(rates)
+    assert config.steps == max(rates) + 1
     for step, rate in rates.items():
         assert float(schedule(step)) == pytest.approx(rate, rel=1e-4, abs=1e-11)
 

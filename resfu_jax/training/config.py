@@ -129,25 +129,28 @@ class OptimizerConfig:
     learning_rate: float = 6e-5
     """Peak rate of the backbone."""
     final_learning_rate: float = 0.0
-    """Rate of the last step."""
+    """Rate of the last step, number `steps` - 1 counted from 0, as MMEngine's `eta_min`."""
     layer_decay: float = 1.0
-    """The rate of each block of the backbone is this many times that of the block after it."""
+    """The rate of each block of the backbone is this many times that of the block after it; the
+    last block's is this many times the full rate, which the final norm has, as in BEiT."""
     upsampler_learning_rate_multiple: float = 1.0
     """Rate of the head's upsamplers over that of the rest of the head."""
     head_learning_rate_multiple: float = 10.0
     """The head learns at this multiple of the backbone's rate."""
     weight_decay: float = 0.01
-    """Decoupled decay of weights; norms, biases and other vectors do not decay."""
+    """Decay of weights, decoupled in AdamW. Norms, biases and other vectors do not decay, nor do
+    the positions, class token and registers of a ViT."""
     beta1: float = 0.9
     """Decay of the running mean of the gradient."""
     beta2: float = 0.999
     """Decay of the running mean of its square."""
     warmup_steps: int = 1500
-    """Steps of linear growth from `warmup_start` times the peak rate."""
+    """Steps of linear growth from `warmup_start` times the peak rate; the step after them has the
+    peak rate."""
     warmup_start: float = 1e-6
-    """First rate over peak rate."""
+    """Rate of the first step of the warm-up over the peak rate."""
     power: float = 1.0
-    """Exponent of the polynomial decay to 0 at the last step."""
+    """Exponent of the polynomial decay from the peak to `final_learning_rate`."""
     clip_norm: float | None = None
     """Largest global norm of the gradient; None does not clip."""
     accumulate: int = 1
@@ -161,9 +164,9 @@ class LossConfig:
     """Cross-entropy."""
 
     label_smoothing: float = 0.0
-    """Share of the target spread evenly over all classes."""
+    """Share of the target spread evenly over all classes, as in PyTorch."""
     class_weights: tuple[float, ...] | None = None
-    """One weight per class; the mean is over the weights, as in PyTorch."""
+    """One weight per class; the mean is over the labels' weights, as in PyTorch."""
     class_balance: float = 0.0
     """Exponent of class weights (median frequency / frequency)^exponent, counted on the training
     labels: 0.5 weighs rare classes up, 1 to equal shares; 0 does not count. Times
