@@ -4,8 +4,8 @@ A comparison alone does not refuse NaN (`nan < 0` is false) or True (which is 1)
 TypeError for "3": hence the predicates, which take anything.
 """
 
-import math
 import numbers
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +18,7 @@ def is_whole(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether it is a real number, neither NaN nor infinite, and not a truth value."""
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return real and math.isfinite(value)
+    return real and abs(value) <= sys.float_info.max
 
 
 def need(condition: bool, text: str) -> None:
@@ -46,11 +46,9 @@ def check_count(**values: Any) -> None:
 
 def check_odd(**values: Any) -> None:
     """A `ValueError` naming the first argument that is not an odd positive whole number."""
+    check_whole(**values)
     for name, value in values.items():
-        need(
-            is_whole(value) and value >= 1 and value % 2 == 1,
-            f"{name} must be an odd positive whole number, got {value!r}",
-        )
+        need(value % 2 == 1, f"{name} must be odd and positive, got {value}")
 
 
 def check_positive(**values: Any) -> None:
@@ -89,11 +87,11 @@ def check_choice(choices: Sequence[Any], **values: Any) -> None:
 
 def check_sizes(length: int | None = None, /, **values: Any) -> None:
     """A `ValueError` naming the first argument that is not `length` positive whole numbers."""
-    many = "" if length is None else f"{length} "
+    many = {None: "", 2: "two ", 3: "three ", 4: "four "}[length]
     for name, value in values.items():
         need(
             isinstance(value, tuple | list)
             and len(value) == (len(value) if length is None else length)
             and all(is_whole(v) and v >= 1 for v in value),
-            f"{name} must be {many}positive whole numbers, got {value!r}",
+            f"{name} must be {many}positive integers, got {value!r}",
         )

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import pytest
 from absl import flags
 from flax import nnx
-from ml_collections import config_flags
 
 from resfu_jax import data
 from resfu_jax.inference import Inference
@@ -23,7 +22,9 @@ from resfu_jax.training import (
     check_same_run,
     create_inference,
     create_schedule,
+    define_config,
     model_arguments,
+    parse_flags,
     validate,
     write_config,
 )
@@ -77,13 +78,16 @@ def test_configs_build_a_model(name):
 def parse(config_file, *arguments):
     """The config as train.py reads it from the command line."""
     path = pathlib.Path(__file__).parents[1] / "configs" / config_file
-    argv = ["train.py", f"--config={path}", *arguments]
-    check_overrides(argv)
+    return parse_line(f"--config={path}", *arguments)
+
+
+def parse_line(*arguments):
+    argv = ["train.py", *arguments]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    define_config(values, argv)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)  # ml_collections
-        values(argv)
+        parse_flags(argv, values)
     return values.config
 
 

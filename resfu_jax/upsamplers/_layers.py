@@ -1,7 +1,5 @@
 """What the upsamplers share: layers applied in the compute dtype, and checks of their inputs."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax import ops
+from resfu_jax._checks import check_whole, need
 from resfu_jax.ops._dtypes import at_least_float32, promote
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._row_blocks import (
@@ -182,30 +181,11 @@ def compute_dtype(dtype: DTypeLike | None, *inputs: Array) -> DTypeLike:
 
 
 def need_guide(name: str, guide_features: int | None) -> int:
-    """The number of the guide's channels; a `ValueError` if there is none."""
+    """The number of the guide's channels; a `ValueError` if there is none or it is not a number."""
     if guide_features is None:
         raise ValueError(f"guide_features is needed: {name} is guided; give the guide's channels")
+    check_whole(guide_features=guide_features)
     return guide_features
-
-
-def need(condition: bool, text: str) -> None:
-    """A `ValueError` with `text` unless the condition holds."""
-    if not condition:
-        raise ValueError(text)
-
-
-def check_whole(**values: Any) -> None:
-    """A `ValueError` naming the first argument that is not a positive whole number."""
-    for name, value in values.items():
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        need(whole, f"{name} must be a positive whole number, got {value!r}")
-
-
-def check_odd(**values: Any) -> None:
-    """A `ValueError` naming the first argument that is not an odd positive whole number."""
-    check_whole(**values)
-    for name, value in values.items():
-        need(value % 2 == 1, f"{name} must be odd and positive, got {value}")
 
 
 def check_features(features: Array, channels: int) -> None:

@@ -22,6 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from resfu_jax._checks import check_choice, check_flag, check_whole, need
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops.deformable_sample import (
@@ -34,9 +35,7 @@ from resfu_jax.upsamplers._layers import (
     apply_linear,
     check_features,
     check_output_size,
-    check_whole,
     compute_dtype,
-    need,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
@@ -66,7 +65,8 @@ class DySample(nnx.Module):
         for their range and the bias.
 
     Raises:
-      ValueError: channels that `groups` or the pixel shuffle do not divide, an unknown style.
+      ValueError: an argument out of range, channels that `groups` or the pixel shuffle do not
+        divide.
     """
 
     guide = "none"
@@ -85,8 +85,10 @@ class DySample(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        check_whole(scale=scale, groups=groups)
-        need(style in get_args(Style), f"style must be one of {get_args(Style)}, got {style!r}")
+        check_whole(features=features, scale=scale, groups=groups)
+        check_choice(get_args(Style), style=style)
+        check_flag(dyscope=dyscope)
+        check_choice((*get_args(Implementation), None), implementation=implementation)
         need(features % groups == 0, f"groups must divide features={features}, got {groups}")
         need(
             style == "lp" or features % scale**2 == 0,

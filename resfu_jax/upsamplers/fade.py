@@ -17,12 +17,15 @@ ECCV 2022 (semi-shift convolution, section 3.2; gated fusion, section 3.3), and 
 extension for FADE-Lite.
 """
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from resfu_jax._checks import check_choice, check_flag, check_odd, check_whole, need
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops.depthwise_conv import depthwise_conv
 from resfu_jax.ops.local_window import Implementation, local_attention
@@ -33,11 +36,8 @@ from resfu_jax.upsamplers._layers import (
     apply_linear,
     check_features,
     check_guide,
-    check_odd,
-    check_whole,
     compute_dtype,
     conv,
-    need,
     need_guide,
     project,
     reassembled,
@@ -90,8 +90,10 @@ class FADE(nnx.Module):
         rngs: nnx.Rngs,
     ):
         guide_features = need_guide("fade", guide_features)
-        check_whole(scale=scale, embedding_dim=embedding_dim)
+        check_whole(features=features, scale=scale, embedding_dim=embedding_dim)
         check_odd(up_kernel_size=up_kernel_size)
+        check_flag(gate=gate, lite=lite, scrambled_phases=scrambled_phases)
+        check_choice((*get_args(Implementation), None), implementation=implementation)
         need(
             not gate or guide_features in (features, 1),
             f"the gate mixes guide and features: guide_features must be features={features} (or "

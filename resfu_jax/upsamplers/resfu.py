@@ -20,13 +20,23 @@ Feature Upsampling"; the semantics are those of the authors' released module.
 
 import functools
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from resfu_jax._checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_not_negative,
+    check_odd,
+    check_positive,
+    check_whole,
+    need,
+)
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._gradient import scale_gradient
 from resfu_jax.ops._interp import Size
@@ -51,10 +61,7 @@ from resfu_jax.upsamplers._layers import (
     apply_norm,
     check_features,
     check_guide,
-    check_odd,
-    check_whole,
     compute_dtype,
-    need,
     need_guide,
     reassembled,
 )
@@ -91,9 +98,9 @@ class ReSFU(nnx.Module):
       normy: GroupNorm the guide before the query projection.
       gn_dim: groups of the score branches' norms.
       radius: half side of the guided filter's window, guide pixels.
-      eps: regulariser of the guided filter.
-      lr_mult: multiplies the gradients of the score branches' parameters (500 in the released
-        configurations; nearly without effect under Adam).
+      eps: regulariser of the guided filter, positive.
+      lr_mult: multiplies the gradients of the score branches' parameters, 0 or more (500 in the
+        released configurations; nearly without effect under Adam).
       gf_scale: subsampling of the guided filter.
       implementation: `"reference"` computes as the formulas stand; `"polyphase"` gives the same
         values from less work: norms folded into the projections, and, where the ratio is whole and
@@ -107,7 +114,7 @@ class ReSFU(nnx.Module):
       rngs: source of the initial weights.
 
     Raises:
-      ValueError: widths that groups do not divide, an even kernel, a missing guide.
+      ValueError: an argument out of range, widths that groups do not divide, a missing guide.
     """
 
     guide = "features"
@@ -139,10 +146,23 @@ class ReSFU(nnx.Module):
     ):
         guide_features = need_guide("resfu", guide_features)
         dilation = scale if dilation is None else dilation
-        check_whole(scale=scale, dilation=dilation)
+        check_whole(
+            features=features,
+            scale=scale,
+            dilation=dilation,
+            groups=groups,
+            embedding_dim=embedding_dim,
+            gn_dim=gn_dim,
+            gf_scale=gf_scale,
+        )
         check_odd(kernel_size=kernel_size)
+        check_count(radius=radius)
+        check_positive(eps=eps)
+        check_not_negative(lr_mult=lr_mult)
+        check_flag(y_conv=y_conv, qkv_bias=qkv_bias, normx=normx, normy=normy)
+        check_choice((*get_args(Implementation), None), implementation=implementation)
         for name, n in (("groups", groups), ("gn_dim", gn_dim)):
-            if n < 1 or embedding_dim % n or _HIDDEN % n:
+            if embedding_dim % n or _HIDDEN % n:
                 raise ValueError(
                     f"{name} must divide embedding_dim ({embedding_dim}) and {_HIDDEN}, got {n}"
                 )
@@ -150,12 +170,6 @@ class ReSFU(nnx.Module):
             raise ValueError(
                 "with y_conv=False the guide is the query: guide_features must equal embedding_dim "
                 f"({embedding_dim}), got {guide_features}"
-            )
-        if radius < 0 or gf_scale < 1:
-            raise ValueError(f"need radius >= 0 and gf_scale >= 1, got {radius} and {gf_scale}")
-        if implementation not in (None, "reference", "polyphase"):
-            raise ValueError(
-                f"implementation must be 'reference', 'polyphase' or None, got {implementation!r}"
             )
         if tile is not None:
             check_whole(tile=tile)

@@ -34,6 +34,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from resfu_jax._checks import check_choice, check_flag, check_odd, check_whole, need
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._polyphase import whole_ratio
 from resfu_jax.ops._softmax import softmax
@@ -54,10 +55,7 @@ from resfu_jax.upsamplers._layers import (
     apply_norm,
     check_features,
     check_guide,
-    check_odd,
-    check_whole,
     compute_dtype,
-    need,
     need_guide,
     project,
     reassembled,
@@ -121,9 +119,11 @@ class SAPA(nnx.Module):
     ):
         guide_features = need_guide("sapa", guide_features)
         out_dim = features if out_dim is None else out_dim
-        check_whole(scale=scale, out_dim=out_dim, features=features, guide_features=guide_features)
+        check_whole(features=features, scale=scale, out_dim=out_dim)
         check_odd(up_kernel_size=up_kernel_size)
-        need(q_mode in get_args(Query), f"q_mode must be one of {get_args(Query)}, got {q_mode!r}")
+        check_choice(get_args(Query), q_mode=q_mode)
+        check_flag(v_embed=v_embed, qkv_bias=qkv_bias)
+        check_choice((*get_args(Implementation), None), implementation=implementation)
         if embedding_dim is None:
             need(
                 q_mode == "encoder_only" and guide_features == features,
@@ -258,7 +258,15 @@ class SAPADeform(nnx.Module):
         rngs: nnx.Rngs,
     ):
         guide_features = need_guide("sapa_deform", guide_features)
-        check_whole(scale=scale, num_point=num_point, groups=groups, embedding_dim=embedding_dim)
+        check_whole(
+            features=features,
+            scale=scale,
+            num_point=num_point,
+            groups=groups,
+            embedding_dim=embedding_dim,
+        )
+        check_flag(qkv_bias=qkv_bias, high_offset=high_offset)
+        check_choice((*get_args(PointImplementation), None), implementation=implementation)
         need(features % groups == 0, f"groups must divide features={features}, got {groups}")
         self.features, self.guide_features = features, guide_features
         self.scale, self.num_point, self.groups = scale, num_point, groups
@@ -338,10 +346,7 @@ def _linear(n: int, m: int, use_bias: bool, param_dtype: DTypeLike, rngs: nnx.Rn
 def _norm(
     name: str, width: int, kind: Norm | None, param_dtype: DTypeLike
 ) -> nnx.GroupNorm | nnx.LayerNorm | None:
-    need(
-        kind is None or kind in get_args(Norm),
-        f"norm must be one of {get_args(Norm)} or None, got {kind!r}",
-    )
+    check_choice((*get_args(Norm), None), norm=kind)
     if kind is None:
         return None
     types = dict(epsilon=EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0))
