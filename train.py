@@ -83,6 +83,10 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
 
     try:
         graphdef, abstract_state = jax.eval_shape(init)
+        crop = jax.ShapeDtypeStruct((1, *config.data.crop_size, 3), jnp.uint8)
+        jax.eval_shape(
+            lambda s, x: nnx.merge(graphdef, s["params"], s["rest"])(x), abstract_state, crop
+        )
         pretrained = training.pretrained_backbone(config.model.backbone)
     except (ValueError, FileNotFoundError) as error:  # an option or weights that do not fit
         raise training.ConfigError(f"config.model: {error}") from error

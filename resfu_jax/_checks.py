@@ -81,7 +81,7 @@ def check_flag(**values: Any) -> None:
 def check_choice(choices: Sequence[Any], **values: Any) -> None:
     """A `ValueError` naming the first argument that is not one of the choices."""
     for name, value in values.items():
-        known = any(value is choice or value == choice for choice in choices)
+        known = any(type(value) is type(choice) and value == choice for choice in choices)
         need(known, f"{name} must be one of {tuple(choices)}, got {value!r}")
 
 

@@ -104,7 +104,7 @@ class ResNet(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
-        if variant not in VARIANTS:
+        if variant not in tuple(VARIANTS):
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         sizes = VARIANTS[variant]
         widths, depths, strides, dilations = (

@@ -386,19 +386,21 @@ def load_config(argument: str) -> Config:
     """
     path, *name = argument.split(":", 1)
     file = pathlib.Path(path)
-    if not file.is_file():
-        there = "is a folder" if file.is_dir() else "does not exist"
-        files = sorted(map(str, (file if file.is_dir() else file.parent).glob("*.py")))
-        hint = f"; {did_you_mean(path, files[:30])}" if files else ""
-        raise ConfigError(f"--config={argument}: the file {path} {there}{hint}")
     try:
+        if not file.is_file():
+            folder = file if file.is_dir() else file.parent
+            files = sorted(map(str, folder.glob("*.py")))[:30]
+            raise ConfigError(
+                f"--config={argument} {'is a folder' if file.is_dir() else 'does not exist'}"
+                f"{'; ' + did_you_mean(path, files) if files else ''}"
+            )
         get_config = runpy.run_path(path).get("get_config")
         if not callable(get_config):
             raise ConfigError(f"--config={argument}: the file has no function get_config()")
         try:
             inspect.signature(get_config).bind(*name)
         except TypeError as error:
-            takes = "needs a name after a colon" if not name else "takes no name after a colon"
+            takes = "takes no name after a colon" if name else "needs a name after a colon"
             raise ConfigError(f"--config={argument}: its get_config() {takes}") from error
         config = get_config(*name)
     except ConfigError:
@@ -407,7 +409,9 @@ def load_config(argument: str) -> Config:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         line = f" line {lines[-1]}:" if lines else ""
-        raise ConfigError(f"--config={argument}:{line} {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"--config={argument}:{line} {type(error).__name__}: {str(error)[:500]}"
+        ) from error
     if not isinstance(config, Config):
         raise ConfigError(
             f"--config={argument}: get_config() has to return a resfu_jax.training.Config, "
@@ -546,6 +550,8 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
     for field in "optimizer.beta1 optimizer.beta2 loss.label_smoothing".split():
         require(field, lambda v: 0 <= v < 1, "at least 0 and less than 1")
     require("seed", lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1")
+    for field in "steps optimizer.warmup_steps".split():
+        require(field, lambda v: v < 2**31, "at most 2**31 - 1")
     if devices % processes:
         wrong.append(
             f"{devices} devices are not {processes} equal parts: every process has to have as "
@@ -567,6 +573,8 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
     size = f"(height, width), multiples of {multiple} (the backbone's largest stride)"
     require("data.crop_size", is_size, size)
     require("eval.pad_to", lambda v: v is None or is_size(v), size + ", or None")
+    if config.model.backbone.name == "vit":  # the others round up
+        require("eval.crop", lambda v: v is None or is_size(v), size + ", or None")
     require(
         "data.scale_range",
         lambda v: len(v) == 2 and 0 < v[0] <= v[1],
@@ -634,14 +642,19 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
     try:
         options = config.model.backbone.options
         if fixed := options.keys() & {"name", "variant", "dtype", "param_dtype", "remat", "rngs"}:
-            raise ValueError(f"cannot hold {', '.join(map(repr, sorted(fixed)))}: set elsewhere")
+            raise ValueError(f"options cannot hold {', '.join(sorted(fixed))}: other fields set it")
         check_backbone_options(config.model.backbone.name, options)
-    except ValueError as error:
+        json.dumps(options)  # as `write_config` does
+    except (ValueError, TypeError) as error:
         wrong.append(f"config.model.backbone: {error}")
     try:
         upsampler_entry(config.model.head.upsampler)
     except ValueError as error:
         wrong.append(f"config.model.head.upsampler: {error}")
+    try:
+        json.dumps(config.model.head.upsampler_options)
+    except (ValueError, TypeError) as error:
+        wrong.append(f"config.model.head.upsampler_options: {error}")
     try:
         check_head_options(config.model.head.name, _given(config.model.head).keys() - {"name"})
     except ValueError as error:
