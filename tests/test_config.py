@@ -5,7 +5,6 @@ import json
 import math
 import pathlib
 import re
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -86,9 +85,7 @@ def parse_line(*arguments):
     argv = ["train.py", *arguments]
     values = flags.FlagValues()
     define_config(values, argv)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)  # ml_collections
-        parse_flags(argv, values)
+    parse_flags(argv, values)
     return values.config
 
 

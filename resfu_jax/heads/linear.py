@@ -152,6 +152,11 @@ class LinearHead(nnx.Module):
     ) -> tuple[Float[Array, "b _h _w _d"], Float[Array, "b h w g"] | tuple[Size, Size]]:
         """The features, and the guide; the output's size for an upsampler without a guide."""
         check_maps(features, self.in_features)
+        need(
+            len({x.shape[:3] for x in features}) == 1,
+            "features must be maps of one size for the linear head, got shapes "
+            f"{[x.shape for x in features]}; choose another head, or one map of the backbone",
+        )
         x = features[0] if len(features) == 1 else jnp.concatenate(features, axis=-1)
         if self.norm is not None:
             x = self.norm(x)

@@ -17,6 +17,7 @@ import runpy
 import traceback
 import types
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -354,7 +355,9 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
             _check_items(load_config(value), argv[1:])
             argv[i if equals else i + 1] = f"--config={value}" if equals else value
     try:
-        return flag_values(argv)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)  # config_flags
+            return flag_values(argv)
     except flags.Error as error:
         raise ConfigError(str(error)) from error
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from resfu_jax._checks import check_whole, need
 from resfu_jax.training.config import OptimizerConfig
 
 _UNDECAYED = ("norm", "bias", "position", "token", "register")  # parts of names
@@ -176,7 +177,13 @@ def accumulate_gradients(
 
     Returns:
         The loss, the new rest and the gradients of the whole batch.
+
+    Raises:
+        ValueError: the batch does not divide into so many parts.
     """
+    check_whole(parts=parts)
+    for size in {x.shape[0] for x in jax.tree.leaves(batch)}:
+        need(size % parts == 0, f"parts must divide the batch of {size}, got {parts}")
 
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
