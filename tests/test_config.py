@@ -433,6 +433,11 @@ def test_config_files_that_are_none(tmp_path):
         parse_line(f"--config={tmp_path / 'bytes.py'}")
 
 
+def test_fields_without_a_config_file():
+    with pytest.raises(ConfigError, match="--config is missing: name the file"):
+        parse_line("--config.seed=3", "--workdir=x")
+
+
 def test_config_files_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     text = (pathlib.Path(__file__).parent / "tiny_config.py").read_text()

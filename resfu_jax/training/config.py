@@ -347,6 +347,9 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
     """
     argv = list(argv)
     check_overrides(argv[1:])
+    names = [argument.partition("=")[0].lstrip("-").removeprefix("no") for argument in argv[1:]]
+    if "config" not in names and any(name.startswith("config.") for name in names):
+        raise ConfigError("--config is missing: name the file whose fields to override")
     for i, argument in enumerate(argv):
         name, equals, value = argument.partition("=")
         if i > 0 and name in ("--config", "-config") and (equals or i + 1 < len(argv)):
@@ -522,9 +525,8 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
     Raises:
         ConfigError: naming every field that is wrong, what it is and what it has to be.
     """
-    wrong = _mistyped(config) if isinstance(config, Config) else [f"it is no Config: {config!r}"]
-    if wrong:
-        raise ConfigError("\n".join(wrong))
+    check_types(config)
+    wrong = []
     values = dict(_fields(config))
     positive, not_negative = lambda v: v > 0, lambda v: v >= 0
 
@@ -671,6 +673,17 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         )
     except ValueError as error:
         wrong.append(f"config.data.name: {error}")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def check_types(config: Config) -> None:
+    """Checks that every field has a value of its type, and that there are no others.
+
+    Raises:
+        ConfigError: naming every field that is wrong. Numbers have to be finite.
+    """
+    wrong = _mistyped(config) if isinstance(config, Config) else [f"it is no Config: {config!r}"]
     if wrong:
         raise ConfigError("\n".join(wrong))
 
