@@ -92,7 +92,8 @@ def test_a_dry_run_leaves_nothing(tmp_path):
 
 
 def test_values_of_another_type_are_told_before_data_are_made(monkeypatch):
-    monkeypatch.setattr("resfu_jax.training.dry_run.prepare_fabricated", None)
+    module = sys.modules["resfu_jax.training.dry_run"]
+    monkeypatch.setattr(module, "prepare_fabricated", None)
     config = Config()
     config.data.name = None
     with pytest.raises(ConfigError, match="config.data.name is None; it has to be a text"):
