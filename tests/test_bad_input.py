@@ -17,7 +17,7 @@ import pytest
 from absl import flags
 from flax import nnx
 
-from resfu_jax import training
+from resfu_jax import ops, training
 from resfu_jax.backbones import create_backbone
 from resfu_jax.heads import create_head
 from resfu_jax.upsamplers import create_upsampler
@@ -35,7 +35,13 @@ class Bad(NamedTuple):
 
 
 # ------------------------------------------------------------------------------- ops and upsamplers
-OPS: list[Bad] = []
+def resized(size, tmp_path):
+    return ops.resize(jnp.zeros((1, 2, 2, 1)), size)
+
+
+OPS: list[Bad] = [
+    Bad("ops.resize", "size", (1, 2**29 + 1), resized, r"at most 2\*\*29.*536870913"),
+]
 
 
 # ------------------------------------------------------------------------------ backbones, convert

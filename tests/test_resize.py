@@ -14,6 +14,7 @@ from jax import export
 
 from resfu_jax.ops import _interp, _polyphase
 from resfu_jax.ops._polyphase import extend_axis, upsample_extended_axis
+from resfu_jax.ops.local_window import cell_index
 from resfu_jax.ops.resize import resize
 
 METHODS = ["bilinear", "bicubic", "nearest", "nearest-exact"]
@@ -107,6 +108,149 @@ def check_positions(lower, fraction, exact):
         assert lower[p] == s.__floor__()
         # Numerator and denominator are rounded to float32 before the one division.
         assert fraction[p] == pytest.approx(float(s - s.__floor__()), rel=3e-7)
+
+
+def exact_positions(n, m, kind, ratio=None):
+    """Floor of every output pixel's source position, and the fraction, in Python's integers."""
+    a, b = ratio or (n, m)
+    p = np.arange(m, dtype=object)
+    numerator, d = {
+        "half": ((2 * p + 1) * a - b, 2 * b),
+        "corners": (p * (n - 1), max(m - 1, 1)),
+        "nearest": (p * a, b),
+        "nearest-exact": ((2 * p + 1) * a, 2 * b),
+    }[kind]
+    lower = numerator // d
+    return lower.astype(np.int64), ((numerator - lower * d) / d).astype(np.float64)
+
+
+@pytest.mark.parametrize(
+    ("n", "m"),
+    [(40_000, 60_001), (46_000, 46_001), (70_000, 35_001), (3_000, 900_001), (2_500_007, 3)]
+    + [(3, 1_500_001), (1_500_001, 1_000_003)],
+)
+def test_positions_on_long_axes(n, m):
+    """Products of the sizes do not fit int32; positions do not fit float32."""
+    for taps, kind in ((_interp.half_pixel_taps, "half"), (_interp.align_corners_taps, "corners")):
+        lower, fraction = taps(n, m)
+        wanted_lower, wanted_fraction = exact_positions(n, m, kind)
+        np.testing.assert_array_equal(lower, wanted_lower)
+        np.testing.assert_allclose(fraction, wanted_fraction, rtol=4e-7)
+    np.testing.assert_array_equal(cell_index(n, m), exact_positions(n, m, "nearest")[0])
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_divides_products_of_any_size(data):
+    """Up to the longest axes, near and far from where int32 and float32 end."""
+    d = data.draw(st.integers(1, 2 * _interp.LONGEST))
+    n = data.draw(st.integers(1, 2 * _interp.LONGEST))
+    offset = data.draw(st.integers(-d // 2, d // 2))
+    first = data.draw(st.integers(0, min(2**31 - 20, (2**31 - 1) * d // n)))
+    first = max(0, first - max(20, 20 * d // n))
+    numbers = (jnp.int32(i) for i in (n, d, first, offset))
+    got = divide_products(*numbers)
+    wanted = [divmod((first + i) * n + offset, d) for i in range(10)]
+    for lower, rest, (wanted_lower, wanted_rest) in zip(*got, wanted, strict=True):
+        if wanted_lower < 2**31:
+            assert (lower, rest) == (wanted_lower, wanted_rest)
+
+
+@jax.jit
+def divide_products(n, d, first, offset):
+    return _interp.divide_products(10, n, d, first=first, offset=offset)
+
+
+def expected_1d(x, m, method, align_corners=False, ratio=None):
+    """A resized axis in float64, from exact positions."""
+    x, n = x.astype(np.float64), len(x)
+    if method.startswith("nearest"):
+        return x[np.clip(exact_positions(n, m, method, ratio)[0], 0, n - 1)]
+    lower, t = exact_positions(n, m, "corners" if align_corners else "half", ratio)
+    a = -0.75
+    weights = {
+        "bilinear": {0: 1 - t, 1: t},
+        "bicubic": {
+            -1: a * (t**3 - 2 * t**2 + t),
+            0: (a + 2) * t**3 - (a + 3) * t**2 + 1,
+            1: -(a + 2) * t**3 + (2 * a + 3) * t**2 - a * t,
+            2: a * (t**2 - t**3),
+        },
+    }[method]
+    return sum(w * x[np.clip(lower + i, 0, n - 1)] for i, w in weights.items())
+
+
+@pytest.mark.parametrize("symbolic", [False, True], ids=["concrete", "symbolic"])
+@pytest.mark.parametrize(
+    ("method", "align_corners"),
+    [(m, False) for m in METHODS] + [("bilinear", True), ("bicubic", True)],
+)
+def test_long_axes(method, align_corners, symbolic):
+    rng = np.random.default_rng(0)
+    for n, m in ((40_000, 60_001), (3_000, 900_001), (70_000, 35_001)):
+        x = rng.normal(size=n).astype(np.float32)
+
+        def f(x, m=m):
+            return resize(x, (1, m), method=method, align_corners=align_corners)
+
+        if symbolic:
+            (w,) = export.symbolic_shape("w")
+            f = export.export(jax.jit(f))(jax.ShapeDtypeStruct((1, 1, w, 1), jnp.float32)).call
+        y = jax.jit(f)(x[None, None, :, None])[0, 0, :, 0]
+        np.testing.assert_allclose(y, expected_1d(x, m, method, align_corners), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("n", "scale"), [(25_000, 0.9999371), (600_000, 2.0001)])
+def test_scale_on_long_axes(method, n, scale):
+    x = np.random.default_rng(0).normal(size=n).astype(np.float32)
+    given = jnp.stack([x, x])[None, :, :, None]  # floor(2 scale) is at least 1
+    y = jax.jit(lambda x: resize(x, scale=scale, method=method))(given)[0, 0, :, 0]
+    ratio = fractions.Fraction(str(scale))  # ties of nearest are those of the number as written
+    wanted = expected_1d(x, int(n * scale), method, ratio=(ratio.denominator, ratio.numerator))
+    assert len(y) == len(wanted)
+    np.testing.assert_allclose(y, wanted, atol=1e-3)
+
+    (w,) = export.symbolic_shape("w")
+    spec = jax.ShapeDtypeStruct((1, 2, w, 1), jnp.float32)
+    exported = export.export(jax.jit(lambda x: resize(x, scale=scale, method=method)))(spec)
+    np.testing.assert_allclose(exported.call(given)[0, 0, :, 0], y, atol=1e-5)
+
+
+# What PyTorch 2.14 gives on a CPU for the ramp 0, 1, 2, 3, in both memory layouts:
+# torch.nn.functional.interpolate(ramp, scale_factor=scale, mode=method, antialias=antialias).
+SAME = [0, 1, 2, 3]
+DOUBLE = [0, 0, 1, 1, 2, 2, 3, 3]
+SCALED = [
+    (1.2, "nearest", False, SAME),
+    (1.2, "bilinear", False, SAME),
+    (1.2, "bilinear", True, SAME),
+    (1.2, "bicubic", True, SAME),
+    (1.2, "nearest-exact", False, [0, 1, 2, 2]),
+    (1.2, "bicubic", False, [-0.05252, 0.66797, 1.56308, 2.51288]),
+    (2.2, "nearest", False, DOUBLE),
+    (2.2, "nearest-exact", False, [0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 2.0, 3.0]),
+    (2.2, "bilinear", False, [0.0, 0.18182, 0.63636, 1.09091, 1.54545, 2.0, 2.45455, 2.90909]),
+    (2.2, "bicubic", False, [-0.10819, 0.13787, 0.5417, 1.12472, 1.53418, 2.0, 2.55034, 2.93163]),
+    (2.2, "bilinear", True, [0.0, 0.18182, 0.63636, 1.09091, 1.54545, 2.0, 2.45455, 2.90909]),
+]
+
+
+@pytest.mark.parametrize("symbolic", [False, True], ids=["concrete", "symbolic"])
+@pytest.mark.parametrize(("scale", "method", "antialias", "wanted"), SCALED)
+def test_scale_that_keeps_or_doubles_the_size(scale, method, antialias, wanted, symbolic):
+    def f(x):
+        return resize(x, scale=scale, method=method, antialias=antialias)
+
+    ramp = jnp.arange(4, dtype=jnp.float32)
+    for shape in ((1, 1, 4, 1), (1, 4, 1, 1)):
+        if symbolic:
+            h, w = export.symbolic_shape("h, w")
+            f = export.export(jax.jit(f))(jax.ShapeDtypeStruct((1, h, w, 1), jnp.float32)).call
+        x = jnp.broadcast_to(ramp.reshape(shape), (1, 4, 4, 1))
+        y = f(x)
+        y = y[0, 0, :, 0] if shape[2] == 4 else y[0, :, 0, 0]
+        np.testing.assert_allclose(y, wanted, atol=1e-5)
 
 
 def test_positions_where_float32_is_off_by_one():
@@ -275,6 +419,7 @@ def test_batch_sharding_needs_no_communication():
         (dict(), "either size or scale"),
         (dict(size=(2, 2), scale=2), "either size or scale"),
         (dict(size=(0, 2)), "at least 1"),
+        (dict(size=(1, 2**29 + 1)), r"at most 2\*\*29"),
         (dict(scale=0), "scale must be positive"),
         (dict(scale=0.1), "at least 1"),
         (dict(scale=2, method="nearest", align_corners=True), "do not apply"),

@@ -2,7 +2,7 @@
 
 A source position is returned as the index below it and the fraction beyond that index. Computed in
 floating point, the index is off by one for some size pairs; with integers it never is. Sizes may
-be symbolic (`jax.export`). Exact while `2 * n_in * n_out < 2**31`.
+be symbolic (`jax.export`). Exact for axes of up to `LONGEST` pixels.
 """
 
 from typing import Any
@@ -14,13 +14,39 @@ from jaxtyping import Array, Float, Int
 Size = Any  # int, or a symbolic dimension of `jax.export`
 Taps = tuple[Int[Array, " n"], Float[Array, " n"]]
 
+LONGEST = 2**29  # pixels of an axis
 
-def _divide(
-    numerator: Int[Array, " n"], denominator: Int[Array, ""], dtype: DTypeLike
-) -> tuple[Int[Array, " n"], Float[Array, " n"]]:
-    """Floor and fractional part of `numerator / denominator`."""
-    lower, remainder = jnp.divmod(numerator, denominator)
-    return lower, remainder.astype(dtype) / denominator.astype(dtype)
+
+def divide_products(
+    count: Size, n: Size, d: Size, *, step: int = 1, first: Size = 0, offset: Size = 0
+) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
+    """Floor and remainder of `(p n + offset) / d` for `count` numbers p = first, first + step, ...
+
+    All are int32, products need not be: p, n and the quotients must be below 2**31, d at most twice
+    `LONGEST`, and offset within -d / 2 .. d / 2.
+    """
+    p = first + step * jnp.arange(count, dtype=jnp.int32)
+    narrow = all(isinstance(i, int) for i in (count, n, d, first, offset)) and (
+        (first + step * count) * n + abs(offset) < 2**31
+    )
+    n, d, offset = (_int32(i) for i in (n, d, offset))
+    if narrow:
+        return jnp.divmod(p * n + offset, d)
+
+    # Long division by d, with 15 bits of p to a digit. A quotient is estimated in float32; what it
+    # leaves of the product is below 2**31, so right although the product wraps around, and one
+    # integer division of that mends the estimate.
+    def estimate(rest, digit, offset):
+        product = rest.astype(jnp.float32) * 2.0**15
+        product = product + digit.astype(jnp.float32) * n.astype(jnp.float32)
+        return jnp.floor((product + offset.astype(jnp.float32)) / d.astype(jnp.float32))
+
+    quotient = rest = jnp.zeros_like(p)
+    for digit, added in ((p >> 15, jnp.zeros_like(offset)), (p & (2**15 - 1), offset)):
+        guess = estimate(rest, digit, added).astype(jnp.int32)
+        correction, rest = jnp.divmod((rest << 15) + digit * n + added - guess * d, d)
+        quotient = (quotient << 15) + guess + correction
+    return quotient, rest
 
 
 def half_pixel_taps(
@@ -41,11 +67,11 @@ def half_pixel_taps(
 
     Returns:
       `(lower, fraction)`: int32 index of the pixel at or before the position, and the distance to
-      it in [0, 1).
+      it in [0, 1), which a float32 rounds to 1 at worst.
     """
-    p = jnp.arange(n_out if count is None else count, dtype=jnp.int32)
-    n, m = jnp.asarray(n_in, jnp.int32), jnp.asarray(n_out, jnp.int32)
-    return _divide((2 * p + 1) * n - m, 2 * m, dtype)
+    count = n_out if count is None else count
+    lower, rest = divide_products(count, n_in, 2 * n_out, step=2, first=1, offset=-n_out)
+    return lower, _quotient(rest, 2 * n_out, dtype)
 
 
 def align_corners_taps(n_in: Size, n_out: Size, *, dtype: DTypeLike = jnp.float32) -> Taps:
@@ -53,9 +79,17 @@ def align_corners_taps(n_in: Size, n_out: Size, *, dtype: DTypeLike = jnp.float3
 
     A single output pixel lies on the first source pixel. Returns as `half_pixel_taps`.
     """
-    p = jnp.arange(n_out, dtype=jnp.int32)
-    last_in, last_out = (jnp.asarray(n, jnp.int32) - 1 for n in (n_in, n_out))
-    return _divide(p * last_in, jnp.maximum(last_out, 1), dtype)
+    last = max(n_out - 1, 1) if isinstance(n_out, int) else jnp.maximum(_int32(n_out) - 1, 1)
+    lower, rest = divide_products(n_out, n_in - 1, last)
+    return lower, _quotient(rest, last, dtype)
+
+
+def _quotient(a: Array, d: Size, dtype: DTypeLike) -> Float[Array, " n"]:
+    return a.astype(dtype) / _int32(d).astype(dtype)
+
+
+def _int32(n: Size) -> Int[Array, ""]:
+    return jnp.asarray(n, jnp.int32)
 
 
 def take_clamped(x: Array, index: Int[Array, " n"], axis: int) -> Array:

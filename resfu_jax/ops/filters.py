@@ -2,16 +2,21 @@
 
 import functools
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops._dtypes import at_least_float32, promote
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._order import after
 from resfu_jax.ops._polyphase import extend, extend_axis, upsample_extended, whole_ratio
 from resfu_jax.ops.resize import resize
+
+T = TypeVar("T")
 
 
 def gaussian_blur(
@@ -43,42 +48,68 @@ def gaussian_blur(
 def box_filter(x: Float[Array, "b h w c"], radius: int) -> Float[Array, "b h w c"]:
     """Mean over the (2 radius + 1)^2 window, at borders over the pixels that exist.
 
+    Means are computed in float32 or better; the result has the dtype of `x`.
+
     Args:
       x: features.
       radius: half side of the window, pixels.
     """
     if radius < 0:
         raise ValueError(f"radius must not be negative, got {radius}")
+    y = x.astype(at_least_float32(x.dtype))
     for axis in (1, 2):
-        shape = [-1 if i == axis else 1 for i in range(4)]
-        x = _window_sums(x, radius, axis) * _one_over_count(x, radius, axis).reshape(shape)
-    return x
+        y = _window_sums(y, radius, axis) * _one_over_count(y, radius, axis)
+    return y.astype(x.dtype)
 
 
-def _one_over_count(x: Array, radius: int, axis: int) -> Float[Array, " n"]:
+def _box_filter_transposed(g: Array, radius: int) -> Array:
+    """The gradient of `box_filter`."""
+    for axis in (1, 2):
+        g = _window_sums(g * _one_over_count(g, radius, axis), radius, axis)
+    return g
+
+
+def _one_over_count(x: Array, radius: int, axis: int) -> Float[Array, "1 h w 1"]:
     """Of the pixels of an axis that lie in the windows around each of them."""
     n = x.shape[axis]
     i = jnp.arange(n)
     count = jnp.minimum(i + radius, n - 1) - jnp.maximum(i - radius, 0) + 1
-    return (1 / count).astype(x.dtype)
+    return _along((1 / count).astype(x.dtype), axis)
+
+
+def _along(values: Float[Array, " n"], axis: int) -> Float[Array, "1 h w 1"]:
+    return values.reshape([-1 if i == axis else 1 for i in range(4)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _window_sums(x: Array, radius: int, axis: int) -> Array:
     """out[i] = sum_{|j| <= radius} x[i + j] along one axis, zeros beyond the map."""
-    n, width = x.shape[axis], 2 * radius + 1
-    x = _pad(x, radius, axis)
-    # x becomes sums of 1, 2, 4, ... slices. Those of the width's bits, one after the other, make up
-    # the window.
-    total, start, size = 0, 0, 1
+    return _over_windows(x, radius, axis, lambda a, b: a + b)
+
+
+def _over_windows(x: T, radius: int, axis: int, join: Callable[[T, T], T]) -> T:
+    """The elements of the windows of 2 radius + 1 along one axis of all arrays, joined.
+
+    Beyond the map they are zeros. `join` is of two neighbouring windows.
+    """
+    n, width = jax.tree.leaves(x)[0].shape[axis], 2 * radius + 1
+    x = jax.tree.map(lambda a: _pad(a, radius, axis), x)
+
+    def cut(x, start, length):
+        return jax.tree.map(lambda a: jax.lax.slice_in_dim(a, start, start + length, axis=axis), x)
+
+    # x becomes windows of 1, 2, 4, ... elements. Those of the width's bits, one after the other,
+    # make up the window.
+    total, start, size = None, 0, 1
     while True:
         if width & size:
-            total = total + jax.lax.slice_in_dim(x, start, start + n, axis=axis)
+            part = cut(x, start, n)
+            total = part if total is None else join(total, part)
             start += size
         if 2 * size > width:
             return total
-        length = x.shape[axis] - size
-        x = sum(jax.lax.slice_in_dim(x, i, i + length, axis=axis) for i in (0, size))
+        length = jax.tree.leaves(x)[0].shape[axis] - size
+        x = join(cut(x, 0, length), cut(x, size, length))
         size *= 2
 
 
@@ -87,6 +118,62 @@ _window_sums.defvjp(
     lambda *args: (_window_sums(*args), None),
     lambda radius, axis, _, g: (_window_sums(g, radius, axis),),
 )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _window_moments(i: Array, p: Array, radius: int) -> tuple[Array, Array, Array, Array]:
+    """mean(i), mean(p), var(i) and cov(i, p) over the windows of `box_filter`.
+
+    Not as means of products minus products of means, whose difference is lost where the map is flat
+    and not around zero. With a share w of the pixels of two sets in the second one,
+
+        mean = mean_1 + w d,  var = var_1 + w (var_2 - var_1) + w (1 - w) d^2,  d = mean_2 - mean_1
+
+    and the covariance alike (Chan, Golub and LeVeque, 1979): no large numbers are subtracted.
+    """
+    zero = jnp.zeros_like(i)
+    moments = i, p, zero, zero
+    for axis in (1, 2):
+        n = i.shape[axis]
+        # Of a known size, a constant: what is made of it is computed by the compiler.
+        ones = jnp.asarray(np.ones(n, i.dtype)) if isinstance(n, int) else jnp.ones(n, i.dtype)
+        pixels = _along(ones, axis)
+        *moments, _ = _over_windows((*moments, pixels), radius, axis, _join_moments)
+    return tuple(moments)
+
+
+def _join_moments(one, other):
+    *one, pixels = one
+    *other, more = other
+    share = more / jnp.maximum(pixels + more, 1)  # of pixels beyond the map: none
+    d_i, d_p, d_var, d_cov = (b - a for a, b in zip(one, other, strict=True))
+    both = share * (1 - share)
+    changes = (
+        share * d_i,
+        share * d_p,
+        share * d_var + both * d_i**2,
+        share * d_cov + both * d_i * d_p,
+    )
+    return *(a + d for a, d in zip(one, changes, strict=True)), pixels + more
+
+
+def _window_moments_fwd(i, p, radius):
+    moments = _window_moments(i, p, radius)
+    return moments, (i, p, *moments[:2])
+
+
+def _window_moments_bwd(radius, saved, g):
+    # In each window, d var = 2 mean((i - mean_i) d i), d cov = mean((i - mean_i) d p + ...).
+    i, p, mean_i, mean_p = saved
+    g_i, g_p, g_var, g_cov = g
+    spread = functools.partial(_box_filter_transposed, radius=radius)
+    of_var, of_cov = spread(g_var), spread(g_cov)
+    d_i = 2 * i * of_var + p * of_cov + spread(g_i - 2 * mean_i * g_var - mean_p * g_cov)
+    d_p = i * of_cov + spread(g_p - mean_i * g_cov)
+    return d_i, d_p
+
+
+_window_moments.defvjp(_window_moments_fwd, _window_moments_bwd)
 
 
 def guided_filter(
@@ -103,6 +190,9 @@ def guided_filter(
     averaged over the windows that cover a pixel. With `gf_scale` s > 1 (fast guided filter) the
     model is fitted on the pixels 0, s, 2s, ... with radius // s, and a and b are resized
     bilinearly to the full size.
+
+    Statistics and model are computed in float32 or better, from centred values, so that a flat
+    guide may lie anywhere; the result has the dtype of the maps.
 
     Args:
       guide: the guide I.
@@ -125,31 +215,36 @@ def guided_filter_subsampled(
     eps: float,
 ) -> Float[Array, "b H W c"]:
     """`guided_filter` from the subsampled guide and input, whose `radius` is in their pixels."""
-    a, b = _models(small_guide, small_x, radius, eps)
-    return _linear_model(a, b, guide)
+    dtype = promote(guide.dtype, small_x.dtype)
+    # `a guide + b` is the same with any zero of the guide, and most precise with one amid it.
+    zero = small_guide.astype(at_least_float32(dtype)).mean(axis=(1, 2), keepdims=True)
+    zero = jax.lax.stop_gradient(zero)
+    a, b = _models(small_guide, small_x, zero, radius, eps)
+    return _linear_model(a, b, guide.astype(zero.dtype) - zero).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _models(i: Array, p: Array, radius: int, eps: float) -> tuple[Array, Array]:
-    """(a, b) of `guided_filter`, averaged over the windows that cover a pixel."""
-    return _fit(i, p, radius, eps)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _models(i: Array, p: Array, zero: Array, radius: int, eps: float) -> tuple[Array, Array]:
+    """(a, b) of `guided_filter` of the guide i - zero, averaged over the windows of a pixel."""
+    return _fit(i, p, zero, radius, eps)
 
 
-def _fit(i, p, radius, eps):
-    mean = functools.partial(box_filter, radius=radius)
-    mean_i, mean_p = mean(i), mean(p)
-    a = (mean(i * p) - mean_i * mean_p) / (mean(i * i) - mean_i * mean_i + eps)
-    return mean(a), mean(mean_p - a * mean_i)
+def _fit(i, p, zero, radius, eps):
+    i, p = i.astype(zero.dtype) - zero, p.astype(zero.dtype)
+    mean_i, mean_p, var, cov = _window_moments(i, p, radius)
+    a = cov / (var + eps)
+    return box_filter(a, radius), box_filter(mean_p - a * mean_i, radius)
 
 
 def _models_bwd(radius, eps, saved, g):
-    # The means are made again, which takes little time, not kept.
-    i, p = (after(x, g[0]) for x in saved)
-    _, vjp = jax.vjp(functools.partial(_fit, radius=radius, eps=eps), i, p)
-    return vjp(g)
+    # The moments are made again, which takes little time, not kept.
+    i, p, zero = saved
+    i, p = (after(x, g[0]) for x in (i, p))
+    _, vjp = jax.vjp(lambda i, p: _fit(i, p, zero, radius, eps), i, p)
+    return *vjp(g), None
 
 
-_models.defvjp(lambda *args: (_models(*args), args[:2]), _models_bwd)
+_models.defvjp(lambda *args: (_models(*args), args[:3]), _models_bwd)
 
 
 def _linear_model(

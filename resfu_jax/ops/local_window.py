@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from resfu_jax.ops import _cells
 from resfu_jax.ops._dtypes import at_least_float32, bfloat16_is_native, cast, promote
-from resfu_jax.ops._interp import Size
+from resfu_jax.ops._interp import Size, divide_products
 from resfu_jax.ops._large_pages import filled
 from resfu_jax.ops._order import later, zeros_after, zeros_once
 from resfu_jax.ops._polyphase import whole_ratio
@@ -299,8 +299,7 @@ def _shuffled_softmax(scores: Array, groups: int, taps: int, ratio: int) -> _cel
 
 def cell_index(n_in: Size, n_out: Size) -> Int[Array, " n"]:
     """The cell floor(p n_in / n_out) of every output pixel p of an axis."""
-    p = jnp.arange(n_out, dtype=jnp.int32)
-    return p * jnp.asarray(n_in, jnp.int32) // jnp.asarray(n_out, jnp.int32)
+    return divide_products(n_out, n_in, n_out)[0]
 
 
 def _gather(x: Array, size: tuple[Size, Size], kernel_size: int) -> Float[Array, "b H W taps c"]:

@@ -159,13 +159,18 @@ def _blocks(
     apart = jax.lax.stop_gradient(apart.reshape(groups, inner * taps, o))
     mix = p.mix.reshape(o, groups, o).transpose(1, 2, 0)
     bias, mix_bias = (a.reshape(groups, o) for a in (p.bias, p.mix_bias))
+    # u where q and k agree. Its statistics are made of sums and sums of squares, of the deviations
+    # from this: of u itself, small differences between large numbers would be lost.
+    agreed = jnp.einsum("goi,gi->go", mix, jax.nn.relu(bias), precision="highest")
+    agreed = jax.lax.stop_gradient(jax.nn.relu(agreed + mix_bias))
+    agreed = agreed.astype(at_least_float32(dtype))
 
-    def compress(t, bias, mix, mix_bias):
+    def compress(t, bias, mix, mix_bias, agreed):
         """u, and the sums that its statistics need."""
         t = jax.nn.relu(t + bias[None, :, :, None])
         u = jax.nn.relu(_per_group(mix, t) + mix_bias[None, :, :, None])
-        wide = u.astype(at_least_float32(u.dtype))
-        return u, (wide.sum(axis=3), jnp.square(wide).sum(axis=3))
+        deviation = u.astype(agreed.dtype) - agreed[None, :, :, None]
+        return u, (deviation.sum(axis=3), jnp.square(deviation).sum(axis=3))
 
     ratio = whole_ratio(k.shape[1:3], q.shape[1:3])
     if ratio == (dilation, dilation) and dilation > 1:
@@ -214,12 +219,13 @@ def _blocks(
 
     def factor_and_bias(last, sums):
         """What makes the variance of u 1, channel by channel, and the bias of the scores."""
-        project, project_bias, scale, shift = (a.astype(sums[0].dtype) for a in last)
-        mean, square = (
-            group_mean(a.reshape(b, hidden) / jnp.asarray(hh * ww, a.dtype), norm_groups)
-            for a in sums
-        )
-        factor = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + EPS)
+        project, project_bias, scale, shift, agreed = (a.astype(sums[0].dtype) for a in last)
+        of_channel, square = (a.reshape(b, hidden) / jnp.asarray(hh * ww, a.dtype) for a in sums)
+        variance = jnp.maximum(square - jnp.square(of_channel), 0)
+        of_channel = agreed.reshape(1, hidden) + of_channel
+        mean = group_mean(of_channel, norm_groups)
+        variance = group_mean(variance + jnp.square(of_channel - mean), norm_groups)
+        factor = jax.lax.rsqrt(variance + EPS)
         shift = shift[None] - mean * factor * scale[None]
         return factor, shift @ project + project_bias[None]
 
@@ -230,7 +236,7 @@ def _blocks(
 
     def fold(last, sums):
         factor, bias = factor_and_bias(last, sums)
-        project, _, scale, _ = (a.astype(factor.dtype) for a in last)
+        project, _, scale, *_ = (a.astype(factor.dtype) for a in last)
         project = project.T[None] * (factor * scale[None])[:, None]
         return project.astype(dtype), bias
 
@@ -245,8 +251,8 @@ def _blocks(
         inputs=(of_k, Rows(3, rows, rows)),
         narrow=Rows(4, rows, rows),
         output=Rows(2, rows, rows),
-        params=(first, bias, mix, mix_bias, apart),
-        last=(p.project, p.project_bias, p.hidden_scale, p.hidden_bias),
+        params=(first, bias, mix, mix_bias, agreed, apart),
+        last=(p.project, p.project_bias, p.hidden_scale, p.hidden_bias, agreed),
         arrays=(k, _normalised(q, k, groups, norm_groups, 0)),
         keep=tile is None,
     )

@@ -6,7 +6,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._interp import Size
+from resfu_jax.ops._interp import Size, divide_products
 
 
 def adaptive_avg_pool(
@@ -35,9 +35,9 @@ def adaptive_avg_pool(
 
 def _cells(n: Size, o: Size, dtype: DTypeLike) -> Float[Array, "o n"]:
     """Averaging matrix of an axis: row i has 1 / (pixels in cell i) at the pixels of cell i."""
-    i, n_, o_ = jnp.arange(o, dtype=jnp.int32), jnp.asarray(n, jnp.int32), jnp.asarray(o, jnp.int32)
-    start = i * n_ // o_
-    end = ((i + 1) * n_ + o_ - 1) // o_
+    start, _ = divide_products(o, n, o)
+    end, rest = divide_products(o, n, o, first=1)
+    end = end + (rest > 0).astype(end.dtype)
     pixel = jnp.arange(n, dtype=jnp.int32)[None, :]
     inside = (start[:, None] <= pixel) & (pixel < end[:, None])
     return inside.astype(dtype) / (end - start).astype(dtype)[:, None]

@@ -34,14 +34,19 @@ def resize(
         s = (p + 1/2) * n_in / n_out - 1/2          (align_corners=False)
         s = p * (n_in - 1) / (n_out - 1)            (align_corners=True)
 
-    computed in exact integer arithmetic, with i = floor(s) and t = s - i:
+    computed in exact integer arithmetic for axes of up to 2**29 pixels, with i = floor(s) and
+    t = s - i (antialias: in float32 or better):
 
     * bilinear: (1 - t) x[i] + t x[i+1];
     * bicubic: the four pixels i-1 .. i+2 weighted by Keys' kernel with a = -3/4;
     * nearest: x[floor(p * n_in / n_out)]; nearest-exact: x[floor((p + 1/2) * n_in / n_out)].
 
     Pixels beyond the border repeat the edge. With `scale`, `n_in / n_out` in these formulas is
-    `1 / scale`, which differs from the ratio of the sizes if that ratio was rounded.
+    `1 / scale`, which differs from the ratio of the sizes if that ratio was rounded. Two cases keep
+    the ratio of the sizes, as PyTorch's do on a CPU: an axis whose size does not change is copied
+    (but not by bicubic without antialias or nearest-exact), and nearest reads x[p // 2] where the
+    size doubles. (PyTorch's own positions are in float32: on long axes they are off, and where a
+    nearest one lies exactly between two pixels, it may take the other.)
 
     Weights are computed in float32 or better; the result has the dtype of `x`.
 
@@ -60,14 +65,15 @@ def resize(
     Raises:
       ValueError: contradicting or unsupported arguments.
     """
-    size, (n_in, n_out) = _sizes(x, size, scale)
+    size, (n_in, n_out) = _sizes(x, size, scale, method, antialias)
     _check(x, size, method, align_corners, antialias, implementation)
     nearest = method in ("nearest", "nearest-exact")
     values = x if nearest else x.astype(np.promote_types(x.dtype, np.float32))
     if antialias:
         return _antialiased(values, size, n_in, n_out, method).astype(x.dtype)
 
-    whole = None if align_corners else whole_ratio(n_in, n_out)
+    undecided = any(isinstance(n, Array) for n in n_in)
+    whole = None if align_corners or undecided else whole_ratio(n_in, n_out)
     if implementation == "polyphase" and whole is None:
         raise ValueError(
             "implementation='polyphase' needs a whole upsampling ratio and align_corners=False, "
@@ -85,7 +91,7 @@ def resize(
     return values.astype(x.dtype)
 
 
-def _sizes(x, size, scale):
+def _sizes(x, size, scale, method, antialias):
     """Output size, and (n_in, n_out) whose quotients are the ratios of the two axes."""
     if (size is None) == (scale is None):
         raise ValueError(f"give either size or scale, got size={size}, scale={scale}")
@@ -95,14 +101,44 @@ def _sizes(x, size, scale):
         return tuple(size), (x.shape[1:3], tuple(size))
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
-    # 65536 keeps the integer arithmetic of the positions within int32 for maps of 8192 pixels.
-    up = fractions.Fraction(scale).limit_denominator(65536)
-    size = tuple(
-        # PyTorch rounds the product in floating point.
-        math.floor(n * scale) if isinstance(n, int) else n * up.numerator // up.denominator
-        for n in x.shape[1:3]
-    )
-    return size, ((up.denominator,) * 2, (up.numerator,) * 2)
+    size = tuple(_scaled_size(n, scale) for n in x.shape[1:3])
+    # Numerator and denominator stay within what `_interp.divide_products` takes.
+    up = fractions.Fraction(scale).limit_denominator(max(1, int(2**28 / max(scale, 1))))
+    # As ATen's UpSample.h: the multiples of its size at which an axis keeps the ratio of the sizes.
+    multiples = {"nearest": (1, 2), "bilinear": (1,), "bicubic": (1,) * antialias}.get(method, ())
+    ratios = [_scale_ratio(n, m, up, multiples) for n, m in zip(x.shape[1:3], size, strict=True)]
+    return size, tuple(zip(*ratios, strict=True))
+
+
+def _scaled_size(n: Size, scale: float) -> Size:
+    """floor(n scale)"""
+    if isinstance(n, int):
+        return math.floor(n * scale)  # the product in floating point, as PyTorch's
+    # Products of symbolic sizes are computed in int32, too.
+    up = fractions.Fraction(scale).limit_denominator(2**15)
+    if up.denominator < 2**7:
+        return n * up.numerator // up.denominator
+    whole, part = divmod(up.numerator, up.denominator)
+    cells, rest = divmod(n, up.denominator)
+    return n * whole + cells * part + rest * part // up.denominator
+
+
+def _scale_ratio(
+    n: Size, m: Size, up: fractions.Fraction, multiples: tuple[int, ...]
+) -> tuple[Any, Any]:
+    """The ratio of an axis of n pixels that `scale` makes m: n / m at these multiples, else 1 / up.
+
+    In symbolic sizes, which decides itself when the program runs.
+    """
+    ratio = up.denominator, up.numerator
+    for k in multiples:
+        if up == k or not k <= up < k + 1:
+            continue  # either makes no difference, or m never is k n
+        if isinstance(n, int):
+            return (1, k) if m == k * n else ratio
+        equal = jnp.asarray(m - k * n, jnp.int32) == 0
+        return tuple(jnp.where(equal, a, jnp.int32(b)) for a, b in zip((1, k), ratio, strict=True))
+    return ratio
 
 
 def _check(x, size, method, align_corners, antialias, implementation) -> None:
@@ -110,6 +146,8 @@ def _check(x, size, method, align_corners, antialias, implementation) -> None:
         raise ValueError(f"x must be (batch, height, width, channels), got shape {x.shape}")
     if any(isinstance(n, int) and n < 1 for n in (*x.shape[1:3], *size)):
         raise ValueError(f"sizes must be at least 1, got {x.shape[1:3]} -> {size}")
+    if any(isinstance(n, int) and n > _interp.LONGEST for n in (*x.shape[1:3], *size)):
+        raise ValueError(f"sizes must be at most 2**29, got {x.shape[1:3]} -> {size}")
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
     if implementation not in (None, "reference", "polyphase"):
@@ -162,9 +200,11 @@ def _weights(method: Method, t) -> dict[int, Any]:
 def _gather(values, n_out, ratio, axis, method, align_corners) -> Array:
     """Resize `axis` by gathering the neighbours of every output pixel."""
     if method in ("nearest", "nearest-exact"):
-        n_in, n = (jnp.asarray(r, jnp.int32) for r in ratio)
-        p = jnp.arange(n_out, dtype=jnp.int32)
-        index = p * n_in // n if method == "nearest" else (2 * p + 1) * n_in // (2 * n)
+        n_in, n = ratio
+        if method == "nearest":
+            index, _ = _interp.divide_products(n_out, n_in, n)
+        else:
+            index, _ = _interp.divide_products(n_out, n_in, 2 * n, step=2, first=1)
         return _interp.take_clamped(values, index, axis)
     if align_corners:
         lower, t = _interp.align_corners_taps(values.shape[axis], n_out, dtype=values.dtype)

@@ -454,22 +454,23 @@ def _affine_of_norm(
     kernel: Array,
     bias: Array | None,
 ) -> Array:
-    """`GN(x) @ kernel + bias` as one product with per-image weights."""
+    """`GN(x) @ kernel + bias` as one product of the centred map with per-image weights."""
     mean, factor = moments
     scale, norm_bias, kernel = (a.astype(factor.dtype) for a in (scale, norm_bias, kernel))
-    factor = factor * scale[None]
-    offset = (norm_bias[None] - mean * factor) @ kernel
+    offset = norm_bias @ kernel
     if bias is not None:
-        offset = offset + bias.astype(offset.dtype)[None]
-    weight = (factor[:, :, None] * kernel[None]).astype(x.dtype)
+        offset = offset + bias.astype(offset.dtype)
+    weight = ((factor * scale[None])[:, :, None] * kernel[None]).astype(x.dtype)
 
     def affine(params, blocks):
-        (weight, offset), (x,) = params, blocks
-        product = jnp.einsum("bhwc,bco->bhwo", x, weight, preferred_element_type=factor.dtype)
-        return ((product + offset[:, None, None]).astype(x.dtype),)
+        (weight, offset, mean), (x,) = params, blocks
+        # Not as a part of the offset: in a narrow dtype, large products would have to cancel.
+        centred = (x.astype(mean.dtype) - mean[:, None, None]).astype(x.dtype)
+        product = jnp.einsum("bhwc,bco->bhwo", centred, weight, preferred_element_type=mean.dtype)
+        return ((product + offset[None, None, None]).astype(x.dtype),)
 
     b, h, w, _ = x.shape
     rows = block_rows(h, b * w * max(kernel.shape))
     block = Rows(1, rows, rows)
-    (out,) = map_row_blocks(affine, h // rows, (block,), (block,), (weight, offset), (x,))
+    (out,) = map_row_blocks(affine, h // rows, (block,), (block,), (weight, offset, mean), (x,))
     return out
