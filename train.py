@@ -25,12 +25,11 @@ import numpy as np
 import optax
 from absl import app, flags, logging
 from flax import nnx
-from ml_collections import config_flags
 
 from resfu_jax import data, training, visualize
 from resfu_jax.model import create_model, evaluating
 
-CONFIG = config_flags.DEFINE_config_file("config", help_string="A file in configs/.")
+CONFIG = training.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "For --mode eval: best, latest or a step.")
@@ -84,6 +83,10 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
 
     try:
         graphdef, abstract_state = jax.eval_shape(init)
+        crop = jax.ShapeDtypeStruct((1, *config.data.crop_size, 3), jnp.uint8)
+        jax.eval_shape(
+            lambda s, x: nnx.merge(graphdef, s["params"], s["rest"])(x), abstract_state, crop
+        )
         pretrained = training.pretrained_backbone(config.model.backbone)
     except (ValueError, FileNotFoundError) as error:  # an option or weights that do not fit
         raise training.ConfigError(f"config.model: {error}") from error
@@ -375,12 +378,11 @@ def build_once(name: str, directory: str | None) -> None:
 
 # ------------------------------------------------------------------------------------ command line
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the flags after checking the names of config fields, for a helpful message."""
+    """Parses the flags; a mistake ends in one message."""
     try:
-        training.check_overrides(argv[1:])
+        return training.parse_flags(argv)
     except training.ConfigError as error:
         sys.exit(f"error: {error}")
-    return app.parse_flags_with_usage(argv)
 
 
 def main(argv: list[str]) -> None:
@@ -414,7 +416,7 @@ if __name__ == "__main__":
     flags.mark_flag_as_required("config")
     flags.register_multi_flags_validator(
         ["workdir", "dry_run"],
-        lambda given: given["workdir"] is not None or given["dry_run"],
-        message="Flag --workdir must have a value other than None, unless there is --dry_run.",
+        lambda given: given["workdir"] or given["dry_run"],
+        message="--workdir has to name a directory, unless there is --dry_run.",
     )
     app.run(main, flags_parser=parse_flags)

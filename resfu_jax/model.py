@@ -9,6 +9,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Num
 
+from resfu_jax._checks import check_flag, is_number
 from resfu_jax.backbones import create_backbone
 from resfu_jax.heads import create_head
 from resfu_jax.ops._dtypes import at_least_float32
@@ -47,7 +48,9 @@ class SegmentationModel(nnx.Module):
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ):
-        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+        check_flag(frozen=frozen)
+        three = all(len(v) == 3 and all(map(is_number, v)) for v in (mean, std))
+        if not three or min(std) <= 0:
             raise ValueError(f"mean and std must be three numbers, std > 0, got {mean} and {std}")
         self.backbone = backbone
         self.head = head

@@ -2,16 +2,15 @@ import dataclasses
 import importlib
 import inspect
 import json
+import math
 import pathlib
 import re
-import warnings
 
 import jax
 import jax.numpy as jnp
 import pytest
 from absl import flags
 from flax import nnx
-from ml_collections import config_flags
 
 from resfu_jax import data
 from resfu_jax.inference import Inference
@@ -23,7 +22,9 @@ from resfu_jax.training import (
     check_same_run,
     create_inference,
     create_schedule,
+    define_config,
     model_arguments,
+    parse_flags,
     validate,
     write_config,
 )
@@ -77,13 +78,14 @@ def test_configs_build_a_model(name):
 def parse(config_file, *arguments):
     """The config as train.py reads it from the command line."""
     path = pathlib.Path(__file__).parents[1] / "configs" / config_file
-    argv = ["train.py", f"--config={path}", *arguments]
-    check_overrides(argv)
+    return parse_line(f"--config={path}", *arguments)
+
+
+def parse_line(*arguments):
+    argv = ["train.py", *arguments]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)  # ml_collections
-        values(argv)
+    define_config(values, argv)
+    parse_flags(argv, values)
     return values.config
 
 
@@ -129,15 +131,15 @@ def test_segformer_b1_has_the_published_number_of_parameters(upsampler, added):
 @pytest.mark.parametrize(
     ("name", "rates"),
     [
-        ("segformer_b1", {0: 6e-11, 1500: 6e-5, 80_750: 3e-5, 160_000: 0.0}),
-        ("segmenter_s_resfu", {0: 1e-3, 80_000: 1e-4 + 9e-4 * 0.5**0.9, 160_000: 1e-4}),
-        ("upernet_r50", {0: 1e-2, 40_000: 1e-4 + 99e-4 * 0.5**0.9, 80_000: 1e-4}),
+        ("segformer_b1", {0: 6e-11, 1500: 6e-5, 101_125: 6e-5 * 58_874 / 158_499, 159_999: 0.0}),
+        ("segmenter_s_resfu", {0: 1e-3, 53_333: 1e-4 + 9e-4 * (2 / 3) ** 0.9, 159_999: 1e-4}),
+        ("upernet_r50", {0: 1e-2, 79_998: 1e-4 + 99e-4 / 79_999**0.9, 79_999: 1e-4}),
     ],
 )
 def test_learning_rates_of_the_recipes(name, rates):
     config = importlib.import_module(f"configs.ade20k_{name}").get_config()
     schedule = create_schedule(config.optimizer, config.steps)
-    assert config.steps == max(rates)
+    assert config.steps == max(rates) + 1
     for step, rate in rates.items():
         assert float(schedule(step)) == pytest.approx(rate, rel=1e-4, abs=1e-11)
 
@@ -269,6 +271,223 @@ def test_known_fields_pass():
             "--config.model.head.upsampler_options.lr_mult=2.0",
         ]
     )
+
+
+# ------------------------------------------------------------------------- every field has a range
+def leaves(group, prefix=""):
+    for field in dataclasses.fields(group):
+        value, path = getattr(group, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, path + ".")
+        else:
+            yield path, str(field.type), value
+
+
+def refused(path, value):
+    """Whether `validate` names the field, when it has this value and all others are in order."""
+    changes = {"model.backbone.frozen": True} if path != "model.backbone.frozen" else {}
+    with pytest.raises(ConfigError) as error:
+        validate(runnable(**(changes | {path: value})))
+    return f"config.{path} is" in str(error.value) or f"config.{path} must" in str(error.value)
+
+
+# Numbers below zero that are right.
+MAY_BE_NEGATIVE = {"model.mean"}
+# Whole numbers, and their tuples, for which 0 is right.
+MAY_BE_ZERO = {"seed", "data.num_workers", "eval.pictures", "profile.steps"}
+MAY_BE_ZERO |= {"optimizer.warmup_steps"}
+
+
+def of_kind(kind, number):
+    """The number as the field has it: three of it for a tuple of colours or of sizes."""
+    return (number,) * 3 if "tuple" in kind else number
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [(p, k) for p, k, _ in leaves(Config()) if "int" in k or "float" in k],
+)
+def test_numbers_that_cannot_be_right_are_refused(as_users_call, path, kind):
+    """Every numeric field refuses NaN, infinity, a truth value, text, and a wrong sign.
+
+    A field added without a range turns this red.
+    """
+    for value in (math.nan, math.inf, -math.inf, True, "1", 1j):
+        assert refused(path, of_kind(kind, value))
+        if "tuple" in kind:
+            assert refused(path, value)
+    if "float" in kind:
+        assert refused(path, of_kind(kind, 10**400))
+    else:
+        assert refused(path, of_kind(kind, 2.0))
+        if path not in MAY_BE_ZERO:
+            assert refused(path, of_kind(kind, 0))
+    if path not in MAY_BE_NEGATIVE:
+        number = -1.0 if "float" in kind else -1
+        lengths = (1, 2, 3, 8) if "tuple" in kind else (None,)
+        for length in lengths:
+            assert refused(path, number if length is None else (number,) * length)
+    assert ("None" in kind) or refused(path, None)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [(p, k) for p, k, _ in leaves(Config()) if "int" not in k and "float" not in k],
+)
+def test_other_fields_refuse_other_types(as_users_call, path, kind):
+    for value in (1, 2.5, b"x", ("a",), *(() if "str" in kind else ("yes",))):
+        assert refused(path, value)
+    assert ("None" in kind) or refused(path, None)
+
+
+def test_a_field_that_does_not_exist_in_a_config_file(as_users_call):
+    config = runnable()
+    config.optimizer.learning_rte = 1.0
+    with pytest.raises(ConfigError, match="config.optimizer.learning_rte .* mean learning_rate"):
+        validate(config)
+    with pytest.raises(ConfigError, match="no Config: None"):
+        validate(None)
+
+
+@pytest.mark.parametrize("value", [0, 2**32 - 1])
+def test_seeds_that_jax_and_grain_take(value):
+    validate(runnable(seed=value))
+
+
+# ------------------------------------------------------------------------------- the command line
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.steps=abc"], "config.steps=abc"),
+        (["--config.steps=1e3"], "config.steps=1e3"),
+        (["--config.steps"], "Missing value for flag --config.steps"),
+        (["--config.steps="], "config.steps="),
+        (["--config.data.flip=maybe"], "config.data.flip=maybe"),
+        (["--noconfig.steps"], "noconfig.steps"),
+        (["--config.data.crop_size=(64, 64"], "crop_size=.* it has to be a tuple such as"),
+        (["--config.data.crop_size=64, 64)"], "crop_size=.* it has to be a tuple such as"),
+        (["--config.data.crop_size=wide"], "crop_size=.* it has to be a tuple such as"),
+        (["--config.data.crop_size="], "crop_size=.* it has to be a tuple such as"),
+        (["--config.model.head.upsampler_options={'eps': 1"], "options=.* has to be a dictionary"),
+        (["--config.model.head.upsampler_options={'eps': x}"], "options=.* has to be a dictionary"),
+        (["--config.model.head.upsampler_options={[]: 1}"], "options=.* has to be a dictionary"),
+        (["--config.model.head.upsampler_options=(1,)"], "options=.* has to be a dictionary"),
+        (["--config.model.backbone.options=" + "[" * 10_000], "options=.* has to be a dictionary"),
+        (["--config.model.head.upsampler_options.eps=1"], "sets no 'eps' there; give the whole"),
+        (["--config.model.backbone.options.widths.first=1"], "sets no 'first' there"),
+        (["--config.sead=3"], "config.sead does not exist; did you mean seed"),
+        (["--confg.seed=3"], "Unknown command line flag 'confg.seed'"),
+        (["--config.data.name=shape"], "Did you mean 'shapes'"),
+        (["--config.model.head.upsampler=resfuu"], "did you mean 'resfu'"),
+        (["--config.seed=-1"], "config.seed is -1; it has to be from 0"),
+        (["--config.optimizer.learning_rate=nan"], "learning_rate is nan; .* finite"),
+        (["--config.optimizer.beta1=1.5"], "beta1 is 1.5; it has to be at least 0 and less than 1"),
+        (["--config.steps=3000000000"], "config.steps is 3000000000; .* 2\\*\\*31 - 1"),
+        (["--config.steps=None"], "config.steps is None; it has to be a whole number"),
+        (["--config.model.backbone.options={'drop_pat': 0.1}"], "did you mean 'drop_path'"),
+        (["--config.model.backbone.options={'rngs': 0}"], "options cannot hold rngs"),
+        (["--config.model.backbone.options={'depths': {1}}"], "set is not JSON serializable"),
+        (["--config.data.crop_size=64"], r"crop_size is \(64,\); .* \(height, width\)"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        validate(parse("shapes_resfu.py", *arguments))
+    assert len(str(error.value)) < 12_000 and "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "does not exist"),
+        ("def get_config(:", "config=.*py: SyntaxError: .*line 1"),
+        ("import nothing_like_it", "config=.*py: line 1: ModuleNotFoundError: .*nothing_like_it"),
+        ("x = 1", r"has no function get_config\(\)"),
+        ("get_config = 3", r"has no function get_config\(\)"),
+        ("def get_config():\n    return {}", "has to return a resfu_jax.training.Config, got dict"),
+        ("def get_config():\n    pass", "has to return .* got NoneType"),
+        ("def get_config():\n    return 1 / 0", "line 2: ZeroDivisionError"),
+        ("def get_config():\n    return int('x')", "line 2: ValueError"),
+        ("def get_config(name): pass", "needs a name after a colon"),
+    ],
+)
+def test_config_files_that_cannot_be_loaded(tmp_path, text, message):
+    path = tmp_path / "some.py"
+    if text is not None:
+        path.write_text(text)
+    for arguments in [[f"--config={path}"], ["--config", str(path)]]:
+        with pytest.raises(ConfigError, match=message) as error:
+            parse_line(*arguments)
+        assert str(path) in str(error.value) and "Traceback" not in str(error.value)
+
+
+def test_config_files_that_are_none(tmp_path):
+    with pytest.raises(ConfigError, match="configs is a folder; .*shapes_resfu.py"):
+        parse(".")
+    with pytest.raises(ConfigError, match="does not exist; did you mean .*shapes_resfu.py"):
+        parse("shape_resfu.py")
+    with pytest.raises(ConfigError, match="takes no name after a colon"):
+        parse("shapes_resfu.py:carafe")
+    (tmp_path / "bytes.py").write_bytes(b"\xff\x00")
+    with pytest.raises(ConfigError, match="bytes.py: "):
+        parse_line(f"--config={tmp_path / 'bytes.py'}")
+
+
+def test_fields_without_a_config_file():
+    with pytest.raises(ConfigError, match="--config is missing: name the file"):
+        parse_line("--config.seed=3", "--workdir=x")
+
+
+def test_config_files_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = (pathlib.Path(__file__).parent / "tiny_config.py").read_text()
+    (tmp_path / "mine.py").write_text(text)
+    assert parse_line("--config=~/mine.py").steps == 8
+
+
+def test_the_last_value_counts_also_of_tuples():
+    config = parse(
+        "shapes_resfu.py",
+        "--config.seed=1",
+        "--config.data.crop_size=(64, 32)",
+        "--config.seed=2",
+        "--config.data.crop_size=[96, 64]",
+    )
+    assert (config.seed, config.data.crop_size) == (2, (96, 64))
+
+
+def test_none_unsets_a_field():
+    config = parse(
+        "camvid_vit_augmented.py",
+        "--config.model.backbone.pretrained=None",
+        "--config.eval.crop=None",
+        "--config.optimizer.clip_norm=None",
+        "--config.model.head.width=None",
+    )
+    unset = (config.model.backbone.pretrained, config.eval.crop)
+    assert (*unset, config.optimizer.clip_norm, config.model.head.width) == (None,) * 4
+
+
+def test_items_of_dictionaries_that_the_file_sets():
+    config = parse("shapes_resfu.py", "--config.model.backbone.options.drop_path=0.25")
+    assert config.model.backbone.options["drop_path"] == 0.25
+
+
+def test_train_says_error_and_stops():
+    """train.py's own parser of the command line, without a process."""
+    import train
+
+    with pytest.raises(SystemExit) as stopped:
+        train.parse_flags(["train.py", "--config=x.py", "--config.sead=3"])
+    assert stopped.value.code.startswith("error: config.sead does not exist")
+
+
+def test_windows_fit_the_patches_of_a_vit():
+    changes = {"model.backbone.name": "vit", "model.backbone.variant": "tiny", "eval.mode": "slide"}
+    changes["eval.stride"] = (32, 32)
+    validate(runnable(**changes, **{"eval.crop": (48, 64)}))
+    with pytest.raises(ConfigError, match="config.eval.crop is .* multiples of 16"):
+        validate(runnable(**changes, **{"eval.crop": (50, 64)}))
 
 
 def test_model_arguments_leave_out_none():

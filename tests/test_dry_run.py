@@ -89,3 +89,13 @@ def test_a_dry_run_leaves_nothing(tmp_path):
     assert all(name.endswith("tfds") for name in left)  # tfds's own, empty
     done = train()
     assert done.returncode != 0 and "--workdir must have a value" in done.stdout + done.stderr
+
+
+def test_values_of_another_type_are_told_before_data_are_made(monkeypatch):
+    module = sys.modules["resfu_jax.training.dry_run"]
+    monkeypatch.setattr(module, "prepare_fabricated", None)
+    config = Config()
+    config.data.name = None
+    with pytest.raises(ConfigError, match="config.data.name is None; it has to be a text"):
+        with dry_run(config):
+            pass

@@ -168,6 +168,9 @@ def test_errors(as_users_call):
         LinearHead((8,), 3, guide_stride=3, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="in_features must be positive"):
         LinearHead((), 3, rngs=nnx.Rngs(0))
+    head = LinearHead((8, 8), 3, upsampler="bilinear", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="features must be maps of one size for the linear head"):
+        head((jnp.zeros((1, 8, 8, 8)), jnp.zeros((1, 4, 4, 8))), jnp.zeros((1, 32, 32, 3)))
     with pytest.raises(ValueError, match="project the guide"):
         LinearHead((8,), 3, upsampler="fade", rngs=nnx.Rngs(0))
 

@@ -13,7 +13,8 @@ K = 5
 
 
 def numpy_loss(logits, labels, smoothing=0.0, weights=None):
-    """Pixel by pixel, in float64."""
+    """Pixel by pixel, in float64: each class's share of the target has that class's weight."""
+    weights = np.ones(K) if weights is None else np.asarray(weights)
     total = norm = 0.0
     for z, y in zip(logits.reshape(-1, K).astype(np.float64), labels.ravel(), strict=True):
         if y == 255:
@@ -21,9 +22,8 @@ def numpy_loss(logits, labels, smoothing=0.0, weights=None):
         log_p = z - np.log(np.exp(z).sum())
         target = np.full(K, smoothing / K)
         target[y] += 1 - smoothing
-        w = 1.0 if weights is None else weights[y]
-        total -= w * (target * log_p).sum()
-        norm += w
+        total -= (weights * target * log_p).sum()
+        norm += weights[y]
     return total / norm
 
 
@@ -45,9 +45,57 @@ def test_equals_the_definition(smoothing, weights):
     np.testing.assert_allclose(loss, numpy_loss(logits, labels, smoothing, weights), rtol=1e-5)
 
 
-def test_ignored_pixels_have_no_gradient():
+def test_smoothing_with_class_weights_is_pytorchs():
+    """Two pixels with p = (3/4, 1/4) and (1/2, 1/2), an ignored one; by hand, and as torch says.
+
+    With w = (1, 3), s = 0.4 and K = 2, the loss of label y is -0.6 w_y ln p_y - 0.2 Σ_k w_k ln p_k,
+    its gradient to z_j is 0.6 w_y (p_j - [j = y]) + 0.2 (4 p_j - w_j), both over Σ w_y = 1 + 3.
+    """
+    logits = jnp.log(jnp.array([[[[3.0, 1.0], [1.0, 1.0], [5.0, 1.0]]]]))
+    labels = jnp.array([[[0, 1, 255]]])
+
+    def loss(z, y, normalizer=None):
+        return cross_entropy(
+            z, y, label_smoothing=0.4, class_weights=(1.0, 3.0), normalizer=normalizer
+        )
+
+    value, grad = jax.value_and_grad(loss)(logits, labels)
+    np.testing.assert_allclose(value, 0.716026, rtol=1e-5)
+    wanted = [[[[0.0625, -0.0625], [0.275, -0.275], [0.0, 0.0]]]]
+    np.testing.assert_allclose(grad, wanted, rtol=1e-5)
+    # Accumulated as in train.py: every part over the weight of the whole batch.
+    normalizer = pixel_weights(labels, class_weights=(1.0, 3.0)).sum()
+    assert normalizer == 4.0
+    values, grads = zip(
+        *(
+            jax.value_and_grad(loss)(logits[:, :, i : i + 1], labels[:, :, i : i + 1], normalizer)
+            for i in range(3)
+        ),
+        strict=True,
+    )
+    np.testing.assert_allclose(sum(values), 0.716026, rtol=1e-5)
+    np.testing.assert_allclose(jnp.concatenate(grads, axis=2), wanted, rtol=1e-5)
+
+
+def test_labels_without_weight_give_zero():
+    """PyTorch divides by zero."""
     logits, labels = example()
-    grad = jax.grad(lambda z: cross_entropy(z, jnp.asarray(labels)))(jnp.asarray(logits))
+    loss, grad = jax.value_and_grad(
+        lambda z: cross_entropy(
+            z,
+            jnp.zeros(labels.shape, jnp.int32),
+            label_smoothing=0.1,
+            class_weights=(0.0, 1.0, 1.0, 1.0, 1.0),
+        )
+    )(jnp.asarray(logits))
+    assert loss == 0
+    assert np.all(np.asarray(grad) == 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}])
+def test_ignored_pixels_have_no_gradient(options):
+    logits, labels = example()
+    grad = jax.grad(lambda z: cross_entropy(z, jnp.asarray(labels), **options))(jnp.asarray(logits))
     assert np.all(np.asarray(grad)[labels == 255] == 0)
     assert np.all(np.any(np.asarray(grad)[labels != 255] != 0, axis=-1))
 

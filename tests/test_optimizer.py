@@ -5,6 +5,7 @@ import optax
 import pytest
 from flax import nnx
 
+from resfu_jax.backbones import create_backbone
 from resfu_jax.training import (
     OptimizerConfig,
     accumulate_gradients,
@@ -34,22 +35,66 @@ def pure_params():
     return nnx.as_pure(nnx.state(Net(nnx.Rngs(0)), nnx.Param))
 
 
-def test_schedule_warms_up_linearly_and_decays_to_zero():
-    config = OptimizerConfig(learning_rate=2.0, warmup_steps=10, warmup_start=0.1, power=0.9)
-    schedule = create_schedule(config, 110)
-    np.testing.assert_allclose(
-        [schedule(s) for s in (0, 5, 10, 60, 110)], [0.2, 1.1, 2.0, 2 * 0.5**0.9, 0.0], rtol=1e-6
+@pytest.mark.parametrize("final", [0.0, 0.3])
+@pytest.mark.parametrize("power", [0.9, 1.0])
+@pytest.mark.parametrize("warmup", [0, 1, 10, 99])
+def test_schedule_is_the_written_formula(warmup, power, final):
+    """The peak is reached at the step after the warm-up, the final rate on the last step, 109."""
+    config = OptimizerConfig(
+        learning_rate=2.0,
+        final_learning_rate=final,
+        warmup_steps=warmup,
+        warmup_start=0.1,
+        power=power,
     )
+    schedule = create_schedule(config, 110)
+
+    def rate(step):
+        if step < warmup:
+            return 2.0 * (0.1 + 0.9 * step / warmup)
+        return (2.0 - final) * (1 - (step - warmup) / (109 - warmup)) ** power + final
+
+    for step in {0, 1, max(warmup - 1, 0), warmup, warmup + 1, 60, 107, 108, 109}:
+        np.testing.assert_allclose(schedule(step), rate(step), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(schedule(warmup), 2.0, rtol=1e-6)
+    np.testing.assert_allclose(schedule(109), final, rtol=1e-6, atol=1e-7)
+    assert schedule(108) > schedule(109)
 
 
-def test_no_warmup():
-    schedule = create_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=0), 10)
-    np.testing.assert_allclose([schedule(0), schedule(5)], [1.0, 0.5], rtol=1e-6)
+def test_the_last_of_fifty_steps_has_the_final_rate():
+    """As MMEngine's PolyLR; its values for T = 50 and no warm-up."""
+    config = OptimizerConfig(
+        learning_rate=1e-3, final_learning_rate=1e-5, power=0.9, warmup_steps=0
+    )
+    schedule = create_schedule(config, 50)
+    wanted = [1e-3, 9.9e-4 * (48 / 49) ** 0.9 + 1e-5, 9.9e-4 * (1 / 49) ** 0.9 + 1e-5, 1e-5]
+    np.testing.assert_allclose([schedule(s) for s in (0, 1, 48, 49)], wanted, rtol=1e-5)
 
 
-def test_a_run_shorter_than_its_warmup():
-    schedule = create_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=100), 4)
-    np.testing.assert_allclose(schedule(3), 0.03, rtol=1e-3)
+def test_the_optimizer_steps_at_the_rates_of_the_schedule():
+    """The first update has the rate of step 0, the last that of step T - 1."""
+    config = OptimizerConfig(
+        name="sgd",
+        learning_rate=1.0,
+        final_learning_rate=0.25,
+        warmup_steps=0,
+        beta1=0.0,
+        weight_decay=0.0,
+    )
+    optimizer, params = create_optimizer(config, 4), {"backbone": {"kernel": jnp.zeros((1, 1))}}
+    state, rates = optimizer.init(params), []
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+        for _ in range(4):
+            updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+            rates.append(-float(updates["backbone"]["kernel"][0, 0]))
+    np.testing.assert_allclose(rates, [1.0, 0.75, 0.5, 0.25], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "last"), [(1, 0.0), (4, 0.03), (100, 0.99), (101, 1.0)])
+def test_a_run_that_ends_before_the_decay_begins(steps, last):
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=100, warmup_start=0.0)
+    schedule = create_schedule(config, steps)
+    np.testing.assert_allclose(schedule(steps - 1), last, rtol=1e-3, atol=1e-7)
 
 
 def test_masks():
@@ -79,31 +124,64 @@ def test_upsamplers_have_a_rate_of_their_own():
 @pytest.mark.parametrize(
     "tree",
     [
-        (  # a plain transformer of three blocks
-            {
-                "embed": 4,
-                "positions": 4,
-                "blocks": {0: {"norm": 3}, 1: {"norm": 2}, 2: {"norm": 1}},
-                "norm": 1,
-            }
-        ),
-        (  # two stages, of two blocks and one
-            {
-                "stem": {"norm": 4},
-                "stages": {
-                    0: {"embed": 4, "blocks": {0: 3, 1: 2}, "norm": 2},
-                    1: {"embed": 1, "blocks": {0: 1}, "norm": 1},
-                },
-            }
-        ),
+        {  # ViT of three blocks
+            "embed": 4,
+            "positions": 4,
+            "class_token": 4,
+            "registers": 4,
+            "blocks": {0: {"norm": 3}, 1: {"norm": 2}, 2: {"norm": 1}},
+            "norm": 0,
+            "head": 0,
+        },
+        {  # MiT of two stages, of two blocks and one
+            "stages": {
+                0: {"embed": 4, "embed_norm": 4, "blocks": {0: 3, 1: 2}, "norm": 2},
+                1: {"embed": 1, "embed_norm": 1, "blocks": {0: 1}, "norm": 0},
+            },
+        },
+        {  # ResNet of two stages, of two blocks and one
+            "stem": {0: 4},
+            "stages": {0: {0: {"layers": 3}, 1: {"layers": 2}}, 1: {0: {"shortcut": 1}}},
+        },
     ],
 )
 def test_layers_decay_from_the_end(tree):
-    """The tree holds how many blocks, itself included, there are from each parameter to the end."""
+    """The tree holds the exponents: 1 for the last block, L + 1 for the embedding, as in BEiT."""
     config = OptimizerConfig(layer_decay=0.5)
     multiples = learning_rate_multiples(config, {"backbone": tree, "head": {"w": 0}})
-    assert multiples["backbone"] == jax.tree.map(lambda n: 0.5 ** (n - 1), tree)
+    assert multiples["backbone"] == jax.tree.map(lambda n: 0.5**n, tree)
     assert multiples["head"] == {"w": 10.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "depth"),
+    [
+        (dict(name="vit", variant="tiny", width=12, depth=3, registers=2), 3),
+        (dict(name="mit", widths=(4, 4, 4, 4), heads=(1, 1, 1, 1), depths=(1, 2, 1, 1)), 5),
+        (dict(name="resnet", variant="18", widths=(4, 4, 4, 4), depths=(1, 2, 1, 1)), 5),
+    ],
+)
+def test_layers_of_the_backbones_decay(options, depth):
+    """Every exponent from L + 1 (embedding, stem) to 1 (last block) occurs in the real trees."""
+    backbone = nnx.eval_shape(lambda: create_backbone(**options, rngs=nnx.Rngs(0)))
+    params = {"backbone": nnx.as_pure(nnx.state(backbone, nnx.Param))}
+    multiples = learning_rate_multiples(OptimizerConfig(layer_decay=0.5), params)["backbone"]
+    found = {-np.log2(m) for m in jax.tree.leaves(multiples)}
+    norm = {0} if options["name"] != "resnet" else set()  # behind the last block
+    assert found == set(range(1, depth + 2)) | norm
+
+
+def test_tokens_and_positions_of_a_vit_do_not_decay():
+    """timm's no_weight_decay(): pos_embed, cls_token, reg_token; and all vectors."""
+    options = dict(variant="tiny", width=12, depth=1, registers=4, layer_scale=True)
+    backbone = create_backbone("vit", **options, rngs=nnx.Rngs(0))
+    params = nnx.to_pure_dict(nnx.state(backbone, nnx.Param))
+    mask = decay_mask(params)
+    for name in ("registers", "class_token", "positions", "class_position"):
+        assert mask[name] is False
+    flat = jax.tree_util.tree_flatten_with_path(mask)[0]
+    assert {path[-1].key for path, decays in flat if decays} == {"kernel"}
+    assert sum(decays for _, decays in flat) == 1 + 6  # the embedding, and the block's layers
 
 
 def test_sgd_with_momentum_and_decay():
@@ -127,16 +205,6 @@ def test_sgd_with_momentum_and_decay():
     np.testing.assert_allclose(first["backbone"], -0.2, rtol=1e-6)
     np.testing.assert_allclose(second["backbone"], -0.38, rtol=1e-6)
     np.testing.assert_allclose(first["head"], -0.4, rtol=1e-6)
-
-
-def test_schedule_ends_at_the_final_rate():
-    config = OptimizerConfig(
-        learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=0, power=0.9
-    )
-    schedule = create_schedule(config, 100)
-    np.testing.assert_allclose(
-        [schedule(s) for s in (0, 50, 100)], [1e-3, 9e-4 * 0.5**0.9 + 1e-4, 1e-4], rtol=1e-5
-    )
 
 
 def test_norms_and_biases_do_not_decay_whatever_their_shape():

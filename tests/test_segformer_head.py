@@ -184,7 +184,7 @@ def test_jit_equals_eager_and_sharded_equals_unsharded():
     [
         (dict(upsampler="bilinaer"), "unknown upsampler 'bilinaer'; did you mean 'bilinear'"),
         (dict(upsampler_options={"skale": 2}), "option.*'skale'"),
-        (dict(width=0), "must be positive"),
+        (dict(width=0), "width must be a positive whole number, got 0"),
         (dict(dropout=1.0), "dropout must be"),
     ],
 )

@@ -204,14 +204,13 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(data_dir, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.sead=3"], "config.sead does not exist; did you mean seed"),
-        (["--config.data.name=shape"], "Did you mean 'shapes'"),
-        (["--config.model.head.upsampler=resfuu"], "did you mean 'resfu'"),
         (["--config.data.name=camvid"], "python -m resfu_jax.data prepare camvid"),
-        (["--config.model.backbone.variant=b9"], "config.model: "),
+        (["--config.model.backbone.variant=b9"], "config.model: variant must be one of b0"),
+        (["--config.model.head.name=linear"], "config.model: features must be maps of one size"),
     ],
 )
 def test_mistakes_end_in_one_message(data_dir, tmp_path, arguments, message):
+    """Those that come out after the config was checked; tests/test_config.py has the others."""
     output = run(data_dir, tmp_path, *arguments, code=1)
     assert message in output
     assert "Traceback" not in output

@@ -150,7 +150,7 @@ def test_wrong_options_and_input():
         UPerNetHead((4,), 3, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"pool_sizes must be positive integers, got \(0, 2\)"):
         head(pool_sizes=(0, 2))
-    with pytest.raises(ValueError, match="num_classes and width must be positive"):
+    with pytest.raises(ValueError, match="width must be a positive whole number, got 0"):
         head(width=0)
     with pytest.raises(ValueError, match="dropout must be at least 0"):
         head(dropout=1.0)

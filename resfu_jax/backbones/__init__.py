@@ -5,6 +5,8 @@ coarsest; those of a ViT are all of one size. `features` are their channels, `st
 pixels of the image lie between theirs.
 """
 
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from flax import nnx
@@ -25,9 +27,18 @@ def create_backbone(name: str = "mit", **options: Any) -> nnx.Module:
       **options: arguments of the class, `rngs` among them.
 
     Raises:
-      ValueError: unknown name (near matches are named), or options that do not fit.
+      ValueError: unknown name or option (near matches are named), or options that do not fit.
     """
-    return lookup("backbone", BACKBONES, name)(**options)
+    check_backbone_options(name, options)
+    return BACKBONES[name](**options)
 
 
-__all__ = ["BACKBONES", "MiT", "ResNet", "ViT", "create_backbone"]
+def check_backbone_options(name: str, options: Iterable[str]) -> None:
+    """Raises a `ValueError` for a backbone that does not exist or does not take these options."""
+    parameters = inspect.signature(lookup("backbone", BACKBONES, name).__init__).parameters
+    known = {key: parameter for key, parameter in parameters.items() if key != "self"}
+    for option in options:
+        lookup(f"option of backbone {name!r}:", known, option)
+
+
+__all__ = ["BACKBONES", "MiT", "ResNet", "ViT", "check_backbone_options", "create_backbone"]

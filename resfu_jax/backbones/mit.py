@@ -22,6 +22,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from resfu_jax._checks import check_flag, check_rate, check_sizes, check_whole
 from resfu_jax.backbones._layers import LayerNorm, PatchConv
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops.depthwise_conv import depthwise_conv
@@ -93,23 +94,23 @@ class MiT(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
-        if variant not in VARIANTS:
+        if variant not in tuple(VARIANTS):
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         given = dict(
             widths=widths, depths=depths, heads=heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios
         )
-        given = {name: tuple(value) for name, value in given.items() if value is not None}
-        for name, value in given.items():
-            if len(value) != 4 or not all(isinstance(n, int) and n > 0 for n in value):
-                raise ValueError(f"{name} must be four positive integers, got {value}")
+        given = {name: value for name, value in given.items() if value is not None}
+        check_sizes(4, **given)
+        given = {name: tuple(value) for name, value in given.items()}
         sizes = dataclasses.replace(VARIANTS[variant], **given)
         for width, n in zip(sizes.widths, sizes.heads, strict=True):
             if width % n:
                 raise ValueError(
                     f"heads must divide widths, got heads={sizes.heads}, widths={sizes.widths}"
                 )
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path must be at least 0 and less than 1, got {drop_path}")
+        check_rate(drop_path=drop_path)
+        check_whole(in_channels=in_channels)
+        check_flag(remat=remat)
 
         self.features = sizes.widths
         self.strides = (4, 8, 16, 32)

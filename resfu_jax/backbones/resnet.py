@@ -31,6 +31,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from resfu_jax._batch_norm import BatchNorm
+from resfu_jax._checks import check_choice, check_flag, check_sizes, check_whole
 
 Stem = Literal["standard", "deep"]
 
@@ -103,7 +104,7 @@ class ResNet(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
-        if variant not in VARIANTS:
+        if variant not in tuple(VARIANTS):
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         sizes = VARIANTS[variant]
         widths, depths, strides, dilations = (
@@ -115,10 +116,11 @@ class ResNet(nnx.Module):
                 ("dilations", dilations),
             )
         )
-        if stem not in get_args(Stem):
-            raise ValueError(f"stem must be one of {get_args(Stem)}, got {stem!r}")
-        if stem_width < 2 or stem_width % 2:
+        check_choice(get_args(Stem), stem=stem)
+        check_whole(stem_width=stem_width, in_channels=in_channels)
+        if stem_width % 2:
             raise ValueError(f"stem_width must be even and positive, got {stem_width}")
+        check_flag(freeze_norm=freeze_norm, remat=remat)
 
         options = dict(frozen=freeze_norm, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.features = tuple(width * (4 if sizes.bottleneck else 1) for width in widths)
@@ -277,7 +279,5 @@ class ConvNorm(nnx.Module):
 
 
 def _four_positive(name: str, value: Sequence[int]) -> tuple[int, ...]:
-    value = tuple(value)
-    if len(value) != 4 or not all(isinstance(n, int) and n > 0 for n in value):
-        raise ValueError(f"{name} must be four positive integers, got {value}")
-    return value
+    check_sizes(4, **{name: value})
+    return tuple(value)

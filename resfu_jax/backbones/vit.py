@@ -31,6 +31,16 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from resfu_jax._checks import (
+    check_count,
+    check_flag,
+    check_positive,
+    check_rate,
+    check_sizes,
+    check_whole,
+    is_whole,
+    need,
+)
 from resfu_jax.backbones._layers import LayerNorm, PatchConv
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
@@ -145,7 +155,7 @@ class ViT(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
-        if variant not in VARIANTS:
+        if variant not in tuple(VARIANTS):
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         given = dict(
             patch_size=patch_size,
@@ -164,10 +174,9 @@ class ViT(nnx.Module):
         sizes = dataclasses.replace(
             VARIANTS[variant], **{name: value for name, value in given.items() if value is not None}
         )
-        image_size = sizes.image_size
-        image_size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
-        layers = (sizes.depth - 1,) if layers is None else tuple(layers)
-        _check(sizes, image_size, layers, num_classes, drop_path)
+        check_whole(in_channels=in_channels)
+        check_flag(remat=remat)
+        image_size, layers = _check(sizes, layers, num_classes, drop_path)
 
         width, patch = sizes.width, sizes.patch_size
         self.features = (width,) * len(layers)
@@ -294,11 +303,23 @@ class ViT(nnx.Module):
             )
 
 
-def _check(sizes: Variant, image_size, layers, num_classes, drop_path) -> None:
-    """Raises a `ValueError` for what no ViT can be built with."""
-    for name in ("width", "depth", "heads", "mlp_ratio", "patch_size"):
-        if getattr(sizes, name) <= 0:
-            raise ValueError(f"{name} must be positive, got {getattr(sizes, name)}")
+def _check(
+    sizes: Variant, layers: Sequence[int] | None, num_classes: int | None, drop_path: float
+) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """Height and width for `image_size`, and `layers`; a `ValueError` if no ViT can be built."""
+    for name in ("width", "depth", "heads", "patch_size"):
+        check_whole(**{name: getattr(sizes, name)})
+    check_positive(mlp_ratio=sizes.mlp_ratio, norm_epsilon=sizes.norm_epsilon)
+    check_count(registers=sizes.registers)
+    for name in ("antialias", "layer_scale", "key_bias"):
+        check_flag(**{name: getattr(sizes, name)})
+    if num_classes is not None:
+        check_whole(num_classes=num_classes)
+    check_rate(drop_path=drop_path)
+    need(
+        int(sizes.width * sizes.mlp_ratio) >= 1,
+        f"mlp_ratio times width must be 1 or more, got {sizes.mlp_ratio} and {sizes.width}",
+    )
     if sizes.width % sizes.heads:
         raise ValueError(f"heads must divide width, got heads={sizes.heads}, width={sizes.width}")
     if sizes.positions not in get_args(Positions):
@@ -310,22 +331,25 @@ def _check(sizes: Variant, image_size, layers, num_classes, drop_path) -> None:
             "positions='rope' needs heads of 4, 8, 12, .. channels, "
             f"got width={sizes.width}, heads={sizes.heads}"
         )
-    fits = len(image_size) == 2 and all(n > 0 and n % sizes.patch_size == 0 for n in image_size)
+    image_size = sizes.image_size
+    if is_whole(image_size):
+        image_size = (image_size, image_size)
+    check_sizes(2, image_size=image_size)
+    fits = all(n % sizes.patch_size == 0 for n in image_size)
     if sizes.positions == "learned" and not fits:
         raise ValueError(
             f"image_size must be one or two multiples of the patch size {sizes.patch_size}, "
             f"got {image_size}"
         )
-    if sizes.registers < 0:
-        raise ValueError(f"registers must not be negative, got {sizes.registers}")
-    if not layers or list(layers) != sorted({i for i in layers if 0 <= i < sizes.depth}):
-        raise ValueError(
-            f"layers must be ascending numbers of blocks, 0 .. {sizes.depth - 1}, got {layers}"
-        )
-    if num_classes is not None and num_classes < 1:
-        raise ValueError(f"num_classes must be positive, got {num_classes}")
-    if not 0 <= drop_path < 1:
-        raise ValueError(f"drop_path must be at least 0 and less than 1, got {drop_path}")
+    layers = (sizes.depth - 1,) if layers is None else layers
+    need(
+        isinstance(layers, tuple | list)
+        and len(layers) > 0
+        and all(is_whole(i) and 0 <= i < sizes.depth for i in layers)
+        and list(layers) == sorted(set(layers)),
+        f"layers must be ascending numbers of blocks, 0 .. {sizes.depth - 1}, got {layers}",
+    )
+    return tuple(image_size), tuple(layers)
 
 
 def _rotation(h, w, prefix: int, size: int, dtype: Dtype) -> tuple[Array, Array]:

@@ -9,6 +9,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from resfu_jax._batch_norm import BatchNorm
+from resfu_jax._checks import check_rate, check_whole, need
 from resfu_jax.upsamplers import create_upsampler, upsampler_entry
 
 _conv_init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -17,10 +18,8 @@ classifier_init = nnx.initializers.normal(0.01)
 
 def check_arguments(num_classes: int, width: int, dropout: float) -> None:
     """Raises a `ValueError` for what no head can be built with."""
-    if num_classes < 1 or width < 1:
-        raise ValueError(f"num_classes and width must be positive, got {num_classes} and {width}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout}")
+    check_whole(num_classes=num_classes, width=width)
+    check_rate(dropout=dropout)
 
 
 def check_maps(features: Sequence[Array], in_features: tuple[int, ...]) -> None:
@@ -46,8 +45,15 @@ def create_head_upsampler(
     `guide_features` is the guide's number of channels where it differs.
 
     Raises:
-      ValueError: an unknown upsampler or option, or one that is guided by something else.
+      ValueError: an unknown upsampler or option, one that the head sets itself, or an upsampler
+        that is guided by something else.
     """
+    options = {} if options is None else options
+    if not isinstance(options, dict):
+        raise ValueError(f"upsampler_options must be a dictionary, got {options!r}")
+    fixed = {"features", "guide_features", "scale", *types}
+    for option in options:
+        need(option not in fixed, f"upsampler_options cannot hold {option!r}: the head sets it")
     guide = upsampler_entry(name).cls.guide
     if guide not in ("none", "features"):
         raise ValueError(f"upsampler {name!r} needs a guide of kind {guide!r}, not a feature map")
@@ -57,7 +63,7 @@ def create_head_upsampler(
         guide_features=guide_features or width,
         scale=scale,
         **types,
-        **(options or {}),
+        **options,
     )
 
 

@@ -31,6 +31,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from resfu_jax._checks import check_choice, check_flag, check_sizes, check_whole, need
 from resfu_jax.heads._layers import (
     check_arguments,
     check_maps,
@@ -87,13 +88,12 @@ class LinearHead(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if not in_features or not all(n > 0 for n in in_features):
-            raise ValueError(f"in_features must be positive integers, got {in_features}")
+        check_sizes(in_features=in_features)
+        need(len(in_features) > 0, "in_features must be positive integers, one or more, got ()")
         check_arguments(num_classes, width, dropout)
-        if guide_stride not in _STEM_STRIDES:
-            raise ValueError(
-                f"guide_stride must be one of {tuple(_STEM_STRIDES)}, got {guide_stride}"
-            )
+        check_whole(scale=scale, stem_width=stem_width)
+        check_choice(tuple(_STEM_STRIDES), guide_stride=guide_stride)
+        check_flag(norm=norm)
         types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         features = sum(in_features)
         self.in_features = tuple(in_features)
@@ -152,6 +152,11 @@ class LinearHead(nnx.Module):
     ) -> tuple[Float[Array, "b _h _w _d"], Float[Array, "b h w g"] | tuple[Size, Size]]:
         """The features, and the guide; the output's size for an upsampler without a guide."""
         check_maps(features, self.in_features)
+        need(
+            len({x.shape[:3] for x in features}) == 1,
+            "features must be maps of one size for the linear head, got shapes "
+            f"{[x.shape for x in features]}; choose another head, or one map of the backbone",
+        )
         x = features[0] if len(features) == 1 else jnp.concatenate(features, axis=-1)
         if self.norm is not None:
             x = self.norm(x)

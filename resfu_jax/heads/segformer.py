@@ -35,6 +35,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from resfu_jax._checks import check_choice, check_sizes
 from resfu_jax.heads._layers import (
     ConvBNReLU,
     apply_upsampler,
@@ -92,13 +93,10 @@ class SegFormerHead(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if len(in_features) != 4 or not all(n > 0 for n in in_features):
-            raise ValueError(f"in_features must be four positive integers, got {in_features}")
+        check_sizes(4, in_features=in_features)
         check_arguments(num_classes, width, dropout)
-        if wiring not in _STEPS:
-            raise ValueError(f"wiring must be one of {get_args(Wiring)}, got {wiring!r}")
-        if project not in get_args(Projection):
-            raise ValueError(f"project must be one of {get_args(Projection)}, got {project!r}")
+        check_choice(get_args(Wiring), wiring=wiring)
+        check_choice(get_args(Projection), project=project)
 
         types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.in_features = tuple(in_features)

@@ -34,6 +34,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from resfu_jax._checks import check_sizes, need
 from resfu_jax.heads._layers import (
     ConvBNReLU,
     apply_upsampler,
@@ -79,12 +80,11 @@ class UPerNetHead(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if len(in_features) < 2 or not all(n > 0 for n in in_features):
-            raise ValueError(
-                f"in_features must be two or more positive integers, got {in_features}"
-            )
-        if not all(n > 0 for n in pool_sizes):
-            raise ValueError(f"pool_sizes must be positive integers, got {pool_sizes}")
+        check_sizes(in_features=in_features, pool_sizes=pool_sizes)
+        need(
+            len(in_features) >= 2,
+            f"in_features must be two or more positive integers, got {in_features}",
+        )
         check_arguments(num_classes, width, dropout)
 
         types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)

@@ -1,5 +1,6 @@
 """Pure functions of NHWC arrays: no parameters, no Flax."""
 
+from resfu_jax.ops._forms import Implementation
 from resfu_jax.ops.conv import conv
 from resfu_jax.ops.deformable_attention import deformable_attention
 from resfu_jax.ops.deformable_sample import deformable_sample
@@ -9,18 +10,22 @@ from resfu_jax.ops.fns_attention import fns_attention
 from resfu_jax.ops.grid_sample import grid_sample
 from resfu_jax.ops.group_norm import group_norm
 from resfu_jax.ops.grouped_conv import grouped_conv, grouped_linear
+from resfu_jax.ops.layer_norm import layer_norm
 from resfu_jax.ops.local_window import (
     local_attention,
     local_reassembly,
     local_similarity,
 )
 from resfu_jax.ops.neighborhood_attention import neighborhood_attention
+from resfu_jax.ops.norm_linear import norm_linear
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle, pixel_unshuffle
 from resfu_jax.ops.pool import adaptive_avg_pool
 from resfu_jax.ops.resize import resize
+from resfu_jax.ops.softmax import softmax
 from resfu_jax.ops.unfold import unfold
 
 __all__ = [
+    "Implementation",
     "adaptive_avg_pool",
     "box_filter",
     "conv",
@@ -34,12 +39,15 @@ __all__ = [
     "grouped_conv",
     "grouped_linear",
     "guided_filter",
+    "layer_norm",
     "local_attention",
     "local_reassembly",
     "local_similarity",
     "neighborhood_attention",
+    "norm_linear",
     "pixel_shuffle",
     "pixel_unshuffle",
     "resize",
+    "softmax",
     "unfold",
 ]

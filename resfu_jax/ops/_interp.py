@@ -100,3 +100,40 @@ def _int32(n: Size) -> Int[Array, ""]:
 def take_clamped(x: Array, index: Int[Array, " n"], axis: int) -> Array:
     """`x` at `index` along `axis`; indices beyond the ends read the edge."""
     return jnp.take(x, index, axis=axis, mode="clip")
+
+
+def neighbours(
+    n: Size,
+    size: Size,
+    ratio: tuple[Size, Size],
+    method: str,
+    align_corners: bool,
+    dtype: DTypeLike,
+) -> list[tuple[Int[Array, " n"], Float[Array, " n"]]]:
+    """Of an axis of n pixels that is resized: index and weight of the pixels that outputs combine.
+
+    `ratio` are n_in and n_out; indices beyond the axis stand for its ends.
+    """
+    if align_corners:
+        lower, t = align_corners_taps(n, size, dtype=dtype)
+    else:
+        lower, t = half_pixel_taps(*ratio, count=size, dtype=dtype)
+    return [(lower + offset, weight) for offset, weight in kernel_weights(method, t).items()]
+
+
+def kernel_weights(method: str, t: Any) -> dict[int, Any]:
+    """Weights of the pixels around a position, by their offset from the pixel below it.
+
+    `t`, a number or an array, is the distance to that pixel, in [0, 1).
+    """
+    if method == "bilinear":
+        return {0: 1 - t, 1: t}
+    a = -0.75  # Keys, "Cubic convolution interpolation for digital image processing", 1981, eq. 4
+
+    def near(d):
+        return ((a + 2) * d - (a + 3)) * d * d + 1
+
+    def far(d):
+        return ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+
+    return {-1: far(1 + t), 0: near(t), 1: near(1 - t), 2: far(2 - t)}

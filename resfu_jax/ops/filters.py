@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._dtypes import at_least_float32, promote
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops._order import after
 from resfu_jax.ops._polyphase import extend, extend_axis, upsample_extended, whole_ratio
 from resfu_jax.ops.resize import resize
 
@@ -239,7 +238,6 @@ def _fit(i, p, zero, radius, eps):
 def _models_bwd(radius, eps, saved, g):
     # The moments are made again, which takes little time, not kept.
     i, p, zero = saved
-    i, p = (after(x, g[0]) for x in (i, p))
     _, vjp = jax.vjp(lambda i, p: _fit(i, p, zero, radius, eps), i, p)
     return *vjp(g), None
 

@@ -1,15 +1,11 @@
-"""Grouped convolutions whose weight gradient avoids XLA's slow path on a CPU."""
-
-import functools
-from typing import Literal
+"""Grouped convolutions."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._dtypes import at_least_float32
-
-Implementation = Literal["reference", "dense_gradient"]
+from resfu_jax.ops._cpu.grouped_conv import grouped_conv as cpu
+from resfu_jax.ops._forms import Forms, Implementation
 
 
 def grouped_conv(
@@ -29,9 +25,8 @@ def grouped_conv(
       kernel: weights, HWIO, with I = c / groups.
       groups: number of groups.
       dilation: distance of the taps, pixels.
-      implementation: `"reference"` is XLA's convolution and its gradients; `"dense_gradient"`
-        computes the gradient to the kernel as one matrix product a tap over all groups, of which
-        the diagonal blocks are kept: XLA's own is 20 times slower on a CPU. `None` chooses.
+      implementation: `"reference"` is XLA's convolution; `"cpu"` has another gradient to the
+        kernel. `None` takes the best of the platform.
 
     Raises:
       ValueError: channels that the groups do not divide, or a kernel that does not fit x.
@@ -44,14 +39,7 @@ def grouped_conv(
         )
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation}")
-    if implementation is None:
-        implementation = "dense_gradient" if jax.default_backend() == "cpu" else "reference"
-    if implementation not in ("reference", "dense_gradient"):
-        raise ValueError(
-            f"implementation must be 'reference', 'dense_gradient' or None, got {implementation!r}"
-        )
-    f = _conv if implementation == "reference" else _dense_gradient
-    return f(x, kernel, groups, dilation)
+    return _FORMS(implementation, x, kernel, groups=groups, dilation=dilation)
 
 
 def grouped_linear(
@@ -69,7 +57,7 @@ def block_diagonal(kernel: Float[Array, "i o"], groups: int) -> Float[Array, "c 
     return (blocks * eye).reshape(groups * i, o)
 
 
-def _conv(x, kernel, groups, dilation):
+def _reference(x: Array, kernel: Array, *, groups: int, dilation: int) -> Array:
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -81,36 +69,4 @@ def _conv(x, kernel, groups, dilation):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dense_gradient(x, kernel, groups, dilation):
-    return _conv(x, kernel, groups, dilation)
-
-
-def _dense_gradient_fwd(x, kernel, groups, dilation):
-    return _conv(x, kernel, groups, dilation), (x, kernel)
-
-
-def _dense_gradient_bwd(groups, dilation, residuals, g):
-    x, kernel = residuals
-    (d_x,) = jax.vjp(lambda a: _conv(a, kernel, groups, dilation), x)[1](g)
-    kh, kw, i, o = kernel.shape
-    h, w = g.shape[1:3]
-    taps = []
-    for t in range(kh):
-        for s in range(kw):
-            top, left = t * dilation, s * dilation
-            shifted = x[:, top : top + h, left : left + w]
-            # (c, o) over all pixels; of its groups x groups blocks only the diagonal is wanted.
-            full = jnp.einsum(
-                "bhwc,bhwo->co",
-                shifted,
-                g,
-                preferred_element_type=at_least_float32(g.dtype),
-            )
-            blocks = full.reshape(groups, i, groups, o // groups)
-            taps.append(jnp.diagonal(blocks, axis1=0, axis2=2))  # i, o / groups, groups
-    d_kernel = jnp.stack(taps).swapaxes(-1, -2).reshape(kh, kw, i, o)
-    return d_x, d_kernel.astype(kernel.dtype)
-
-
-_dense_gradient.defvjp(_dense_gradient_fwd, _dense_gradient_bwd)
+_FORMS = Forms("grouped_conv", _reference, cpu=cpu)

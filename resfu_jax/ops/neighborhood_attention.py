@@ -24,7 +24,7 @@ Neighborhood Attention Transformer", 2022; the window rule is that of their libr
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops._forms import Forms, Implementation
 from resfu_jax.ops._interp import Size
 
-Implementation = Literal["reference", "tiles"]
 T = TypeVar("T")
 
 # The most members of a tile along an axis: larger ones waste more products beyond the windows,
@@ -63,8 +63,7 @@ def neighborhood_attention(
       dilation: distance in pixels between neighbouring members, or (rows, columns).
       scale: factor of the scores, `d ** -0.5` if not given. (For a learned one, multiply q.)
       implementation: `"reference"` gathers the window of every pixel, K * K copies of k and v;
-        `"tiles"` is several times faster and needs little memory. `None` takes `"tiles"`, which
-        applies to everything.
+        `"xla"`, the tiles, is several times faster and needs little memory. `None` takes `"xla"`.
 
     Returns:
       The attended values, in v's dtype. Scores and softmax are in float32 or better.
@@ -91,13 +90,7 @@ def neighborhood_attention(
                 f"{size * step} > {n}; every residue class needs kernel_size members"
             )
     scale = q.shape[4] ** -0.5 if scale is None else float(scale)
-    if implementation not in (None, *get_args(Implementation)):
-        raise ValueError(
-            f"implementation must be one of {get_args(Implementation)} or None, "
-            f"got {implementation!r}"
-        )
-    form = _reference if implementation == "reference" else _tiles
-    return form(q, k, v, kernel, dilations, scale)
+    return _FORMS(implementation, q, k, v, kernel=kernel, dilation=dilations, scale=scale)
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
@@ -121,6 +114,7 @@ def _reference(
     q: Array,
     k: Array,
     v: Array,
+    *,
     kernel: tuple[int, int],
     dilation: tuple[int, int],
     scale: float,
@@ -319,3 +313,10 @@ def _cut(band: Array, columns: _Axis) -> Array:
     # To (b, count, residue, heads, window, window, c).
     x = jnp.concatenate(x, axis=3).transpose(0, 2, 4, 5, 1, 3, 6)
     return x.reshape(-1, x.shape[4] * x.shape[5], x.shape[6])
+
+
+def _xla(q: Array, k: Array, v: Array, *, kernel, dilation, scale) -> Array:
+    return _tiles(q, k, v, kernel, dilation, scale)
+
+
+_FORMS = Forms("neighborhood_attention", _reference, xla=_xla)

@@ -8,8 +8,16 @@ dictionaries as literals, `--config.model.head.upsampler_options="{'lr_mult': 50
 import ast
 import dataclasses
 import difflib
+import functools
+import inspect
 import json
+import os
 import pathlib
+import runpy
+import traceback
+import types
+import typing
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +26,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from resfu_jax import data
-from resfu_jax.backbones import vit
+from resfu_jax._checks import is_number
+from resfu_jax.backbones import check_backbone_options, vit
 from resfu_jax.heads import check_head_options
 from resfu_jax.inference import Inference
 from resfu_jax.model import IMAGENET_MEAN, IMAGENET_STD
@@ -129,25 +138,28 @@ class OptimizerConfig:
     learning_rate: float = 6e-5
     """Peak rate of the backbone."""
     final_learning_rate: float = 0.0
-    """Rate of the last step."""
+    """Rate of the last step, number `steps` - 1 counted from 0, as MMEngine's `eta_min`."""
     layer_decay: float = 1.0
-    """The rate of each block of the backbone is this many times that of the block after it."""
+    """The rate of each block of the backbone is this many times that of the block after it; the
+    last block's is this many times the full rate, which the final norm has, as in BEiT."""
     upsampler_learning_rate_multiple: float = 1.0
     """Rate of the head's upsamplers over that of the rest of the head."""
     head_learning_rate_multiple: float = 10.0
     """The head learns at this multiple of the backbone's rate."""
     weight_decay: float = 0.01
-    """Decoupled decay of weights; norms, biases and other vectors do not decay."""
+    """Decay of weights, decoupled in AdamW. Norms, biases and other vectors do not decay, nor do
+    the positions, class token and registers of a ViT."""
     beta1: float = 0.9
     """Decay of the running mean of the gradient."""
     beta2: float = 0.999
     """Decay of the running mean of its square."""
     warmup_steps: int = 1500
-    """Steps of linear growth from `warmup_start` times the peak rate."""
+    """Steps of linear growth from `warmup_start` times the peak rate; the step after them has the
+    peak rate."""
     warmup_start: float = 1e-6
-    """First rate over peak rate."""
+    """Rate of the first step of the warm-up over the peak rate."""
     power: float = 1.0
-    """Exponent of the polynomial decay to 0 at the last step."""
+    """Exponent of the polynomial decay from the peak to `final_learning_rate`."""
     clip_norm: float | None = None
     """Largest global norm of the gradient; None does not clip."""
     accumulate: int = 1
@@ -161,9 +173,9 @@ class LossConfig:
     """Cross-entropy."""
 
     label_smoothing: float = 0.0
-    """Share of the target spread evenly over all classes."""
+    """Share of the target spread evenly over all classes, as in PyTorch."""
     class_weights: tuple[float, ...] | None = None
-    """One weight per class; the mean is over the weights, as in PyTorch."""
+    """One weight per class; the mean is over the labels' weights, as in PyTorch."""
     class_balance: float = 0.0
     """Exponent of class weights (median frequency / frequency)^exponent, counted on the training
     labels: 0.5 weighs rare classes up, 1 to equal shares; 0 does not count. Times
@@ -260,17 +272,158 @@ class ConfigError(ValueError):
     """A config that cannot be run. The message names every field that is wrong."""
 
 
-class _DictParser(flags.ArgumentParser):
-    """Lets `--config.a_dict="{'key': 1}"` replace a dictionary."""
+_DICTIONARIES = ("model.head.upsampler_options", "model.backbone.options")
 
-    def parse(self, argument: str | dict) -> dict:
-        value = ast.literal_eval(argument) if isinstance(argument, str) else argument
-        if not isinstance(value, dict):
-            raise ValueError(f"expected a dictionary such as \"{{'key': 1}}\", got {argument!r}")
+
+def define_config(
+    flag_values: flags.FlagValues = flags.FLAGS, sys_argv: Sequence[str] | None = None
+) -> flags.FlagHolder[Config]:
+    """Defines `--config=FILE[:NAME]` and `--config.some.field=VALUE`; `parse_flags` parses them.
+
+    Args:
+        flag_values: where to.
+        sys_argv: the command line, `sys.argv` by default.
+    """
+    for kind, parser in _PARSERS.items():
+        config_flags.register_flag_parser_for_type(kind, parser)
+    return config_flags.DEFINE_config_file(
+        "config",
+        help_string="A file in configs/.",
+        flag_values=flag_values,
+        sys_argv=sys_argv,
+    )
+
+
+class _LiteralParser(flags.ArgumentParser):
+    """Lets `--config.a_tuple="(1, 2)"` and `--config.a_dict="{'key': 1}"` replace the value.
+
+    The last one counts, as with all flags; config_flags' own parser appends tuples to each other.
+    """
+
+    def __init__(self, kind: type, example: str):
+        self.kind, self.example = kind, example
+
+    def parse(self, argument: Any) -> Any:
+        if not isinstance(argument, str):
+            return argument  # the config's own value
+        try:
+            value = ast.literal_eval(argument)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = argument
+        if self.kind is tuple and isinstance(value, list):
+            value = tuple(value)
+        if self.kind is tuple and isinstance(value, int | float):
+            value = (value,)
+        if value is not None and not isinstance(value, self.kind):
+            raise ValueError(f"it has to be {self.example}")
         return value
 
 
-config_flags.register_flag_parser_for_type(dict, _DictParser())
+class _OrNoneParser(flags.ArgumentParser):
+    """Lets `--config.a_field=None` unset a value; `validate` knows which fields may be."""
+
+    def __init__(self, parser: flags.ArgumentParser):
+        self.parser = parser
+
+    def parse(self, argument: Any) -> Any:
+        return None if argument == "None" else self.parser.parse(argument)
+
+
+_PARSERS = {
+    int: _OrNoneParser(flags.IntegerParser()),
+    float: _OrNoneParser(flags.FloatParser()),
+    str: _OrNoneParser(flags.ArgumentParser()),
+    tuple: _LiteralParser(tuple, 'a tuple such as "(1, 2)"'),
+    dict: _LiteralParser(dict, "a dictionary such as \"{'key': 1}\""),
+}
+
+
+def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Parses a command line, `argv[0]` being the program; returns what is no flag.
+
+    Raises:
+        ConfigError: an unknown flag or field, a value that cannot be read, or a config file that
+            cannot be loaded.
+    """
+    argv = list(argv)
+    check_overrides(argv[1:])
+    names = [argument.partition("=")[0].lstrip("-").removeprefix("no") for argument in argv[1:]]
+    if "config" not in names and any(name.startswith("config.") for name in names):
+        raise ConfigError("--config is missing: name the file whose fields to override")
+    for i, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if i > 0 and name in ("--config", "-config") and (equals or i + 1 < len(argv)):
+            value = os.path.expanduser(value if equals else argv[i + 1])
+            # config_flags loads it too, but then a mistake is a traceback.
+            _check_items(load_config(value), argv[1:])
+            argv[i if equals else i + 1] = f"--config={value}" if equals else value
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)  # config_flags
+            return flag_values(argv)
+    except flags.Error as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_items(config: Config, arguments: Sequence[str]) -> None:
+    """A `ConfigError` for `--config.a_dict.key=value` unless the file's dictionary has the key."""
+    for argument in arguments:
+        path = argument.split("=", 1)[0].lstrip("-")
+        for field in _DICTIONARIES:
+            if path.startswith(f"config.{field}."):
+                value = functools.reduce(getattr, field.split("."), config)
+                for key in path.removeprefix(f"config.{field}.").split("."):
+                    if not isinstance(value, dict) or key not in value:
+                        raise ConfigError(
+                            f"{path}: the config file sets no {key!r} there; give the whole "
+                            f"dictionary, --config.{field}=\"{{'{key}': ...}}\""
+                        )
+                    value = value[key]
+
+
+def load_config(argument: str) -> Config:
+    """What `get_config()` of a file returns.
+
+    Args:
+        argument: the file's path and, after a colon, what `get_config` is called with.
+
+    Raises:
+        ConfigError: there is no such file, or it does not run or has no `get_config`.
+    """
+    path, *name = argument.split(":", 1)
+    file = pathlib.Path(path)
+    try:
+        if not file.is_file():
+            folder = file if file.is_dir() else file.parent
+            files = sorted(map(str, folder.glob("*.py")))[:30]
+            raise ConfigError(
+                f"--config={argument} {'is a folder' if file.is_dir() else 'does not exist'}"
+                f"{'; ' + did_you_mean(path, files) if files else ''}"
+            )
+        get_config = runpy.run_path(path).get("get_config")
+        if not callable(get_config):
+            raise ConfigError(f"--config={argument}: the file has no function get_config()")
+        try:
+            inspect.signature(get_config).bind(*name)
+        except TypeError as error:
+            takes = "takes no name after a colon" if name else "needs a name after a colon"
+            raise ConfigError(f"--config={argument}: its get_config() {takes}") from error
+        config = get_config(*name)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the person's code raises
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        line = f" line {lines[-1]}:" if lines else ""
+        raise ConfigError(
+            f"--config={argument}:{line} {type(error).__name__}: {str(error)[:500]}"
+        ) from error
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"--config={argument}: get_config() has to return a resfu_jax.training.Config, "
+            f"got {type(config).__name__}"
+        )
+    return config
 
 
 def model_arguments(config: ModelConfig) -> dict[str, Any]:
@@ -342,9 +495,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
         name = argument.lstrip("-").split("=", 1)[0]
         if argument.startswith("-") and name.removeprefix("no").startswith("config."):
             path = name.removeprefix("no").removeprefix("config.")
-            inside_dict = path.startswith(
-                ("model.head.upsampler_options.", "model.backbone.options.")
-            )
+            inside_dict = path.startswith(tuple(f"{field}." for field in _DICTIONARIES))
             if path not in known and not inside_dict:
                 reason = "is a group of fields" if path in groups else "does not exist"
                 wrong.append(f"config.{path} {reason}; {did_you_mean(path, known)}")
@@ -374,8 +525,10 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
     Raises:
         ConfigError: naming every field that is wrong, what it is and what it has to be.
     """
-    values = dict(_fields(config))
+    check_types(config)
     wrong = []
+    values = dict(_fields(config))
+    positive, not_negative = lambda v: v > 0, lambda v: v >= 0
 
     def require(field: str, condition: Callable[[Any], bool], need: str) -> None:
         if not condition(values[field]):
@@ -389,13 +542,21 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
     for field in (
         "data.num_workers eval.pictures optimizer.weight_decay optimizer.warmup_steps profile.steps"
     ).split():
-        require(field, lambda v: v >= 0, "0 or more")
+        require(field, not_negative, "0 or more")
     for field in (
         "data.resize_scale optimizer.learning_rate optimizer.power "
         "optimizer.head_learning_rate_multiple optimizer.upsampler_learning_rate_multiple"
     ).split():
-        require(field, lambda v: v > 0, "positive")
-    require("parallel.peak_tflops", lambda v: v is None or v > 0, "positive, or None")
+        require(field, positive, "positive")
+    for field in "parallel.peak_tflops optimizer.clip_norm".split():
+        require(field, lambda v: v is None or v > 0, "positive, or None")
+    for field in "model.head.width model.head.scale".split():
+        require(field, lambda v: v is None or v >= 1, "at least 1, or None")
+    for field in "optimizer.beta1 optimizer.beta2 loss.label_smoothing".split():
+        require(field, lambda v: 0 <= v < 1, "at least 0 and less than 1")
+    require("seed", lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1")
+    for field in "steps optimizer.warmup_steps".split():
+        require(field, lambda v: v < 2**31, "at most 2**31 - 1")
     if devices % processes:
         wrong.append(
             f"{devices} devices are not {processes} equal parts: every process has to have as "
@@ -417,6 +578,8 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
     size = f"(height, width), multiples of {multiple} (the backbone's largest stride)"
     require("data.crop_size", is_size, size)
     require("eval.pad_to", lambda v: v is None or is_size(v), size + ", or None")
+    if config.model.backbone.name == "vit":  # the others round up
+        require("eval.crop", lambda v: v is None or is_size(v), size + ", or None")
     require(
         "data.scale_range",
         lambda v: len(v) == 2 and 0 < v[0] <= v[1],
@@ -448,19 +611,55 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         lambda v: not v or config.model.backbone.frozen,
         "False unless config.model.backbone.frozen is True",
     )
-    require("model.head.width", lambda v: v is None or v >= 1, "at least 1, or None")
-    require("optimizer.clip_norm", lambda v: v is None or v > 0, "positive, or None")
+    require(
+        "model.head.dropout",
+        lambda v: v is None or 0 <= v < 1,
+        "at least 0 and less than 1, or None",
+    )
+    require(
+        "model.head.guide_stride",
+        lambda v: v is None or v in (1, 2, 4, 8),
+        "1, 2, 4 or 8, or None",
+    )
+    require(
+        "model.head.pool_sizes",
+        lambda v: v is None or all(side >= 1 for side in v),
+        "sides of at least 1, or None",
+    )
+    require("model.mean", lambda v: len(v) == 3, "three numbers, one per colour")
+    require(
+        "model.std",
+        lambda v: len(v) == 3 and all(x > 0 for x in v),
+        "three positive numbers, one per colour",
+    )
+    require("optimizer.warmup_start", lambda v: 0 <= v <= 1, "between 0 and 1")
     require("optimizer.ema_decay", lambda v: v is None or 0 < v < 1, "between 0 and 1, or None")
-    require("loss.label_smoothing", lambda v: 0 <= v < 1, "at least 0 and less than 1")
+    require(
+        "loss.class_weights",
+        lambda v: v is None or all(w >= 0 for w in v) and any(v),
+        "weights of 0 or more, not all 0, or None",
+    )
     require("eval.dilation_ratio", lambda v: 0 < v < 1, "between 0 and 1")
     try:
         create_inference(config)
     except ValueError as error:
         wrong.append(f"config.eval.{error}")
     try:
+        options = config.model.backbone.options
+        if fixed := options.keys() & {"name", "variant", "dtype", "param_dtype", "remat", "rngs"}:
+            raise ValueError(f"options cannot hold {', '.join(sorted(fixed))}: other fields set it")
+        check_backbone_options(config.model.backbone.name, options)
+        json.dumps(options)  # as `write_config` does
+    except (ValueError, TypeError) as error:
+        wrong.append(f"config.model.backbone: {error}")
+    try:
         upsampler_entry(config.model.head.upsampler)
     except ValueError as error:
         wrong.append(f"config.model.head.upsampler: {error}")
+    try:
+        json.dumps(config.model.head.upsampler_options)
+    except (ValueError, TypeError) as error:
+        wrong.append(f"config.model.head.upsampler_options: {error}")
     try:
         check_head_options(config.model.head.name, _given(config.model.head).keys() - {"name"})
     except ValueError as error:
@@ -476,6 +675,60 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         wrong.append(f"config.data.name: {error}")
     if wrong:
         raise ConfigError("\n".join(wrong))
+
+
+def check_types(config: Config) -> None:
+    """Checks that every field has a value of its type, and that there are no others.
+
+    Raises:
+        ConfigError: naming every field that is wrong. Numbers have to be finite.
+    """
+    wrong = _mistyped(config) if isinstance(config, Config) else [f"it is no Config: {config!r}"]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def _mistyped(group: Any, prefix: str = "config.") -> list[str]:
+    """What is said about the fields of a group that are not of their type, or no fields."""
+    kinds = {field.name: field.type for field in dataclasses.fields(group)}
+    wrong = [
+        f"{prefix}{name} does not exist; {did_you_mean(name, list(kinds))}"
+        for name in vars(group).keys() - kinds.keys()
+    ]
+    for name, kind in kinds.items():
+        value = getattr(group, name)
+        if not _is(value, kind):
+            wrong.append(f"{prefix}{name} is {value!r}; it has to be {_in_words(kind)}")
+        elif dataclasses.is_dataclass(kind):
+            wrong += _mistyped(value, f"{prefix}{name}.")
+    return wrong
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type: no bool for a number, no NaN, nothing infinite."""
+    if isinstance(kind, types.UnionType):
+        return any(_is(value, part) for part in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return isinstance(value, tuple | list) and all(_is(v, item) for v in value)
+    if typing.get_origin(kind) is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, int | float) and is_number(value)
+    return isinstance(value, kind)
+
+
+def _in_words(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(_in_words, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return f"a tuple, each item {_in_words(typing.get_args(kind)[0])}"
+    if typing.get_origin(kind) is dict:
+        return "a dictionary"
+    words = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text"}
+    return words.get(kind, "None" if kind is types.NoneType else f"a {kind.__name__}")
 
 
 def size_multiple(config: BackboneConfig) -> int:

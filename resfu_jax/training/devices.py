@@ -21,7 +21,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from resfu_jax.ops._row_blocks import one_block
+from resfu_jax.ops._cpu.rows import one_block
 from resfu_jax.training.config import (
     Config,
     ConfigError,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import jax
 
 from resfu_jax.data.fabricate import prepare_fabricated
-from resfu_jax.training.config import Config, size_multiple, validate
+from resfu_jax.training.config import Config, check_types, size_multiple, validate
 
 _SIDE = 64  # of crops and windows, rounded up to what the backbone takes
 
@@ -23,6 +23,7 @@ def dry_run(config: Config) -> Iterator[tuple[Config, pathlib.Path]]:
     Raises:
         ConfigError: the config itself cannot be run.
     """
+    check_types(config)
     with tempfile.TemporaryDirectory(prefix="resfu_dry_run_") as folder:
         directory = pathlib.Path(folder)
         config = copy.deepcopy(config)

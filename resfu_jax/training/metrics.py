@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Integer
 
+from resfu_jax._checks import check_positive, check_whole, need
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,20 @@ def count(
         ignore_label: pixels with this label count nowhere; padding has it too.
         dilation_ratio: d over the image diagonal.
         sizes: height and width of each image before padding; None means no padding.
+
+    Raises:
+        ValueError: shapes that differ, values that are no whole numbers, an option out of range.
     """
+    check_whole(num_classes=num_classes)
+    check_positive(dilation_ratio=dilation_ratio)
+    need(
+        predictions.shape == labels.shape and labels.ndim == 3,
+        "predictions and labels must both be (batch, height, width), got shapes "
+        f"{predictions.shape} and {labels.shape}",
+    )
+    for name, array in (("predictions", predictions), ("labels", labels)):
+        whole = jnp.issubdtype(array.dtype, jnp.integer)
+        need(whole, f"{name} must be whole numbers, got {array.dtype}")
     b, h, w = labels.shape
     labels = labels.astype(jnp.int32)
     predictions = predictions.astype(jnp.int32)

@@ -7,15 +7,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from resfu_jax._checks import check_whole, need
 from resfu_jax.training.config import OptimizerConfig
+
+_UNDECAYED = ("norm", "bias", "position", "token", "register")  # parts of names
 
 
 def create_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate of the backbone: linear warm-up, then polynomial decay to the final rate.
 
-    With progress counted from the end of the warm-up, it is
-    (lr - final) · (1 - progress)^power + final. A run that is not longer than the warm-up ends
-    within it.
+    With steps counted from 0 to T - 1, W steps of warm-up, lr the peak and s = `warmup_start`:
+
+        step < W:   lr · (s + (1 - s) · step / W)
+        step >= W:  (lr - final) · (1 - (step - W) / (T - 1 - W))^power + final
+
+    so the peak is the rate of step W, and `final` that of the last step, T - 1, as MMEngine's
+    `PolyLR` reaches its `eta_min`. A run of W + 1 steps or fewer ends before the decay begins.
     """
     warmup = optax.linear_schedule(
         config.learning_rate * config.warmup_start, config.learning_rate, config.warmup_steps
@@ -24,19 +31,21 @@ def create_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         config.learning_rate,
         config.final_learning_rate,
         config.power,
-        max(steps - config.warmup_steps, 1),
+        max(steps - 1 - config.warmup_steps, 1),
     )
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
 
 
 def decay_mask(params: Any) -> Any:
-    """True for parameters that weight decay applies to: not norms, biases, or other vectors."""
+    """True for parameters that weight decay applies to.
+
+    Not to norms, biases and other vectors, nor to positions, class token and registers of a ViT,
+    which timm's `no_weight_decay` exempts (`pos_embed`, `cls_token`, `reg_token`).
+    """
 
     def decays(path: tuple, param: jax.Array) -> bool:
         names = [name.lower() for name in map(str, _keys(path))]
-        return param.ndim > 1 and not any(
-            part in name for name in names for part in ("norm", "bias", "position", "token")
-        )
+        return param.ndim > 1 and not any(part in name for name in names for part in _UNDECAYED)
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
@@ -45,10 +54,13 @@ def learning_rate_multiples(config: OptimizerConfig, params: Any) -> Any:
     """Learning rate of every parameter over that of the schedule.
 
     Under `head` it is `head_learning_rate_multiple`, times `upsampler_learning_rate_multiple`
-    under `head.upsample`. Under `backbone` it is `layer_decay` to the number of blocks from the
-    parameter's block to the end, as in BEiT (Bao et al., ICLR 2022): parameters before the first
-    block of all count as a block before it, those between blocks with the block that follows, and
-    those after the last with the last.
+    under `head.upsample`. Under `backbone` it is `layer_decay`^(L + 1 - n), with the L blocks of
+    all stages numbered n = 1 .. L, as in BEiT (Bao et al., ICLR 2022), timm and MMSegmentation:
+
+        0      embeddings, tokens and positions; the stem of a ResNet
+        1 .. L the blocks; with block n, what a stage has before it (its embedding) or, at the end
+               of a stage that others follow, after it (its norm)
+        L + 1  the norm after the last block: full rate
     """
     # (stage, block) of every block, in order; a backbone of one stage has (0, block).
     blocks = sorted({block for path in _paths(params) if (block := _block(path)) is not None})
@@ -62,20 +74,23 @@ def learning_rate_multiples(config: OptimizerConfig, params: Any) -> Any:
             )
         if config.layer_decay == 1.0 or not blocks:
             return 1.0
-        block = _block(keys)
-        if block is not None:
-            depth = blocks.index(block)
-        elif "stages" in keys:
-            # The embedding of a stage belongs to its first block, its last norm to its last.
-            stage = keys[keys.index("stages") + 1]
-            inside = [i for i, (s, _) in enumerate(blocks) if s == stage]
-            depth = inside[-1] if keys[keys.index("stages") + 2] == "norm" else inside[0]
-            depth -= depth == 0
-        else:
-            depth = len(blocks) - 1 if keys[1] == "norm" else -1
-        return config.layer_decay ** (len(blocks) - 1 - depth)
+        return config.layer_decay ** (len(blocks) + 1 - _layer(keys, blocks))
 
     return jax.tree_util.tree_map_with_path(multiple, params)
+
+
+def _layer(keys: tuple, blocks: list[tuple[int, int]]) -> int:
+    """The number of a parameter of the backbone in the list above."""
+    block = _block(keys)
+    if block is not None:
+        return blocks.index(block) + 1
+    if keys[1] != "stages":
+        return len(blocks) + 1 if keys[1] in ("norm", "head") else 0
+    stage, part = keys[2:4]
+    inside = [n for n, (s, _) in enumerate(blocks, 1) if s == stage]
+    if part == "norm":
+        return inside[-1] + (inside[-1] == len(blocks))
+    return inside[0] if inside[0] > 1 else 0
 
 
 def _keys(path: tuple) -> tuple:
@@ -87,11 +102,17 @@ def _paths(params: Any) -> list[tuple]:
 
 
 def _block(keys: tuple) -> tuple[int, int] | None:
-    """(stage, block) that a parameter of the backbone is in."""
-    if keys[0] != "backbone" or "blocks" not in keys:
+    """(stage, block) that a parameter of the backbone is in.
+
+    ViT: blocks.I; MiT: stages.S.blocks.I; ResNet: stages.S.I.
+    """
+    if keys[:2] == ("backbone", "blocks"):
+        return 0, keys[2]
+    if keys[:2] != ("backbone", "stages"):
         return None
-    stage = keys[keys.index("stages") + 1] if "stages" in keys else 0
-    return stage, keys[keys.index("blocks") + 1]
+    stage, *inside = keys[2:]
+    number = inside[1] if inside[0] == "blocks" else inside[0]
+    return (stage, number) if isinstance(number, int) else None
 
 
 def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -156,7 +177,13 @@ def accumulate_gradients(
 
     Returns:
         The loss, the new rest and the gradients of the whole batch.
+
+    Raises:
+        ValueError: the batch does not divide into so many parts.
     """
+    check_whole(parts=parts)
+    for size in {x.shape[0] for x in jax.tree.leaves(batch)}:
+        need(size % parts == 0, f"parts must divide the batch of {size}, got {parts}")
 
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)

@@ -1,10 +1,10 @@
 """Upsamplers: one file, one paper. Chosen by name through `create_upsampler`."""
 
+from resfu_jax._checks import check_whole
 from resfu_jax.upsamplers._layers import (
     check_features,
     check_guide,
     check_output_size,
-    check_whole,
     need_guide,
     reassembled,
 )

@@ -1,27 +1,13 @@
 """What the upsamplers share: layers applied in the compute dtype, and checks of their inputs."""
 
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax import ops
-from resfu_jax.ops._dtypes import at_least_float32, promote
+from resfu_jax._checks import check_whole, need
+from resfu_jax.ops._dtypes import promote
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops._row_blocks import (
-    Rows,
-    add,
-    add_to_sums,
-    block_rows,
-    cut,
-    loop,
-    map_row_blocks,
-    zero_sums,
-)
-from resfu_jax.ops.group_norm import group_norm
 
 EPS = 1e-5  # of every norm of the published modules
 XAVIER_UNIFORM = nnx.initializers.xavier_uniform()
@@ -65,110 +51,38 @@ def apply_linear(x: Float[Array, "b h w c"], layer: nnx.Linear) -> Float[Array, 
     return x if layer.bias is None else x + layer.bias[...].astype(x.dtype)[None, None, None]
 
 
-def project(
-    x: Float[Array, "b h w c"], layer: nnx.Linear
-) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w d"]]:
-    """x, for its further use, and `layer(x)`.
-
-    Of both gradients to x, the second is added to the first in place, block by block: JAX would add
-    two maps and write a third.
-    """
-    x, y = _fork(x, layer.kernel[...].astype(x.dtype))
-    return x, y if layer.bias is None else y + layer.bias[...].astype(x.dtype)[None, None, None]
-
-
-@jax.custom_vjp
-def _fork(x: Array, kernel: Array) -> tuple[Array, Array]:
-    return x, x @ kernel
-
-
-def _fork_bwd(saved, g):
-    x, kernel = saved
-    b, h, w, c = x.shape
-    rows = block_rows(h, b * w * c)
-    block, added = Rows(1, rows, rows), Rows(1, rows, rows, offsets=(0,))
-
-    def body(i, state):
-        d_x, d_kernel = state
-        x_rows, d_y = cut((x, g[1]), i, (block, block))
-        d_x = add(d_x, (d_y @ kernel.T,), i, added)
-        return d_x, add_to_sums(d_kernel, jnp.einsum("bhwc,bhwd->cd", x_rows, d_y))
-
-    d_x = g[0].astype(at_least_float32(x.dtype))
-    d_x, d_kernel = loop(h // rows, body, (d_x, zero_sums(kernel)))
-    return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
-
-
-_fork.defvjp(lambda x, kernel: (_fork(x, kernel), (x, kernel)), _fork_bwd)
-
-
 def apply_norm(
     x: Float[Array, "b h w c"], norm: nnx.GroupNorm | nnx.LayerNorm | None
 ) -> Float[Array, "b h w c"]:
     """`norm(x)` in the dtype of x, statistics in float32 or better; x itself without a norm."""
     if norm is None:
         return x
+    scale, bias = norm.scale[...], norm.bias[...]
     if isinstance(norm, nnx.GroupNorm):
-        return group_norm(x, norm.scale[...], norm.bias[...], groups=norm.num_groups, eps=EPS)
-    return _layer_norm(x, norm.scale[...], norm.bias[...])
+        return ops.group_norm(x, scale, bias, groups=norm.num_groups, eps=norm.epsilon)
+    return ops.layer_norm(x, scale, bias, eps=norm.epsilon)
 
 
 def apply_linear_of_norm(
-    x: Float[Array, "b h w c"], norm: nnx.GroupNorm | nnx.LayerNorm | None, layer: nnx.Linear
+    x: Float[Array, "b h w c"],
+    norm: nnx.GroupNorm | nnx.LayerNorm | None,
+    layer: nnx.Linear | None,
 ) -> Float[Array, "b h w d"]:
-    """`layer(norm(x))`; with a LayerNorm in blocks of rows, and nothing else of x's size."""
-    if not isinstance(norm, nnx.LayerNorm):
-        return apply_linear(apply_norm(x, norm), layer)
-    wide = at_least_float32(x.dtype)
-    scale, norm_bias, kernel = (p[...].astype(wide) for p in (norm.scale, norm.bias, layer.kernel))
-    # The norm's scale and bias as part of the layer's.
-    bias = norm_bias @ kernel
-    if layer.bias is not None:
-        bias = bias + layer.bias[...].astype(wide)
-
-    def f(params, blocks):
-        kernel, bias = (p.astype(x.dtype) for p in params)
-        y = _normalised(*blocks).astype(x.dtype) @ kernel
-        return (y + bias[None, None, None],)
-
-    b, h, w, c = x.shape
-    # Several blocks even where one fits the cache: the memory is that of a block.
-    rows = block_rows(h, b * w * c, h // 4 if isinstance(h, int) else None)
-    block = Rows(1, rows, rows)
-    params = scale[:, None] * kernel, bias
-    (out,) = map_row_blocks(f, h // rows, (block,), (block,), params, (x,))
-    return out
-
-
-def _layer_norm(x: Array, scale: Array, bias: Array) -> Array:
-    y = _normalised(x)
-    scale, bias = (v.astype(y.dtype)[None, None, None] for v in (scale, bias))
-    return (y * scale + bias).astype(x.dtype)
-
-
-@jax.custom_vjp
-def _normalised(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """With mean 0 and variance 1 over the channels, in float32 or better."""
-    return _normalised_and_factor(x)[0]
-
-
-def _normalised_and_factor(x: Array) -> tuple[Array, Array]:
-    x = x.astype(at_least_float32(x.dtype))
-    centred = x - x.mean(axis=-1, keepdims=True)
-    factor = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + EPS)
-    return centred * factor, factor
-
-
-def _normalised_bwd(x, g):
-    y, factor = _normalised_and_factor(x)
-    c = x.shape[-1]
-    # Means as products with a vector: several times as fast on a CPU as XLA's sums of products.
-    mean = jnp.full((c, 1), 1 / c, y.dtype)
-    g_mean, gy_mean = (jnp.matmul(a, mean, precision=jax.lax.Precision.HIGHEST) for a in (g, g * y))
-    return (((g - g_mean - y * gy_mean) * factor).astype(x.dtype),)
-
-
-_normalised.defvjp(lambda x: (_normalised(x), x), _normalised_bwd)
+    """`layer(norm(x))` in the dtype of x; either may be absent."""
+    if layer is None or norm is None:
+        x = apply_norm(x, norm)
+        return x if layer is None else apply_linear(x, layer)
+    is_group = isinstance(norm, nnx.GroupNorm)
+    return ops.norm_linear(
+        x,
+        norm.scale[...],
+        norm.bias[...],
+        layer.kernel[...],
+        None if layer.bias is None else layer.bias[...],
+        norm="group" if is_group else "layer",
+        groups=norm.num_groups if is_group else 1,
+        eps=norm.epsilon,
+    )
 
 
 def compute_dtype(dtype: DTypeLike | None, *inputs: Array) -> DTypeLike:
@@ -182,30 +96,11 @@ def compute_dtype(dtype: DTypeLike | None, *inputs: Array) -> DTypeLike:
 
 
 def need_guide(name: str, guide_features: int | None) -> int:
-    """The number of the guide's channels; a `ValueError` if there is none."""
+    """The number of the guide's channels; a `ValueError` if there is none or it is not a number."""
     if guide_features is None:
         raise ValueError(f"guide_features is needed: {name} is guided; give the guide's channels")
+    check_whole(guide_features=guide_features)
     return guide_features
-
-
-def need(condition: bool, text: str) -> None:
-    """A `ValueError` with `text` unless the condition holds."""
-    if not condition:
-        raise ValueError(text)
-
-
-def check_whole(**values: Any) -> None:
-    """A `ValueError` naming the first argument that is not a positive whole number."""
-    for name, value in values.items():
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        need(whole, f"{name} must be a positive whole number, got {value!r}")
-
-
-def check_odd(**values: Any) -> None:
-    """A `ValueError` naming the first argument that is not an odd positive whole number."""
-    check_whole(**values)
-    for name, value in values.items():
-        need(value % 2 == 1, f"{name} must be odd and positive, got {value}")
 
 
 def check_features(features: Array, channels: int) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Integer
 
-from resfu_jax.upsamplers._layers import need
+from resfu_jax._checks import need
 from resfu_jax.upsamplers.fade import FADE
 from resfu_jax.upsamplers.sapa import SAPA
 

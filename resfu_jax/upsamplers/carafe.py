@@ -12,11 +12,14 @@ Source: Wang et al., "CARAFE: Content-Aware ReAssembly of FEatures", ICCV 2019, 
 and section 3.2; the semantics are those of mmcv's `CARAFEPack`.
 """
 
+from typing import get_args
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from resfu_jax._checks import check_choice, check_odd, check_whole, need
 from resfu_jax.ops._forms import Implementation
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops.local_window import local_attention
@@ -26,12 +29,9 @@ from resfu_jax.upsamplers._layers import (
     apply_conv,
     apply_linear,
     check_features,
-    check_odd,
     check_output_size,
-    check_whole,
     compute_dtype,
     conv,
-    need,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
@@ -79,12 +79,14 @@ class CARAFE(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_whole(
+            features=features,
             scale=scale,
             up_group=up_group,
             encoder_dilation=encoder_dilation,
             compressed_channels=compressed_channels,
         )
         check_odd(up_kernel=up_kernel, encoder_kernel=encoder_kernel)
+        check_choice((*get_args(Implementation), None), implementation=implementation)
         need(features % up_group == 0, f"up_group must divide features={features}, got {up_group}")
         self.features, self.scale = features, scale
         self.up_kernel, self.up_group = up_kernel, up_group

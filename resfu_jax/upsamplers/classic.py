@@ -7,6 +7,7 @@ initial weights are PyTorch's.
 """
 
 import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,20 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from resfu_jax._checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_odd,
+    check_positive,
+    check_whole,
+)
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
-from resfu_jax.ops.resize import resize
+from resfu_jax.ops.resize import Method, resize
 from resfu_jax.upsamplers._layers import (
     check_features,
-    check_odd,
     check_output_size,
-    check_whole,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
@@ -46,7 +53,7 @@ class Interpolation(nnx.Module):
       rngs: ignored.
 
     Raises:
-      ValueError: `scale` is not positive, or `align_corners` with a nearest method.
+      ValueError: an argument out of range, or `align_corners` with a nearest method.
     """
 
     guide = "none"
@@ -57,14 +64,16 @@ class Interpolation(nnx.Module):
         guide_features: int | None = None,
         *,
         scale: int | float = 4,
-        method: str = "bilinear",
+        method: Method = "bilinear",
         align_corners: bool = False,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ):
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale}")
+        check_whole(features=features)
+        check_positive(scale=scale)
+        check_choice(get_args(Method), method=method)
+        check_flag(align_corners=align_corners)
         if align_corners and method not in ("bilinear", "bicubic"):
             raise ValueError(f"align_corners does not apply to method {method!r}")
         self.features, self.scale = features, scale
@@ -114,7 +123,8 @@ class Deconvolution(nnx.Module):
       rngs: source of the initial weights, uniform within 1 / sqrt(out_features * kernel_size**2).
 
     Raises:
-      ValueError: the kernel, padding and stride do not give exactly `scale` times the size.
+      ValueError: an argument out of range, or the kernel, padding and stride do not give exactly
+        `scale` times the size.
     """
 
     guide = "none"
@@ -133,13 +143,16 @@ class Deconvolution(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        check_whole(scale=scale)
         out_features = features if out_features is None else out_features
         kernel_size = scale if kernel_size is None else kernel_size
+        check_whole(
+            features=features, scale=scale, out_features=out_features, kernel_size=kernel_size
+        )
+        check_count(padding=padding, output_padding=output_padding)
         if (
             kernel_size - 2 * padding + output_padding != scale
-            or not 0 <= padding < kernel_size
-            or not 0 <= output_padding < scale
+            or padding >= kernel_size
+            or output_padding >= scale
         ):
             raise ValueError(
                 "kernel_size - 2 * padding + output_padding must equal scale, with 0 <= padding < "
@@ -199,7 +212,7 @@ class PixelShuffle(nnx.Module):
       rngs: source of the initial weights, uniform within 1 / sqrt(C * kernel_size**2).
 
     Raises:
-      ValueError: `scale` is not a positive whole number, or an even kernel.
+      ValueError: an argument out of range.
     """
 
     guide = "none"
@@ -215,7 +228,7 @@ class PixelShuffle(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        check_whole(scale=scale)
+        check_whole(features=features, scale=scale)
         check_odd(kernel_size=kernel_size)
         self.features, self.scale = features, scale
         self.dtype = dtype

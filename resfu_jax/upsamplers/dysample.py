@@ -22,21 +22,17 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from resfu_jax._checks import check_choice, check_flag, check_whole, need
 from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops._forms import Implementation
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops.deformable_sample import (
-    Implementation,
-    deformable_sample,
-    sample_at_made_points,
-)
+from resfu_jax.ops.deformable_sample import deformable_sample
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
 from resfu_jax.upsamplers._layers import (
     apply_linear,
     check_features,
     check_output_size,
-    check_whole,
     compute_dtype,
-    need,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
@@ -66,7 +62,8 @@ class DySample(nnx.Module):
         for their range and the bias.
 
     Raises:
-      ValueError: channels that `groups` or the pixel shuffle do not divide, an unknown style.
+      ValueError: an argument out of range, channels that `groups` or the pixel shuffle do not
+        divide.
     """
 
     guide = "none"
@@ -85,8 +82,10 @@ class DySample(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        check_whole(scale=scale, groups=groups)
-        need(style in get_args(Style), f"style must be one of {get_args(Style)}, got {style!r}")
+        check_whole(features=features, scale=scale, groups=groups)
+        check_choice(get_args(Style), style=style)
+        check_flag(dyscope=dyscope)
+        check_choice((*get_args(Implementation), None), implementation=implementation)
         need(features % groups == 0, f"groups must divide features={features}, got {groups}")
         need(
             style == "lp" or features % scale**2 == 0,
@@ -128,27 +127,16 @@ class DySample(nnx.Module):
         x = features.astype(compute_dtype(self.dtype, features))
         if values is not None:
             values = reassembled(x, values, groups=self.value_groups)
-        if self.implementation == "reference":
-            v = x if values is None else values
-            samples = deformable_sample(
-                v, self.points(x), padding_mode="border", implementation="reference"
-            )
-            return samples.reshape(*samples.shape[:3], v.shape[3])
-        graphdef, params = nnx.split(self)
+        samples = deformable_sample(
+            x if values is None else values,
+            self.points(x),
+            padding_mode="border",
+            implementation=self.implementation,
+        )
+        return samples.reshape(*samples.shape[:3], -1)
 
-        def points(params, rows, first):
-            return nnx.merge(graphdef, params).points(rows, first)
-
-        v, source = (x, None) if values is None else (values, x)
-        return sample_at_made_points(points, params, v, source, padding_mode="border")
-
-    def points(
-        self, x: Float[Array, "b h w c"], first: int | Array = 0
-    ) -> Float[Array, "b H W g 1 2"]:
-        """Where every output pixel samples: (row, column) in pixels of x.
-
-        With `first`, x are rows of the map from that one on.
-        """
+    def points(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W g 1 2"]:
+        """Where every output pixel samples: (row, column) in pixels of x."""
         offset = self._project(x, self.offset)
         offset = offset.astype(at_least_float32(offset.dtype))
         if self.scope is None:
@@ -164,8 +152,7 @@ class DySample(nnx.Module):
             p = jnp.arange(n, dtype=jnp.int32)
             return (2 * p + (1 - self.scale)).astype(offset.dtype) / (2 * self.scale)
 
-        rows = own(hh) + jnp.asarray(first).astype(offset.dtype)
-        own = jnp.stack(jnp.meshgrid(rows, own(ww), indexing="ij"), axis=-1)
+        own = jnp.stack(jnp.meshgrid(own(hh), own(ww), indexing="ij"), axis=-1)
         return (offset + own[None, :, :, None])[..., None, :]
 
     def _project(self, x: Float[Array, "b h w c"], layer: nnx.Linear) -> Float[Array, "b H W d"]:

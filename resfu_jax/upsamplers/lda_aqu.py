@@ -17,6 +17,7 @@ Multimedia 2024; the semantics are those of the authors' released module.
 """
 
 import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,19 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from resfu_jax._checks import (
+    check_choice,
+    check_flag,
+    check_not_negative,
+    check_odd,
+    check_positive,
+    check_whole,
+    need,
+)
 from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops._forms import Implementation
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops.deformable_attention import Implementation, deformable_attention
+from resfu_jax.ops.deformable_attention import deformable_attention
 from resfu_jax.ops.depthwise_conv import depthwise_conv
 from resfu_jax.ops.resize import resize
 from resfu_jax.upsamplers._layers import (
@@ -36,11 +47,8 @@ from resfu_jax.upsamplers._layers import (
     apply_linear,
     apply_norm,
     check_features,
-    check_odd,
-    check_whole,
     compute_dtype,
     conv,
-    need,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
@@ -97,10 +105,12 @@ class LDAAQU(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        check_whole(reduction_factor=reduction_factor, nh=nh, n_groups=n_groups)
+        check_whole(features=features, reduction_factor=reduction_factor, nh=nh, n_groups=n_groups)
         check_odd(k_e=k_e, k_u=k_u)
-        need(scale > 0, f"scale must be positive, got {scale}")
-        need(range_factor >= 0, f"range_factor must be at least 0, got {range_factor}")
+        check_positive(scale=scale)
+        check_not_negative(range_factor=range_factor)
+        check_flag(rpb=rpb)
+        check_choice((*get_args(Implementation), None), implementation=implementation)
         for name, n in (("nh", nh), ("n_groups", n_groups)):
             need(
                 features % (reduction_factor * n) == 0,

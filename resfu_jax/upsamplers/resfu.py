@@ -18,22 +18,27 @@ Source: Zhou, Wang, Zheng, Meng, "A Refreshed Similarity-based Upsampler for Dir
 Feature Upsampling"; the semantics are those of the authors' released module.
 """
 
-import functools
-import math
-from typing import Literal
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from resfu_jax._checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_not_negative,
+    check_odd,
+    check_positive,
+    check_whole,
+    need,
+)
 from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops._forms import Implementation
 from resfu_jax.ops._gradient import scale_gradient
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops._order import after
-from resfu_jax.ops._polyphase import extend, upsample_extended, whole_ratio
-from resfu_jax.ops._row_blocks import Rows, block_rows, map_row_blocks
-from resfu_jax.ops._softmax import softmax
 from resfu_jax.ops.filters import (
     check_gf_scale,
     gaussian_blur,
@@ -41,26 +46,19 @@ from resfu_jax.ops.filters import (
     subsample,
 )
 from resfu_jax.ops.fns_attention import fns_attention
-from resfu_jax.ops.group_norm import group_moments
-from resfu_jax.ops.pcdc import Implementation as PCDCImplementation
 from resfu_jax.ops.pcdc import PCDCParameters, pcdc
 from resfu_jax.ops.resize import resize
+from resfu_jax.ops.softmax import softmax
 from resfu_jax.upsamplers._layers import (
     EPS,
-    apply_linear,
-    apply_norm,
+    apply_linear_of_norm,
     check_features,
     check_guide,
-    check_odd,
-    check_whole,
     compute_dtype,
-    need,
     need_guide,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
-
-Implementation = Literal["reference", "polyphase"]
 
 _HIDDEN = 128  # channels of the score branches, fixed in the official module
 _WEIGHT_INIT = nnx.initializers.normal(0.02)
@@ -91,23 +89,22 @@ class ReSFU(nnx.Module):
       normy: GroupNorm the guide before the query projection.
       gn_dim: groups of the score branches' norms.
       radius: half side of the guided filter's window, guide pixels.
-      eps: regulariser of the guided filter.
-      lr_mult: multiplies the gradients of the score branches' parameters (500 in the released
-        configurations; nearly without effect under Adam).
+      eps: regulariser of the guided filter, positive.
+      lr_mult: multiplies the gradients of the score branches' parameters, 0 or more (500 in the
+        released configurations; nearly without effect under Adam).
       gf_scale: subsampling of the guided filter.
-      implementation: `"reference"` computes as the formulas stand; `"polyphase"` gives the same
-        values from less work: norms folded into the projections, and, where the ratio is whole and
-        equals the dilation, the semantic key convolution done at low resolution. `None` chooses.
-      tile: most rows of the output that are computed at a time, for large outputs: the same values
-        and gradients from less temporary memory and more time. (Steps that need the whole image,
-        such as norms, come first.)
+      implementation: of `ops.pcdc` and `ops.fns_attention`; `None` takes the best of the platform
+        that the program is for.
+      tile: most rows of the output that are computed at a time on a CPU, for large outputs: the
+        same values and gradients from less temporary memory and more time. (Steps that need the
+        whole image, such as norms, come first.)
       dtype: of the computation; the inputs' promoted dtype if not given. Statistics and the softmax
         are float32 or better.
       param_dtype: of the parameters.
       rngs: source of the initial weights.
 
     Raises:
-      ValueError: widths that groups do not divide, an even kernel, a missing guide.
+      ValueError: an argument out of range, widths that groups do not divide, a missing guide.
     """
 
     guide = "features"
@@ -139,10 +136,23 @@ class ReSFU(nnx.Module):
     ):
         guide_features = need_guide("resfu", guide_features)
         dilation = scale if dilation is None else dilation
-        check_whole(scale=scale, dilation=dilation)
+        check_whole(
+            features=features,
+            scale=scale,
+            dilation=dilation,
+            groups=groups,
+            embedding_dim=embedding_dim,
+            gn_dim=gn_dim,
+            gf_scale=gf_scale,
+        )
         check_odd(kernel_size=kernel_size)
+        check_count(radius=radius)
+        check_positive(eps=eps)
+        check_not_negative(lr_mult=lr_mult)
+        check_flag(y_conv=y_conv, qkv_bias=qkv_bias, normx=normx, normy=normy)
+        check_choice((*get_args(Implementation), None), implementation=implementation)
         for name, n in (("groups", groups), ("gn_dim", gn_dim)):
-            if n < 1 or embedding_dim % n or _HIDDEN % n:
+            if embedding_dim % n or _HIDDEN % n:
                 raise ValueError(
                     f"{name} must divide embedding_dim ({embedding_dim}) and {_HIDDEN}, got {n}"
                 )
@@ -150,12 +160,6 @@ class ReSFU(nnx.Module):
             raise ValueError(
                 "with y_conv=False the guide is the query: guide_features must equal embedding_dim "
                 f"({embedding_dim}), got {guide_features}"
-            )
-        if radius < 0 or gf_scale < 1:
-            raise ValueError(f"need radius >= 0 and gf_scale >= 1, got {radius} and {gf_scale}")
-        if implementation not in (None, "reference", "polyphase"):
-            raise ValueError(
-                f"implementation must be 'reference', 'polyphase' or None, got {implementation!r}"
             )
         if tile is not None:
             check_whole(tile=tile)
@@ -216,9 +220,8 @@ class ReSFU(nnx.Module):
         """
         attn = self.attention(features, guide)
         dtype = compute_dtype(self.dtype, features, guide)
-        form = self.implementation if self.implementation == "reference" else None
         v = reassembled(features.astype(dtype), values)
-        return fns_attention(attn, v, implementation=form, tile=self.tile)
+        return fns_attention(attn, v, implementation=self.implementation, tile=self.tile)
 
     def attention(
         self, features: Float[Array, "b h w c"], guide: Float[Array, "b H W cg"]
@@ -226,68 +229,33 @@ class ReSFU(nnx.Module):
         """Weights of the K*K neighbours of every output pixel, row-major, summing to 1."""
         self._check(features, guide)
         dtype = compute_dtype(self.dtype, features, guide)
-        x, y = features.astype(dtype), guide.astype(dtype)
-        if self.implementation == "reference":
-            scores = self._scores_reference(x, y)
-        else:
-            scores = self._scores_polyphase(x, y)
+        q, k = self.query(guide.astype(dtype)), self.key(features.astype(dtype))
+        scores = self.detail_scores(self.query_blurred(q), q, **self._form())
+        scores = self.semantic_scores(k, self.query_filtered(q, k), **self._form()) + scores
         scores = scores.astype(at_least_float32(dtype))
-        mask = neighbours_inside(y.shape[1:3], self.kernel_size, self.dilation)
+        mask = neighbours_inside(guide.shape[1:3], self.kernel_size, self.dilation)
         return softmax(jnp.where(mask[None], scores, scores + _OUTSIDE))
-
-    def _scores_reference(self, x: Array, y: Array) -> Array:
-        q, k = self.query(y), self.key(x)
-        k_up = resize(k, q.shape[1:3], implementation="reference")
-        q_gs, q_gf = self.query_blurred(q), self.query_filtered(q, k_up)
-        semantic = self.semantic_scores(k_up, q_gf, implementation="reference")
-        return semantic + self.detail_scores(q_gs, q, implementation="reference")
 
     def query(self, y: Array) -> Array:
         """Queries q, `(B, H, W, E)`."""
-        y = apply_norm(y, self.norm_y)
-        return y if self.q is None else apply_linear(y, self.q)
+        return apply_linear_of_norm(y, self.norm_y, self.q)
 
     def key(self, x: Array) -> Array:
         """Keys k, `(B, h, w, E)`."""
-        x = apply_norm(x, self.norm_x)
-        return apply_linear(x, self.k)
+        return apply_linear_of_norm(x, self.norm_x, self.k)
 
     def query_blurred(self, q: Array) -> Array:
         """Partner of q in the detail branch: its own blur."""
         return gaussian_blur(q, kernel_size=3, sigma=1.0)
 
-    def query_filtered(self, q: Array, k_up: Array) -> Array:
+    def query_filtered(self, q: Array, k: Array) -> Array:
         """Partner of the upsampled key in the semantic branch: q filtered towards it."""
-        return self._query_filtered(q, subsample(k_up, self.gf_scale))
+        small_q, small_k_up = (subsample(a, self.gf_scale) for a in (q, resize(k, q.shape[1:3])))
+        radius = self.radius // self.gf_scale
+        return guided_filter_subsampled(q, small_q, small_k_up, radius=radius, eps=self.eps)
 
-    def _query_filtered(self, q: Array, small_k_up: Array) -> Array:
-        guided_filter = functools.partial(
-            guided_filter_subsampled, radius=self.radius // self.gf_scale, eps=self.eps
-        )
-        maps = q, subsample(q, self.gf_scale), small_k_up
-        if self.tile is None:
-            return guided_filter(*maps)
-        # Each channel is filtered by itself: a few at a time, as the filter's maps are whole.
-        width = math.gcd(q.shape[3], 8)
-        block = Rows(3, width, width)
-        (filtered,) = map_row_blocks(
-            lambda _, maps: (guided_filter(*maps),),
-            q.shape[3] // width,
-            inputs=(block,) * 3,
-            outputs=(block,),
-            params=(),
-            arrays=maps,
-        )
-        return filtered
-
-    def _scores_polyphase(self, x: Array, y: Array) -> Array:
-        q = _linear_of_norm(y, self.norm_y, self.q)
-        k = _linear_of_norm(x, self.norm_x, self.k)
-        detail = self.detail_scores(self.query_blurred(q), q, tile=self.tile)
-        # One branch after the other: each holds a map of K*K numbers a norm group.
-        q, k = after(q, detail), after(k, detail)
-        q_gf = self._query_filtered(q, _subsampled_resize(k, q.shape[1:3], self.gf_scale))
-        return self.semantic_scores(k, q_gf, tile=self.tile) + detail
+    def _form(self) -> dict[str, Any]:
+        return dict(implementation=self.implementation, tile=self.tile)
 
     def _check(self, features: Array, guide: Array) -> None:
         check_features(features, self.features)
@@ -358,7 +326,7 @@ class PCDC(nnx.Module):
         k: Float[Array, "b h w c"],
         q: Float[Array, "b H W c"],
         *,
-        implementation: PCDCImplementation | None = None,
+        implementation: Implementation | None = None,
         tile: int | None = None,
     ) -> Float[Array, "b H W taps"]:
         """Scores of the K*K neighbours; a k smaller than q stands for its upsampling."""
@@ -406,57 +374,3 @@ def neighbours_inside(
     rows, cols = (axis(n) for n in size)
     inside = rows[:, None, :, None] & cols[None, :, None, :]
     return inside.reshape(*size, kernel_size * kernel_size)
-
-
-def _subsampled_resize(x: Array, size: tuple[Size, Size], step: int) -> Array:
-    """`subsample(resize(x, size), step)`."""
-    ratio = whole_ratio(x.shape[1:3], size)
-    if ratio is None or any(r % step for r in ratio):
-        return subsample(resize(x, size), step)
-    return upsample_extended(extend(x, 1), ratio, step)
-
-
-def _linear_of_norm(x: Array, norm: nnx.GroupNorm | None, layer: nnx.Linear | None) -> Array:
-    """`layer(norm(x))` without writing the normalised map; either may be absent."""
-    if layer is None:
-        return apply_norm(x, norm)
-    if norm is None:
-        return apply_linear(x, layer)
-    return _affine_of_norm(
-        x,
-        norm.scale[...],
-        norm.bias[...],
-        group_moments(x, groups=norm.num_groups, eps=EPS),
-        layer.kernel[...],
-        None if layer.bias is None else layer.bias[...],
-    )
-
-
-def _affine_of_norm(
-    x: Array,
-    scale: Array,
-    norm_bias: Array,
-    moments: tuple[Array, Array],
-    kernel: Array,
-    bias: Array | None,
-) -> Array:
-    """`GN(x) @ kernel + bias` as one product of the centred map with per-image weights."""
-    mean, factor = moments
-    scale, norm_bias, kernel = (a.astype(factor.dtype) for a in (scale, norm_bias, kernel))
-    offset = norm_bias @ kernel
-    if bias is not None:
-        offset = offset + bias.astype(offset.dtype)
-    weight = ((factor * scale[None])[:, :, None] * kernel[None]).astype(x.dtype)
-
-    def affine(params, blocks):
-        (weight, offset, mean), (x,) = params, blocks
-        # Not as a part of the offset: in a narrow dtype, large products would have to cancel.
-        centred = (x.astype(mean.dtype) - mean[:, None, None]).astype(x.dtype)
-        product = jnp.einsum("bhwc,bco->bhwo", centred, weight, preferred_element_type=mean.dtype)
-        return ((product + offset[None, None, None]).astype(x.dtype),)
-
-    b, h, w, _ = x.shape
-    rows = block_rows(h, b * w * max(kernel.shape))
-    block = Rows(1, rows, rows)
-    (out,) = map_row_blocks(affine, h // rows, (block,), (block,), (weight, offset, mean), (x,))
-    return out

@@ -34,14 +34,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from resfu_jax._checks import check_choice, check_flag, check_odd, check_whole, need
 from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops._forms import Implementation
+from resfu_jax.ops._interp import cell_index
 from resfu_jax.ops._polyphase import whole_ratio
-from resfu_jax.ops._softmax import softmax
-from resfu_jax.ops.deformable_attention import Implementation as PointImplementation
 from resfu_jax.ops.deformable_attention import deformable_attention
 from resfu_jax.ops.local_window import (
-    Implementation,
-    cell_index,
     local_attention,
     local_similarity,
 )
@@ -54,12 +53,8 @@ from resfu_jax.upsamplers._layers import (
     apply_norm,
     check_features,
     check_guide,
-    check_odd,
-    check_whole,
     compute_dtype,
-    need,
     need_guide,
-    project,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
@@ -121,9 +116,11 @@ class SAPA(nnx.Module):
     ):
         guide_features = need_guide("sapa", guide_features)
         out_dim = features if out_dim is None else out_dim
-        check_whole(scale=scale, out_dim=out_dim, features=features, guide_features=guide_features)
+        check_whole(features=features, scale=scale, out_dim=out_dim)
         check_odd(up_kernel_size=up_kernel_size)
-        need(q_mode in get_args(Query), f"q_mode must be one of {get_args(Query)}, got {q_mode!r}")
+        check_choice(get_args(Query), q_mode=q_mode)
+        check_flag(v_embed=v_embed, qkv_bias=qkv_bias)
+        check_choice((*get_args(Implementation), None), implementation=implementation)
         if embedding_dim is None:
             need(
                 q_mode == "encoder_only" and guide_features == features,
@@ -166,7 +163,7 @@ class SAPA(nnx.Module):
         check_guide(features, guide, self.guide_features)
         dtype = compute_dtype(self.dtype, features, guide)
         x, y = features.astype(dtype), guide.astype(dtype)
-        x, scores = self._scores(x, y)
+        scores = self._scores(x, y)
         if values is None and self.v is not None:
             v = apply_linear(apply_norm(x, self.norm_x), self.v)
         else:
@@ -177,39 +174,37 @@ class SAPA(nnx.Module):
         self, x: Float[Array, "b h w c"], y: Float[Array, "b H W cg"]
     ) -> Float[Array, "b H W taps"]:
         """Weights of the K*K low-resolution pixels of every output pixel, which sum to 1."""
-        return softmax(self._scores(x, y)[1])
+        return jax.nn.softmax(self._scores(x, y))
 
     def _scores(
         self, x: Float[Array, "b h w c"], y: Float[Array, "b H W cg"]
-    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b H W taps"]]:
-        """`project`'s x, and the similarities to the K*K pixels around every output pixel."""
+    ) -> Float[Array, "b H W taps"]:
+        """Similarities to the K*K pixels around every output pixel."""
         if self.q is None:
             q, k = apply_norm(y, self.norm_y), apply_norm(x, self.norm_x)
         else:
-            x, q = self._query(x, y)
+            q = self._query(x, y)
             k = apply_linear_of_norm(x, self.norm_x, self.k)
-        return x, local_similarity(
+        return local_similarity(
             q, k, kernel_size=self.up_kernel_size, implementation=self.implementation
         )
 
-    def _query(
-        self, x: Float[Array, "b h w c"], y: Array
-    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b H W d"]]:
-        """`project`'s x, and the queries."""
+    def _query(self, x: Float[Array, "b h w c"], y: Array) -> Float[Array, "b H W d"]:
+        """The queries."""
 
         def up(a):
             return resize(a, y.shape[1:3], method="nearest")
 
         if self.q_mode == "cat":
             both = jnp.concatenate([apply_norm(y, self.norm_y), up(x)], axis=-1)
-            return x, apply_linear(both, self.q)
+            return apply_linear(both, self.q)
         q = apply_linear_of_norm(y, self.norm_y, self.q)
         if self.q_mode == "encoder_only":
-            return x, q
+            return q
         gate = up(jax.nn.sigmoid(apply_linear_of_norm(x, self.norm_x, self.gate)))
-        x, own = project(x, self.qx)
+        own = apply_linear(x, self.qx)
         # A linear map and nearest-neighbour upsampling commute.
-        return x, gate * q + (1 - gate) * up(own)
+        return gate * q + (1 - gate) * up(own)
 
 
 @register("sapa_deform")
@@ -252,13 +247,21 @@ class SAPADeform(nnx.Module):
         qkv_bias: bool = True,
         high_offset: bool = True,
         norm: Norm | None = None,
-        implementation: PointImplementation | None = None,
+        implementation: Implementation | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         guide_features = need_guide("sapa_deform", guide_features)
-        check_whole(scale=scale, num_point=num_point, groups=groups, embedding_dim=embedding_dim)
+        check_whole(
+            features=features,
+            scale=scale,
+            num_point=num_point,
+            groups=groups,
+            embedding_dim=embedding_dim,
+        )
+        check_flag(qkv_bias=qkv_bias, high_offset=high_offset)
+        check_choice((*get_args(Implementation), None), implementation=implementation)
         need(features % groups == 0, f"groups must divide features={features}, got {groups}")
         self.features, self.guide_features = features, guide_features
         self.scale, self.num_point, self.groups = scale, num_point, groups
@@ -338,10 +341,7 @@ def _linear(n: int, m: int, use_bias: bool, param_dtype: DTypeLike, rngs: nnx.Rn
 def _norm(
     name: str, width: int, kind: Norm | None, param_dtype: DTypeLike
 ) -> nnx.GroupNorm | nnx.LayerNorm | None:
-    need(
-        kind is None or kind in get_args(Norm),
-        f"norm must be one of {get_args(Norm)} or None, got {kind!r}",
-    )
+    check_choice((*get_args(Norm), None), norm=kind)
     if kind is None:
         return None
     types = dict(epsilon=EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0))

@@ -21,24 +21,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from resfu_jax.ops import _cells
+from resfu_jax.ops._cpu import cells
+from resfu_jax.ops._cpu.rows import map_row_blocks
 from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._order import after
 from resfu_jax.ops._polyphase import extend, phase_weights, whole_ratio
-from resfu_jax.ops._row_blocks import map_row_blocks
 
 
 def fns_attention(attn: Array, x: Array, *, tile: int | None) -> Array:
     """Form of `ops.fns_attention`."""
     k, ratio = math.isqrt(attn.shape[3]), whole_ratio(x.shape[1:3], attn.shape[1:3])
     dtype = at_least_float32(x.dtype)
-    x = after(x, attn)  # so that its copies do not exist beside what the attention is made of
     padded = extend(x, k // 2 + 1).astype(dtype)
 
     def f(_, blocks):
         attn, padded = blocks
         weights = _compose(attn.astype(at_least_float32(attn.dtype)), k, ratio)
-        return (_cells.reassemble(weights.astype(dtype), padded).astype(x.dtype),)
+        return (cells.reassemble(weights.astype(dtype), padded).astype(x.dtype),)
 
     def whole(_, arrays):
         attn, padded = arrays
@@ -50,7 +48,7 @@ def fns_attention(attn: Array, x: Array, *, tile: int | None) -> Array:
     forward = None if tile is not None else whole
     # The composed weights are larger than the attention: backward, they are made block by block.
     out_shape = (*attn.shape[:3], x.shape[3])
-    count, windows, pixels = _cells.blocks(out_shape, padded.shape, k + 2, tile)
+    count, windows, pixels = cells.blocks(out_shape, padded.shape, k + 2, tile)
     (out,) = map_row_blocks(
         f, count, (pixels, windows), (pixels,), (), (attn, padded), forward=forward
     )
@@ -90,7 +88,7 @@ _compose.defvjp(lambda attn, k, ratio: (_compose(attn, k, ratio), None), _compos
 
 
 def _reassemble_half_cells(attn: Array, padded: Array, k: int, ratio: tuple[int, int]) -> Array:
-    """`_cells.reassemble` of the composed attention, for even ratios, with fewer products.
+    """`cells.reassemble` of the composed attention, for even ratios, with fewer products.
 
     Along an axis, the phases of a cell's first half do not reach the last of its K + 2 pixels, and
     those of its second half not the first one. So each half sees K + 1.

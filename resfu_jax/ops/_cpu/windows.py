@@ -8,17 +8,18 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from resfu_jax.ops import _cells
-from resfu_jax.ops._dtypes import at_least_float32, cast, promote
+from resfu_jax.ops._cpu import cells
+from resfu_jax.ops._cpu.cast import cast
+from resfu_jax.ops._cpu.rows import Bordered, Rows, map_row_blocks
+from resfu_jax.ops._cpu.softmax import softmax as over_taps
+from resfu_jax.ops._dtypes import at_least_float32, promote
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops._row_blocks import Bordered, Rows, map_row_blocks
-from resfu_jax.ops._softmax import softmax as over_taps
 
 
 def similarity(q: Array, k: Array, *, kernel_size: int) -> Array:
     """Form of `ops.local_similarity`."""
     padded = _pad(k.astype(at_least_float32(q.dtype)), kernel_size)
-    return _cells.correlate(q, padded, kernel_size)[..., 0, :]
+    return cells.correlate(q, padded, kernel_size)[..., 0, :]
 
 
 def attention(scores: Array, scale: Array | None, v: Array, *, groups: int, softmax: bool) -> Array:
@@ -37,13 +38,13 @@ def attention(scores: Array, scale: Array | None, v: Array, *, groups: int, soft
 
     def block(_, arrays):
         *narrow, padded = arrays
-        out = _cells.reassemble(weights_of(*narrow), padded.astype(dtype))
+        out = cells.reassemble(weights_of(*narrow), padded.astype(dtype))
         return (out.astype(v.dtype),)
 
     def whole(_, arrays):
         *narrow, v = arrays
         weights, padded = weights_of(*narrow), _pad(v, kernel_size)
-        return (cast(_cells.reassemble(weights, padded.astype(dtype)), v.dtype),)
+        return (cast(cells.reassemble(weights, padded.astype(dtype)), v.dtype),)
 
     count, windows, pixels = _blocks(v, scores.shape[1:3], kernel_size)
     inputs = (*[pixels] * len(narrow), windows)
@@ -61,5 +62,5 @@ def _blocks(v: Array, size: tuple[Size, Size], kernel_size: int) -> tuple[Size, 
     b, h, w, c = v.shape
     border = kernel_size // 2
     padded_shape = (b, h + 2 * border, w + 2 * border, c)
-    count, windows, pixels = _cells.blocks((b, *size, c), padded_shape, kernel_size)
+    count, windows, pixels = cells.blocks((b, *size, c), padded_shape, kernel_size)
     return count, Bordered(windows.step, windows.length, border), pixels

@@ -5,9 +5,8 @@ results. Its gradient runs the blocks again instead of keeping what lies between
 stays in the cache, forward and backward, and memory is that of one block.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,16 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from resfu_jax.ops._dtypes import at_least_float32, bfloat16_is_native
+from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops._large_pages import empty
-from resfu_jax.ops._order import zeros_after
 
-# Values of the widest map of a block, over the batch. On a CPU, blocks then stay in a core's cache;
-# elsewhere they are large enough to keep the device busy.
-BLOCK_VALUES = {"cpu": 2**19}
-_BLOCK_VALUES_ELSEWHERE = 2**24
-_ALL = 2**62  # in `one_block`, which no other limit divides
+BLOCK_VALUES = 2**19
+"""Values of the widest map of a block, over the batch: it stays in a core's cache."""
 
 
 class Rows(NamedTuple):
@@ -85,18 +79,6 @@ class Normalised(NamedTuple):
     apply: Callable[[Any, Array], Array]
 
 
-@contextlib.contextmanager
-def one_block() -> Iterator[None]:
-    """Traces without loops: XLA counts the operations of a loop's body once."""
-    before = dict(BLOCK_VALUES)
-    BLOCK_VALUES[jax.default_backend()] = _ALL
-    try:
-        yield
-    finally:
-        BLOCK_VALUES.clear()
-        BLOCK_VALUES.update(before)
-
-
 Block = Rows | Taps | Bordered
 Function = Callable[[Any, tuple[Array, ...]], tuple[Array, ...]]
 
@@ -115,20 +97,9 @@ def block_rows(
     """
     if not isinstance(height, int) or not isinstance(row_values, int):
         return 1
-    values = block_values()
-    fit = max(values, at_least) // max(1, row_values)
-    most = max(1, fit if most is None or values == _ALL else min(fit, most))
+    fit = max(BLOCK_VALUES, at_least) // max(1, row_values)
+    most = max(1, fit if most is None else min(fit, most))
     return max(n for n in range(1, min(most, height) + 1) if height % n == 0)
-
-
-def block_values() -> int:
-    """Values of the widest map of a block, at most."""
-    return BLOCK_VALUES.get(jax.default_backend(), _BLOCK_VALUES_ELSEWHERE)
-
-
-def may_be_small() -> bool:
-    """Whether blocks may be smaller than fit, for memory alone; not on a device to keep busy."""
-    return jax.default_backend() in BLOCK_VALUES
 
 
 def map_row_blocks(
@@ -140,7 +111,6 @@ def map_row_blocks(
     arrays: tuple[Array, ...],
     *,
     forward: Function | None = None,
-    early: bool = False,
 ) -> tuple[Array, ...]:
     """Run `f(params, blocks) -> blocks` over `count` blocks of rows.
 
@@ -154,8 +124,6 @@ def map_row_blocks(
       arrays: the arrays.
       forward: gives the same from all rows at once. With it, blocks are for the gradient only. (If
         one block is all, `f` runs for both.)
-      early: the outputs may be allocated before the arrays are computed, as they are the results
-        of everything.
 
     Returns:
       The output arrays.
@@ -163,7 +131,7 @@ def map_row_blocks(
     if isinstance(count, int) and count == 1:
         # One block is all: nothing to loop over, nothing to recompute.
         return f(params, cut(arrays, 0, inputs))
-    return _map(f, count, inputs, outputs, forward, early, params, arrays)
+    return _map(f, count, inputs, outputs, forward, params, arrays)
 
 
 def map_row_blocks_normalised(
@@ -202,23 +170,23 @@ def map_row_blocks_normalised(
     return _map_normalised(layers, count, inputs, narrow, output, keep, params, last, arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4, 5))
-def _map(f, count, inputs, outputs, forward, early, params, arrays):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _map(f, count, inputs, outputs, forward, params, arrays):
     if forward is not None:
         return forward(params, arrays)
-    return _run(lambda *args: (f(*args), ()), count, inputs, outputs, params, arrays, early)[0]
+    return _run(lambda *args: (f(*args), ()), count, inputs, outputs, params, arrays)[0]
 
 
-def _map_bwd(f, count, inputs, outputs, forward, early, saved, d_outputs):
+def _map_bwd(f, count, inputs, outputs, forward, saved, d_outputs):
     params, arrays = saved
 
     def cotangents(i, _):
         return cut(d_outputs, i, outputs)
 
-    return _run_backward(f, count, inputs, params, arrays, cotangents, d_outputs[0])
+    return _run_backward(f, count, inputs, params, arrays, cotangents)
 
 
-_map.defvjp(lambda *args: (_map(*args), args[6:]), _map_bwd)
+_map.defvjp(lambda *args: (_map(*args), args[5:]), _map_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4, 5))
@@ -275,7 +243,7 @@ def _map_normalised_bwd(layers, count, inputs, narrow, output, keep, saved, d_ou
         return *cut((d_out,), i, (output,)), d_sums
 
     (d_params, d_folded), d_arrays = _run_backward(
-        applied_and_sums, count, inputs, (params, folded), arrays, cotangents, d_out
+        applied_and_sums, count, inputs, (params, folded), arrays, cotangents
     )
     return d_params, of_fold(d_folded)[0], d_arrays
 
@@ -283,15 +251,14 @@ def _map_normalised_bwd(layers, count, inputs, narrow, output, keep, saved, d_ou
 _map_normalised.defvjp(_map_normalised_fwd, _map_normalised_bwd)
 
 
-def _run(f, count, inputs, outputs, params, arrays, early=False):
+def _run(f, count, inputs, outputs, params, arrays):
     """Output arrays, and sums over all blocks, of `f(params, blocks) -> (blocks, sums)`."""
     shapes, sum_shapes = jax.eval_shape(lambda p, a: f(p, cut(a, 0, inputs)), params, arrays)
     buffers = []
     for shape, rows in zip(shapes, outputs, strict=True):
         full = list(shape.shape)
         full[rows.axis] = rows.step * count
-        # Not earlier than needed: the buffers exist from when the first array is computed.
-        buffers.append(empty(tuple(full), shape.dtype, None if early else arrays[0]))
+        buffers.append(jnp.zeros(tuple(full), shape.dtype))
     sums = zero_sums(sum_shapes)
 
     def body(i, state):
@@ -304,20 +271,17 @@ def _run(f, count, inputs, outputs, params, arrays, early=False):
     return tuple(buffers), sums
 
 
-def _run_backward(f, count, inputs, params, arrays, cotangents, done):
+def _run_backward(f, count, inputs, params, arrays, cotangents):
     """Gradients of the blocks' `f(params, blocks)`, made again.
 
-    `cotangents(i, results)` are those of the results of block i. The gradients exist from when
-    `done` is computed.
+    `cotangents(i, results)` are those of the results of block i.
     """
     d_params = zero_sums(params)
     d_arrays = []
     for a, rows in zip(arrays, inputs, strict=True):
         filled = _are_apart(rows) and a.shape[rows.axis] == count * rows.step
         dtype = a.dtype if filled else at_least_float32(a.dtype)
-        d_arrays.append(
-            empty(a.shape, dtype, done) if filled else zeros_after(done, a.shape, dtype)
-        )
+        d_arrays.append(jnp.zeros(a.shape, dtype))
 
     def body(i, state):
         d_params, d_arrays = state
@@ -360,12 +324,12 @@ def loop(count: Size, body, state):
 
 
 def _words(a: Array) -> Array:
-    """bfloat16 as its bits, where it is not native.
+    """bfloat16 as its bits before JAX 0.11.2.
 
     There XLA's CPU compiler reads and updates a slice by way of float32, and for that writes the
     whole array again. Of the bits, a loop's result is copied once.
     """
-    needed = a.dtype == jnp.bfloat16 and not bfloat16_is_native()
+    needed = a.dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11, 2)
     return _as(a, jnp.dtype(jnp.uint16)) if needed else a
 
 

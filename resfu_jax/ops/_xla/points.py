@@ -1,0 +1,115 @@
+"""Samples at points as products with hat functions.
+
+A bilinear sample at (r, s) is a sum over all pixels (t, v) of the map, its keys,
+
+    x(r, s) = sum_tv hat(t - r) hat(v - s) x[t, v],         hat(d) = max(0, 1 - |d|),
+
+so that samples are products of matrices, and so are their gradients: gathers, and scatters more so,
+are slow on a TPU. The weights of all output pixels would be many: strips of rows of them come one
+after the other, and backward again.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from resfu_jax.ops._bilinear import positions
+from resfu_jax.ops._dtypes import at_least_float32
+
+_WEIGHTS = 2**22  # of a strip, at most
+
+# Letters of axes: b images, x pixels of a strip, g groups, p points, t rows and v columns of keys,
+# c channels.
+
+
+def sample(x: Array, points: Array, *, padding_mode: str) -> Array:
+    """Form of `ops.deformable_sample`."""
+    maps = x.reshape(*x.shape[:3], points.shape[3], -1)
+
+    def strip(points):
+        rows, columns = _hats(x, points, padding_mode)
+        weights = rows[:, :, :, :, None] * columns[:, :, :, None]
+        out = jnp.einsum(
+            "bgptvx,btvgc->bxgpc",
+            weights.astype(x.dtype),
+            maps,
+            preferred_element_type=at_least_float32(x.dtype),
+        )
+        return out.astype(x.dtype)
+
+    return _in_strips(strip, x, (points,))
+
+
+def attention(
+    q: Array, k: Array, v: Array, points: Array, bias: Array | None, *, heads: int
+) -> Array:
+    """Form of `ops.deformable_attention`."""
+    groups = points.shape[3]
+    units = math.lcm(heads, groups)  # blocks of channels that share a head and a group
+    keys, values = (a.reshape(*a.shape[:3], units, -1) for a in (k, v))
+    wide = at_least_float32(q.dtype)
+
+    def strip(q, points):
+        b, pixels, _ = q.shape
+        rows, columns = (
+            jnp.repeat(hats, units // groups, axis=1) for hats in _hats(k, points, "zeros")
+        )
+        weights = rows[:, :, :, :, None] * columns[:, :, :, None]  # b u p t v x
+        similarity = jnp.einsum(
+            "btvuc,bxuc->butvx", keys, q.reshape(b, pixels, units, -1), preferred_element_type=wide
+        )
+        scores = (weights.astype(wide) * similarity[:, :, None]).sum(axis=(3, 4))
+        scores = scores.reshape(b, heads, units // heads, -1, pixels).sum(axis=2)
+        if bias is not None:
+            of_heads = q.reshape(b, pixels, heads, -1)
+            scores = scores + jnp.einsum(
+                "bxhc,hpc->bhpx", of_heads, bias, preferred_element_type=wide
+            )
+        attn = jnp.repeat(jax.nn.softmax(scores, axis=2), units // heads, axis=1)
+        band = (weights * attn[:, :, :, None, None].astype(weights.dtype)).sum(axis=2)
+        out = jnp.einsum(
+            "butvx,btvuc->bxuc",
+            band.astype(v.dtype),
+            values,
+            preferred_element_type=at_least_float32(v.dtype),
+        )
+        return out.astype(v.dtype).reshape(b, pixels, -1)
+
+    return _in_strips(strip, k, (q, points))
+
+
+def _hats(
+    x: Array, points: Float[Array, "b x g p 2"], padding_mode: str
+) -> tuple[Float[Array, "b g p t x"], Float[Array, "b g p v x"]]:
+    """Weights of the rows and of the columns of x."""
+    hats = []
+    for u, n in zip(positions(x, points[:, None], padding_mode), x.shape[1:3], strict=True):
+        u = jnp.moveaxis(u[:, 0], 1, 3)[:, :, :, None]
+        lower = jnp.floor(u)
+        key = jnp.arange(n, dtype=jnp.int32).astype(u.dtype)[:, None]
+        # As the literal form, whose slope at a pixel's centre is that beyond it.
+        t = u - lower
+        hats.append(jnp.where(key == lower, 1 - t, 0) + jnp.where(key == lower + 1, t, 0))
+    return tuple(hats)
+
+
+def _in_strips(f: Callable[..., Array], x: Array, arrays: tuple[Array, ...]) -> Array:
+    """`f` of strips of rows of the arrays, with the pixels of a strip in one axis."""
+    *_, points = arrays
+    b, height, width, groups, number, _ = points.shape
+    count = height
+    if all(isinstance(n, int) for n in (*x.shape[:3], height, width)):
+        a_row = b * width * groups * number * x.shape[1] * x.shape[2]
+        most = max(1, _WEIGHTS // max(1, a_row))
+        count = height // max(n for n in range(1, min(most, height) + 1) if height % n == 0)
+
+    def split(a):
+        a = a.reshape(b, count, height // count * width, *a.shape[3:])
+        return jnp.moveaxis(a, 1, 0)
+
+    out = jax.lax.map(jax.checkpoint(lambda strip: f(*strip)), tuple(map(split, arrays)))
+    out = jnp.moveaxis(out, 0, 1)
+    return out.reshape(b, height, width, *out.shape[3:])
