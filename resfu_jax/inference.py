@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer, Num
 
 from resfu_jax.model import IMAGENET_MEAN
-from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
 
 Apply = Callable[[Array], Array]  # images (b, h, w, 3) to logits (b, h, w, k), as a model does

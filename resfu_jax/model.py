@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Num
 from resfu_jax._checks import check_flag, is_number
 from resfu_jax.backbones import create_backbone
 from resfu_jax.heads import create_head
-from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
 
 Features = tuple[Float[Array, "b _h _w _c"], ...]

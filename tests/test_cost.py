@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from resfu_jax.ops._row_blocks import one_block
 
 from benchmarks.workloads import WORKLOADS, Workload, create, fit, is_guided
-from resfu_jax.ops._dtypes import bfloat16_is_native
-from resfu_jax.ops._row_blocks import one_block
+from resfu_jax.ops.dtypes import bfloat16_is_native
 
 # tests/conftest.py switches it off, in versions that can.
 AS_IN_USE = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}

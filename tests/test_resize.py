@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
 
-from resfu_jax.ops import _interp, _polyphase
+from resfu_jax.ops import _interp, _polyphase, sizes
 from resfu_jax.ops._polyphase import extend_axis, upsample_extended_axis
-from resfu_jax.ops.local_window import cell_index
 from resfu_jax.ops.resize import resize
+from resfu_jax.ops.sizes import cell_index
 
 METHODS = ["bilinear", "bicubic", "nearest", "nearest-exact"]
 SIZES = st.integers(1, 12)
@@ -143,8 +143,8 @@ def test_positions_on_long_axes(n, m):
 @given(data=st.data())
 def test_divides_products_of_any_size(data):
     """Up to the longest axes, near and far from where int32 and float32 end."""
-    d = data.draw(st.integers(1, 2 * _interp.LONGEST))
-    n = data.draw(st.integers(1, 2 * _interp.LONGEST))
+    d = data.draw(st.integers(1, 2 * sizes.LONGEST))
+    n = data.draw(st.integers(1, 2 * sizes.LONGEST))
     offset = data.draw(st.integers(-d // 2, d // 2))
     first = data.draw(st.integers(0, min(2**31 - 20, (2**31 - 1) * d // n)))
     first = max(0, first - max(20, 20 * d // n))
@@ -158,7 +158,7 @@ def test_divides_products_of_any_size(data):
 
 @jax.jit
 def divide_products(n, d, first, offset):
-    return _interp.divide_products(10, n, d, first=first, offset=offset)
+    return sizes.divide_products(10, n, d, first=first, offset=offset)
 
 
 def expected_1d(x, m, method, align_corners=False, ratio=None):

@@ -8,18 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from resfu_jax.ops import (
-    _cells,
-    _row_blocks,
-    deformable_attention,
-    deformable_sample,
-    local_attention,
-    local_reassembly,
-    pixel_shuffle,
-    shuffled_attention,
-)
-from resfu_jax.ops._dtypes import bfloat16_is_native
 from resfu_jax.ops._row_blocks import (
     Bordered,
     Normalised,
@@ -32,7 +20,19 @@ from resfu_jax.ops._row_blocks import (
     map_row_blocks_normalised,
     one_block,
 )
+
+from resfu_jax.ops import (
+    _cells,
+    _row_blocks,
+    deformable_attention,
+    deformable_sample,
+    local_attention,
+    local_reassembly,
+    pixel_shuffle,
+    shuffled_attention,
+)
 from resfu_jax.ops.deformable_sample import sample_at_made_points
+from resfu_jax.ops.dtypes import bfloat16_is_native
 from resfu_jax.ops.pcdc import PCDCParameters, pcdc
 
 

@@ -11,7 +11,8 @@ from flax import nnx
 
 from resfu_jax import create_upsampler, from_torch
 from resfu_jax.ops.deformable_sample import deformable_sample
-from resfu_jax.ops.local_window import cell_index, local_reassembly, local_similarity
+from resfu_jax.ops.local_window import local_reassembly, local_similarity
+from resfu_jax.ops.sizes import cell_index
 
 FAMILIES = {"carafe": 5, "sapa": 16, "fade": 6, "dysample": 9, "lda_aqu": 5}  # modules of each
 MODULES = [n for n in goldens.names(*FAMILIES) if "_op_" not in n]

@@ -6,7 +6,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops.dtypes import at_least_float32
 
 
 class PatchConv(nnx.Module):

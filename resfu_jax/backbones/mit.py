@@ -24,8 +24,8 @@ from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_flag, check_rate, check_sizes, check_whole
 from resfu_jax.backbones._layers import LayerNorm, PatchConv
-from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops.depthwise_conv import depthwise_conv
+from resfu_jax.ops.dtypes import at_least_float32
 
 
 @dataclasses.dataclass(frozen=True)

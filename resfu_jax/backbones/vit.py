@@ -42,7 +42,7 @@ from resfu_jax._checks import (
     need,
 )
 from resfu_jax.backbones._layers import LayerNorm, PatchConv
-from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
 
 Positions = Literal["learned", "rope"]

@@ -38,9 +38,9 @@ from resfu_jax.heads._layers import (
     classifier_init,
     create_head_upsampler,
 )
-from resfu_jax.ops._interp import Size
 from resfu_jax.ops.conv import conv
 from resfu_jax.ops.group_norm import group_norm
+from resfu_jax.ops.sizes import Size
 from resfu_jax.upsamplers import keeps_space
 
 _STEM_STRIDES = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (4, 2)}

@@ -6,7 +6,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from resfu_jax.ops._interp import Size
+from resfu_jax.ops.sizes import Size
 
 # G contiguous groups of channels, each with P positions of its own for every output pixel.
 Maps = Float[Array, "b h w g d"]

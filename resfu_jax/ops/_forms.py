@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 from jaxtyping import Array
 
-from resfu_jax.ops._polyphase import whole_ratio
+from resfu_jax.ops.sizes import whole_ratio
 
 Implementation = Literal["reference", "xla", "cpu", "pallas"]
 

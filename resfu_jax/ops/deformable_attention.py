@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._cpu import points as cpu
-from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._forms import Forms, Implementation
 from resfu_jax.ops._xla import points as xla
 from resfu_jax.ops.deformable_sample import deformable_sample
+from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.softmax import softmax
 
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._dtypes import at_least_float32, promote
-from resfu_jax.ops._interp import Size
-from resfu_jax.ops._polyphase import extend, extend_axis, upsample_extended, whole_ratio
+from resfu_jax.ops._polyphase import extend, extend_axis, upsample_extended
+from resfu_jax.ops.dtypes import at_least_float32, promote
 from resfu_jax.ops.resize import resize
+from resfu_jax.ops.sizes import Size, whole_ratio
 
 T = TypeVar("T")
 

@@ -18,10 +18,10 @@ import math
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._cpu import fns_attention as cpu
-from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._forms import Form, Forms, Implementation, needs_whole_ratio
 from resfu_jax.ops._interp import half_pixel_taps, take_clamped
 from resfu_jax.ops._xla import windows as xla
+from resfu_jax.ops.dtypes import at_least_float32
 
 
 def fns_attention(

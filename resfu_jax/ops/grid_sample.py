@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._bilinear import clamp, position_dtype, sample
-from resfu_jax.ops._interp import Size
+from resfu_jax.ops.sizes import Size
 
 PaddingMode = Literal["zeros", "border", "reflection"]
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._cpu import norm as cpu
-from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._forms import Forms, Implementation
+from resfu_jax.ops.dtypes import at_least_float32
 
 
 def layer_norm(

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._cpu import windows as cpu
-from resfu_jax.ops._dtypes import at_least_float32, promote
 from resfu_jax.ops._forms import Form, Forms, Implementation, needs_whole_ratio
-from resfu_jax.ops._interp import Size, cell_index
 from resfu_jax.ops._xla import windows as xla
+from resfu_jax.ops.dtypes import at_least_float32, promote
+from resfu_jax.ops.sizes import Size, cell_index
 from resfu_jax.ops.unfold import unfold
 
 

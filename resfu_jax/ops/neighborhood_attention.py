@@ -31,9 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._forms import Forms, Implementation
-from resfu_jax.ops._interp import Size
+from resfu_jax.ops.dtypes import at_least_float32
+from resfu_jax.ops.sizes import Size
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._interp import Size, divide_products
+from resfu_jax.ops.sizes import Size, divide_products
 
 
 def adaptive_avg_pool(

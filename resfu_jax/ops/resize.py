@@ -13,8 +13,8 @@ from jaxtyping import Array, Shaped
 from resfu_jax.ops import _interp
 from resfu_jax.ops._cpu import resize as cpu
 from resfu_jax.ops._forms import Form, Forms, Implementation
-from resfu_jax.ops._interp import Size
 from resfu_jax.ops._xla import resample as xla
+from resfu_jax.ops.sizes import LONGEST, Size, divide_products
 
 Method = Literal["bilinear", "nearest", "nearest-exact", "bicubic"]
 
@@ -92,7 +92,7 @@ def _sizes(x, size, scale, method, antialias):
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     size = tuple(_scaled_size(n, scale) for n in x.shape[1:3])
-    # Numerator and denominator stay within what `_interp.divide_products` takes.
+    # Numerator and denominator stay within what `divide_products` takes.
     up = fractions.Fraction(scale).limit_denominator(max(1, int(2**28 / max(scale, 1))))
     # As ATen's UpSample.h: the multiples of its size at which an axis keeps the ratio of the sizes.
     multiples = {"nearest": (1, 2), "bilinear": (1,), "bicubic": (1,) * antialias}.get(method, ())
@@ -136,7 +136,7 @@ def _check(x, size, method, align_corners, antialias, implementation) -> None:
         raise ValueError(f"x must be (batch, height, width, channels), got shape {x.shape}")
     if any(isinstance(n, int) and n < 1 for n in (*x.shape[1:3], *size)):
         raise ValueError(f"sizes must be at least 1, got {x.shape[1:3]} -> {size}")
-    if any(isinstance(n, int) and n > _interp.LONGEST for n in (*x.shape[1:3], *size)):
+    if any(isinstance(n, int) and n > LONGEST for n in (*x.shape[1:3], *size)):
         raise ValueError(f"sizes must be at most 2**29, got {x.shape[1:3]} -> {size}")
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
@@ -169,10 +169,10 @@ def _reference(x: Array, *, size, n_in, n_out, method: Method, align_corners: bo
     for axis in (2, 1):
         n, n_new, ratio = x.shape[axis], size[axis - 1], (n_in[axis - 1], n_out[axis - 1])
         if method == "nearest":
-            index, _ = _interp.divide_products(n_new, ratio[0], ratio[1])
+            index, _ = divide_products(n_new, ratio[0], ratio[1])
             x = _interp.take_clamped(x, index, axis)
         elif method == "nearest-exact":
-            index, _ = _interp.divide_products(n_new, ratio[0], 2 * ratio[1], step=2, first=1)
+            index, _ = divide_products(n_new, ratio[0], 2 * ratio[1], step=2, first=1)
             x = _interp.take_clamped(x, index, axis)
         else:
             others = tuple(a for a in range(x.ndim) if a != axis)

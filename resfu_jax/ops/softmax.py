@@ -4,8 +4,8 @@ import jax
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._cpu.softmax import softmax as cpu
-from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._forms import Forms, Implementation
+from resfu_jax.ops.dtypes import at_least_float32
 
 
 def softmax(

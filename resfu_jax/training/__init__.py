@@ -31,7 +31,6 @@ from resfu_jax.training.devices import (
     Profile,
     agreed_stop,
     check_together,
-    count_flops,
     initialize_distributed,
     is_main_process,
     local_rows,
@@ -42,6 +41,7 @@ from resfu_jax.training.devices import (
 from resfu_jax.training.dry_run import dry_run
 from resfu_jax.training.evaluation import evaluate_batch
 from resfu_jax.training.feature_cache import FeatureCache
+from resfu_jax.training.flops import count_flops
 from resfu_jax.training.losses import class_weights, cross_entropy, pixel_weights
 from resfu_jax.training.metrics import SegmentationCounts, count
 from resfu_jax.training.optimizer import (

@@ -21,7 +21,6 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from resfu_jax.ops._cpu.rows import one_block
 from resfu_jax.training.config import (
     Config,
     ConfigError,
@@ -252,20 +251,6 @@ def peak_flops(config: ParallelConfig) -> float | None:
         kind = jax.devices()[0].device_kind
         tflops = next((peak for name, peak in _PEAK_TFLOPS.items() if kind.startswith(name)), None)
     return None if tflops is None else tflops * 1e12 * jax.device_count()
-
-
-def count_flops(function: Callable, *args: Any) -> float | None:
-    """Floating-point operations of a call, as XLA counts them before it compiles.
-
-    Args:
-        function: traced once more for this, without the loops over blocks of rows, whose bodies
-            XLA would count once. It must not loop over parts of the batch itself.
-        *args: arrays or `jax.ShapeDtypeStruct`s.
-    """
-    with one_block():
-        # Not `function` itself: jit would find that program instead of compiling its own.
-        cost = jax.jit(lambda *args: function(*args)).lower(*args).cost_analysis()
-    return cost.get("flops") if cost else None
 
 
 def peak_memory() -> dict[str, float]:

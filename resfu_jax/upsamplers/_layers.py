@@ -6,8 +6,8 @@ from jaxtyping import Array, Float
 
 from resfu_jax import ops
 from resfu_jax._checks import check_whole, need
-from resfu_jax.ops._dtypes import promote
-from resfu_jax.ops._interp import Size
+from resfu_jax.ops.dtypes import promote
+from resfu_jax.ops.sizes import Size
 
 EPS = 1e-5  # of every norm of the published modules
 XAVIER_UNIFORM = nnx.initializers.xavier_uniform()

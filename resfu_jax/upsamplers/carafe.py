@@ -20,10 +20,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_odd, check_whole, need
-from resfu_jax.ops._forms import Implementation
-from resfu_jax.ops._interp import Size
+from resfu_jax.ops import Implementation
 from resfu_jax.ops.local_window import local_attention
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
+from resfu_jax.ops.sizes import Size
 from resfu_jax.upsamplers._layers import (
     XAVIER_UNIFORM,
     apply_conv,

@@ -24,9 +24,9 @@ from resfu_jax._checks import (
     check_positive,
     check_whole,
 )
-from resfu_jax.ops._interp import Size
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
 from resfu_jax.ops.resize import Method, resize
+from resfu_jax.ops.sizes import Size
 from resfu_jax.upsamplers._layers import (
     check_features,
     check_output_size,

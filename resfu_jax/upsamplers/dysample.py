@@ -23,11 +23,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_flag, check_whole, need
-from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._forms import Implementation
-from resfu_jax.ops._interp import Size
+from resfu_jax.ops import Implementation
 from resfu_jax.ops.deformable_sample import deformable_sample
+from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
+from resfu_jax.ops.sizes import Size
 from resfu_jax.upsamplers._layers import (
     apply_linear,
     check_features,

@@ -26,9 +26,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_flag, check_odd, check_whole, need
-from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._forms import Implementation
+from resfu_jax.ops import Implementation
 from resfu_jax.ops.depthwise_conv import depthwise_conv
+from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.local_window import local_attention
 from resfu_jax.ops.resize import resize
 from resfu_jax.upsamplers._layers import (

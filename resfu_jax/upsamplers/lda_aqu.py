@@ -34,12 +34,12 @@ from resfu_jax._checks import (
     check_whole,
     need,
 )
-from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._forms import Implementation
-from resfu_jax.ops._interp import Size
+from resfu_jax.ops import Implementation
 from resfu_jax.ops.deformable_attention import deformable_attention
 from resfu_jax.ops.depthwise_conv import depthwise_conv
+from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
+from resfu_jax.ops.sizes import Size
 from resfu_jax.upsamplers._layers import (
     EPS,
     XAVIER_UNIFORM,

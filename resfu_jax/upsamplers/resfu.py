@@ -35,10 +35,8 @@ from resfu_jax._checks import (
     check_whole,
     need,
 )
-from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._forms import Implementation
-from resfu_jax.ops._gradient import scale_gradient
-from resfu_jax.ops._interp import Size
+from resfu_jax.ops import Implementation
+from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.filters import (
     check_gf_scale,
     gaussian_blur,
@@ -46,8 +44,10 @@ from resfu_jax.ops.filters import (
     subsample,
 )
 from resfu_jax.ops.fns_attention import fns_attention
+from resfu_jax.ops.gradient import scale_gradient
 from resfu_jax.ops.pcdc import PCDCParameters, pcdc
 from resfu_jax.ops.resize import resize
+from resfu_jax.ops.sizes import Size
 from resfu_jax.ops.softmax import softmax
 from resfu_jax.upsamplers._layers import (
     EPS,

@@ -35,17 +35,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_flag, check_odd, check_whole, need
-from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._forms import Implementation
-from resfu_jax.ops._interp import cell_index
-from resfu_jax.ops._polyphase import whole_ratio
+from resfu_jax.ops import Implementation
 from resfu_jax.ops.deformable_attention import deformable_attention
+from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.local_window import (
     local_attention,
     local_similarity,
 )
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
 from resfu_jax.ops.resize import resize
+from resfu_jax.ops.sizes import cell_index, whole_ratio
 from resfu_jax.upsamplers._layers import (
     EPS,
     apply_linear,

@@ -34,7 +34,7 @@ from resfu_jax.ops._cpu.rows import (
     loop,
     map_row_blocks,
 )
-from resfu_jax.ops._interp import Size
+from resfu_jax.ops.sizes import Size
 
 _PATCH_PIXELS = 64  # of the output, at most, in a patch of several rows of cells
 

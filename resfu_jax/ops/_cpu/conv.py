@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._cpu.rows import BLOCK_VALUES, Rows, block_rows, map_row_blocks
-from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops.dtypes import at_least_float32
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 _FEW = 16  # channels, like those of an image, whose windows are short runs of memory

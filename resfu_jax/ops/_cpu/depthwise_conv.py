@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops.dtypes import at_least_float32
 
 
 def _pad(x: Array, kernel: Array) -> Array:

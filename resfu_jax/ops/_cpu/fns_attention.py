@@ -23,8 +23,9 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._cpu import cells
 from resfu_jax.ops._cpu.rows import map_row_blocks
-from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._polyphase import extend, phase_weights, whole_ratio
+from resfu_jax.ops._polyphase import extend, phase_weights
+from resfu_jax.ops.dtypes import at_least_float32
+from resfu_jax.ops.sizes import whole_ratio
 
 
 def fns_attention(attn: Array, x: Array, *, tile: int | None) -> Array:

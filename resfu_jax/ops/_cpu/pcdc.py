@@ -29,7 +29,6 @@ from resfu_jax.ops._cpu.rows import (
     map_row_blocks_normalised,
     put,
 )
-from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._polyphase import (
     extend,
     extend_axis,
@@ -37,10 +36,11 @@ from resfu_jax.ops._polyphase import (
     upsample_extended_axis,
     upsample_shifted_axis,
     upsampled_mean_square,
-    whole_ratio,
 )
+from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.group_norm import group_mean, group_moments
 from resfu_jax.ops.resize import resize
+from resfu_jax.ops.sizes import whole_ratio
 
 
 def pcdc(

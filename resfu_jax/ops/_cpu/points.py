@@ -20,7 +20,7 @@ from resfu_jax.ops._cpu.rows import (
     map_row_blocks,
     zero_sums,
 )
-from resfu_jax.ops._interp import Size
+from resfu_jax.ops.sizes import Size
 
 
 def sample(x: Array, points: Array, *, padding_mode: str) -> Array:

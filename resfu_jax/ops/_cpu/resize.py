@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from resfu_jax.ops._interp import kernel_weights
-from resfu_jax.ops._polyphase import whole_ratio
+from resfu_jax.ops.sizes import whole_ratio
 
 _MOST = 16  # phases; each is an operand of the compiled program
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._interp import Size
+from resfu_jax.ops.dtypes import at_least_float32
+from resfu_jax.ops.sizes import Size
 
 BLOCK_VALUES = 2**19
 """Values of the widest map of a block, over the batch: it stays in a core's cache."""

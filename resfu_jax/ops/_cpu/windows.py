@@ -12,8 +12,8 @@ from resfu_jax.ops._cpu import cells
 from resfu_jax.ops._cpu.cast import cast
 from resfu_jax.ops._cpu.rows import Bordered, Rows, map_row_blocks
 from resfu_jax.ops._cpu.softmax import softmax as over_taps
-from resfu_jax.ops._dtypes import at_least_float32, promote
-from resfu_jax.ops._interp import Size
+from resfu_jax.ops.dtypes import at_least_float32, promote
+from resfu_jax.ops.sizes import Size
 
 
 def similarity(q: Array, k: Array, *, kernel_size: int) -> Array:

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._polyphase import upsampled_mean_square, whole_ratio
+from resfu_jax.ops._polyphase import upsampled_mean_square
 from resfu_jax.ops._xla.resample import upsample
+from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.group_norm import group_mean, group_norm
 from resfu_jax.ops.grouped_conv import block_diagonal, grouped_linear
+from resfu_jax.ops.sizes import whole_ratio
 
 
 def pcdc(k, q, p, *, dilation: int, groups: int, norm_groups: int, eps: float, tile: int | None):

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._interp import Size, neighbours
-from resfu_jax.ops._polyphase import whole_ratio
+from resfu_jax.ops._interp import neighbours
+from resfu_jax.ops.dtypes import at_least_float32
+from resfu_jax.ops.sizes import Size, whole_ratio
 
 _MATRIX = 2**24  # elements of a matrix, at most
 

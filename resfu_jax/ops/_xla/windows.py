@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._interp import Size, cell_index, half_pixel_taps
-from resfu_jax.ops._polyphase import whole_ratio
+from resfu_jax.ops._interp import half_pixel_taps
+from resfu_jax.ops.dtypes import at_least_float32
+from resfu_jax.ops.sizes import Size, cell_index, whole_ratio
 
 _TILE = 32  # cells of a tile of columns, at most
 
