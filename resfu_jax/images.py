@@ -148,15 +148,15 @@ def read_label(
             f"'P').{_about_channels(image)}"
         )
     values = np.asarray(_turned(image, data))
-    if image.mode == "L":
-        # Pillow spreads 2- and 4-bit grey values over 0 .. 255. The header has the number of bits.
-        values = values // {2: 85, 4: 17}.get(data[24], 1)
+    bits = data[24]  # of the header
+    if image.mode == "L" and bits < 8:
+        values = values // (255 // (2**bits - 1))  # Pillow spreads them over 0 .. 255
     elif image.mode == "I;16" and values.max(initial=0) > 255:
         raise ImageError(
             f"{name} is a 16-bit file (PIL mode 'I;16') with numbers up to {values.max()}; class "
             "indices are 0 to 255"
         )
-    return values.astype(np.uint8)
+    return values.astype(np.uint8, copy=False)
 
 
 def _about_channels(image: Image.Image) -> str:
