@@ -221,35 +221,19 @@ class Source:
         split: `"train"` or `"validation"`, or a slice of them.
         records: the examples.
         skipped: ids of corrupt examples that were left out.
-        folder: where the files are.
-        advice: what to do if they are damaged.
     """
 
     name: str
     split: str
     records: Sequence[dict[str, bytes]]
     skipped: tuple[str, ...] = ()
-    folder: Path | None = None
-    advice: str = ""
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, bytes]:
-        """The example as encoded `image` and `label` and its `id`, all bytes.
-
-        Raises:
-            DataError: the prepared files are damaged.
-        """
-        try:
-            return self.records[index]
-        except IndexError:
-            raise
-        except Exception as error:  # the reader raises whatever the bytes lead to
-            raise DataError(
-                f"{self.name}, split {self.split!r}: example {index} cannot be read from the files "
-                f"in {self.folder}: they are damaged ({first_line(error)}). {self.advice}"
-            ) from error
+        """The example as encoded `image` and `label` and its `id`, all bytes."""
+        return self.records[index]
 
     def __iter__(self) -> Iterator[dict[str, bytes]]:
         """All examples in order."""
@@ -280,24 +264,59 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike | None = None
     builder = _open(name, data_dir)
     skip = tfds.decode.SkipDecoding()
     try:
-        records: Any = builder.as_data_source(split, decoders={"image": skip, "label": skip})
-        len(records)
-    except Exception as error:
-        # A split that tfds cannot parse, such as "train[:", or files that it cannot open.
-        if _parses(split, builder):
-            raise _damaged(name, data_dir, first_line(error)) from error
+        files = builder.info.splits[split].file_instructions
+        examples: Any = builder.as_data_source(split, decoders={"image": skip, "label": skip})
+    except Exception as error:  # tfds raises several for what it cannot parse, such as "train[:"
         raise ValueError(
             f"split {split!r} of {name} cannot be read as a slice: {first_line(error)}"
         ) from error
-    folder = Path(builder.data_path)
-    return Source(name, split, records, (), folder, _advice(name, data_dir))
+    if builder.info.splits[split].num_examples < 1:
+        raise ValueError(f"split {split!r} of {name} holds no examples.")
+    records = _Records(
+        examples,
+        f"{name}, split {split!r}",
+        tuple(
+            (file.filename, file.examples_in_shard if file.take < 0 else file.take)
+            for file in files
+        ),
+        _advice(name, data_dir),
+    )
+    for index in (0, len(records) - 1):
+        records[index]  # a file that is cut short cannot even be opened
+    return Source(name, split, records)
 
 
-def _parses(split: str, builder: tfds.core.GeneratorBasedBuilder) -> bool:
-    try:
-        return builder.info.splits[split].num_examples >= 0
-    except Exception:  # tfds raises several
-        return False
+@dataclass(frozen=True)
+class _Records(Sequence):
+    """The examples of a split as tfds reads them; damage is told with the file's name.
+
+    Attributes:
+        examples: of tfds.
+        where: dataset and split, for messages.
+        files: path and number of examples of each file, in order.
+        advice: what to do if one is damaged.
+    """
+
+    examples: Any
+    where: str
+    files: tuple[tuple[str, int], ...]
+    advice: str
+
+    def __len__(self) -> int:
+        return sum(count for _, count in self.files)
+
+    def __getitem__(self, index: int) -> dict[str, bytes]:
+        try:
+            return self.examples[index]
+        except Exception as error:  # the reader raises whatever the bytes lead to
+            ends = np.cumsum([count for _, count in self.files])
+            if not 0 <= index < len(self):
+                raise IndexError(f"{self.where} has {len(self)} examples, not {index}") from None
+            path = self.files[int(np.searchsorted(ends, index, side="right"))][0]
+            raise DataError(
+                f"{self.where}: example {index} cannot be read, the file {path} is damaged "
+                f"({first_line(error)}). {self.advice}"
+            ) from error
 
 
 def _open(name: str, data_dir: str | os.PathLike | None) -> tfds.core.GeneratorBasedBuilder:
