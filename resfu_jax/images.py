@@ -173,6 +173,10 @@ def _read(source: Source, name: str | None) -> tuple[str, bytes]:
     """The name for messages, and the content."""
     if isinstance(source, bytes):
         return name or "image", source
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(
+            f"source must be a path or the bytes of a file, got {type(source).__name__}"
+        )
     path = Path(source).expanduser()
     name = name or str(path)
     try:
@@ -189,6 +193,11 @@ def _read(source: Source, name: str | None) -> tuple[str, bytes]:
 
 def _open(data: bytes, name: str, max_pixels: int | None, formats: Sequence[str]) -> Image.Image:
     """The header of an image, whose size is within the limit."""
+    unknown = [kind for kind in formats if kind not in FORMATS]
+    if unknown or isinstance(formats, str) or not formats:
+        raise ValueError(f"formats must be some of {FORMATS}, got {formats!r}")
+    if max_pixels is not None and not (isinstance(max_pixels, int) and max_pixels > 0):
+        raise ValueError(f"max_pixels must be a positive whole number, got {max_pixels!r}")
     if not data:
         raise ImageError(f"{name}: cannot be read as an image: the file is empty")
     limit = pixel_limit() if max_pixels is None else max_pixels
@@ -205,7 +214,7 @@ def _open(data: bytes, name: str, max_pixels: int | None, formats: Sequence[str]
         except Exception as error:  # a plugin raises whatever the bytes lead to
             problem = f"its header is damaged: {_first_line(error)}"
     else:
-        known = f"{', '.join(formats[:-1])} or {formats[-1]}"
+        known = " or ".join(filter(None, (", ".join(formats[:-1]), formats[-1])))
         raise ImageError(
             f"{name}: cannot be read as an image: {problem or f'it is none of {known}'}"
         )

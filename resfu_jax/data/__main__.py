@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"prepared in {path}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command starts again, and removes what is half built")
 
 
 def _print_prepared(name: str, data_dir: str | None) -> None:

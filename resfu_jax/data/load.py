@@ -83,7 +83,7 @@ def dataset_info(name: str, data_dir: str | os.PathLike | None = None) -> Datase
         DatasetNotPrepared: the classes of an `image_folder/NAME` are not known yet.
         DataError: the prepared dataset is damaged.
     """
-    if not name.startswith(image_folder.PREFIX):
+    if not _is_own(name):
         return _lookup(name)[0]
     builder = _open(name, data_dir)
     try:
@@ -258,20 +258,21 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike | None = None
         DataError: it is damaged.
         ValueError: unknown dataset or split.
     """
-    if split.partition("[")[0] not in ("train", "validation"):
+    if not isinstance(split, str) or split.partition("[")[0] not in ("train", "validation"):
         _place(name, data_dir)  # an unknown dataset comes first
         raise ValueError(f"{name} has no split {split!r}; it has 'train' and 'validation'.")
     builder = _open(name, data_dir)
     skip = tfds.decode.SkipDecoding()
     try:
-        files = builder.info.splits[split].file_instructions
-        examples: Any = builder.as_data_source(split, decoders={"image": skip, "label": skip})
+        part = builder.info.splits[split]
+        files = part.file_instructions
     except Exception as error:  # tfds raises several for what it cannot parse, such as "train[:"
         raise ValueError(
             f"split {split!r} of {name} cannot be read as a slice: {first_line(error)}"
         ) from error
-    if builder.info.splits[split].num_examples < 1:
+    if part.num_examples < 1:
         raise ValueError(f"split {split!r} of {name} holds no examples.")
+    examples: Any = builder.as_data_source(split, decoders={"image": skip, "label": skip})
     records = _Records(
         examples,
         f"{name}, split {split!r}",
@@ -398,6 +399,12 @@ def _own(data_dir: str | os.PathLike | None) -> list[str]:
     return sorted(name for name in names if image_folder.is_name(name))
 
 
+def _is_own(name: str) -> bool:
+    if not isinstance(name, str):
+        raise ValueError(f"name must be that of a dataset, got {name!r}.")
+    return name.startswith(image_folder.PREFIX)
+
+
 def _lookup(name: str) -> _Entry:
     if name not in _DATASETS:
         near = difflib.get_close_matches(name, _DATASETS, n=3, cutoff=0.4)
@@ -415,6 +422,8 @@ def _root(data_dir: str | os.PathLike | None) -> Path:
 
 def _expand(path: str | os.PathLike, what: str) -> Path:
     """An absolute path of this machine, with a leading ~ replaced."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"{what} must be a path, got {path!r}.")
     text = os.fspath(path)
     if re.match("[A-Za-z][A-Za-z0-9+.-]*://", text):
         raise ValueError(f"{what} must be a folder of this machine, got {text!r}.")
@@ -433,7 +442,7 @@ def _place(
 
     tfds itself reads the folder before it tells its name.
     """
-    if name.startswith(image_folder.PREFIX):
+    if _is_own(name):
         cls, config = image_folder.ImageFolder, image_folder.create_config(name)
     else:
         _, cls, config = _lookup(name)
