@@ -111,7 +111,7 @@ READ = lambda value, tmp_path: read_image(value)  # noqa: E731
 DATA: list[Bad] = [
     # Arguments of the pipeline.
     Bad("train_batches", "batch_size", 0, batches(TRAIN, "batch_size"), "at least 1.*got 0"),
-    Bad("train_batches", "batch_size", 2.5, batches(TRAIN, "batch_size"), "whole number, got 2.5"),
+    Bad("train_batches", "batch_size", 2.5, batches(TRAIN, "batch_size"), "whole number, at least 1, got 2.5"),
     Bad("train_batches", "batch_size", True, batches(TRAIN, "batch_size"), "got True"),
     Bad("train_batches", "batch_size", "2", batches(TRAIN, "batch_size"), "got 2"),
     Bad("train_batches", "crop_size", 8, batches(TRAIN, "crop_size"), r"\(height, width\), got 8"),

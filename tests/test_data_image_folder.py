@@ -586,3 +586,27 @@ def test_command_line(raw, tmp_path, monkeypatch, capsys):
     (raw / "classes.txt").unlink()
     with pytest.raises(SystemExit, match="(?s)^error: .*no file classes.txt"):
         run("prepare", "image_folder/new", "--manual-dir", str(raw))
+
+
+@pytest.mark.parametrize("place", ["gs://bucket", "~nobody-here/x"])
+def test_an_unusable_default_is_told(place, monkeypatch):
+    monkeypatch.setenv("RESFU_DATA_DIR", place)
+    for arguments in (["list"], ["prepare", NAME]):
+        with pytest.raises(SystemExit, match="error: RESFU_DATA_DIR .*" + re.escape(place)):
+            main(arguments)
+
+
+def test_help_in_a_folder_with_a_percent_sign(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RESFU_DATA_DIR", str(tmp_path / "50%s"))
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert done.value.code == 0 and "50%s" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_an_interruption_ends_in_one_line(raw, tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(load, "_build", interrupted)
+    with pytest.raises(SystemExit, match="^interrupted; the same command starts again"):
+        main(["prepare", NAME, "--manual-dir", str(raw), "--data-dir", str(tmp_path)])

@@ -490,13 +490,13 @@ def test_nothing_left_to_decode():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number, at least 1, got 0"),
         ({"crop_size": (0, 4)}, r"crop_size must be positive \(height, width\), got \(0, 4\)"),
         ({"scale_range": (2.0, 0.5)}, r"0 < low <= high, got \(2.0, 0.5\)"),
         ({"resize_scale": 0.0}, "resize_scale must be positive"),
         ({"resize_to": (64, 32)}, r"0 < short <= long, got \(64, 32\)"),
         ({"max_class_share": 0.0}, "max_class_share must be above 0, at most 1"),
-        ({"num_workers": -1}, "num_workers must not be negative"),
+        ({"num_workers": -1}, "num_workers must be a whole number from 0, got -1"),
         ({"shard": (2, 2)}, r"0 <= index < count, got \(2, 2\)"),
     ],
 )

@@ -23,10 +23,21 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: arguments; None takes those of the process.
     """
+    try:
+        _run(_parser().parse_args(argv))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command starts again, and removes what is half built")
+
+
+def _parser() -> argparse.ArgumentParser:
+    def plain(text: str) -> str:
+        return text.replace("%", "%%")  # argparse formats it
+
     parser = argparse.ArgumentParser("python -m resfu_jax.data", description=__doc__)
-    parser.add_argument(
-        "--data-dir", help=f"where datasets are kept (default: {default_data_dir()})"
-    )
+    place = plain(f"where datasets are kept (default: {default_data_dir()})")
+    parser.add_argument("--data-dir", help=place)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="names, classes, sizes, terms of use, and which are prepared")
     build = commands.add_parser("prepare", help="download if need be, and build a dataset")
@@ -39,20 +50,18 @@ def main(argv: list[str] | None = None) -> None:
         "--overwrite", action="store_true", help="build anew, and replace what is prepared"
     )
     build.add_argument("--data-dir", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "list":
-            _print_list(args.data_dir)
-        else:
-            if not sys.stderr.isatty():
-                tfds.disable_progress_bar()  # in a log its lines would pile up
-            path = prepare(args.name, args.data_dir, args.manual_dir, overwrite=args.overwrite)
-            _print_prepared(args.name, args.data_dir)
-            print(f"prepared in {path}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command starts again, and removes what is half built")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.command == "list":
+        _print_list(args.data_dir)
+        return
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()  # in a log its lines would pile up
+    path = prepare(args.name, args.data_dir, args.manual_dir, overwrite=args.overwrite)
+    _print_prepared(args.name, args.data_dir)
+    print(f"prepared in {path}")
 
 
 def _print_prepared(name: str, data_dir: str | None) -> None:

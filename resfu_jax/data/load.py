@@ -107,7 +107,7 @@ def label_pixels(
 
 def default_data_dir() -> Path:
     """Where datasets are kept: `$RESFU_DATA_DIR`, else `~/.cache/resfu_jax`."""
-    return Path(os.environ.get("RESFU_DATA_DIR") or "~/.cache/resfu_jax").expanduser()
+    return _expand(os.environ.get("RESFU_DATA_DIR") or "~/.cache/resfu_jax", "RESFU_DATA_DIR")
 
 
 def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:

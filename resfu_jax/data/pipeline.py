@@ -343,7 +343,7 @@ def _check_common(
     if not len(source):
         raise ValueError(f"{source.name}, split {source.split!r}, holds no examples.")
     if not _is_whole(batch_size) or batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, a whole number, got {batch_size}.")
+        raise ValueError(f"batch_size must be a whole number, at least 1, got {batch_size}.")
     if not _is_finite(resize_scale) or resize_scale <= 0:
         raise ValueError(f"resize_scale must be positive, got {resize_scale}.")
     if resize_to is not None and not (
