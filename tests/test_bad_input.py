@@ -6,6 +6,8 @@ errors that users are told to expect.
 """
 
 import functools
+import io
+import math
 import pathlib
 import re
 from collections.abc import Callable
@@ -13,13 +15,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from absl import flags
 from flax import nnx
+from PIL import Image
 
-from resfu_jax import ops, training
+from resfu_jax import data, ops, training
 from resfu_jax.backbones import create_backbone
 from resfu_jax.heads import create_head
+from resfu_jax.images import ImageError, read_image
 from resfu_jax.upsamplers import create_upsampler
 
 
@@ -49,7 +54,200 @@ CONVERT: list[Bad] = []
 
 
 # -------------------------------------------------------------------------------------------- data
-DATA: list[Bad] = []
+def png(array, **options):
+    """An encoded image."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(array)).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def batches(function, argument):
+    """Makes batches of a source of one image, with the value for this argument."""
+
+    def call(value, tmp_path):
+        info = data.DatasetInfo("toy", ("a", "b"), ((0, 0, 0),) * 2)
+        pictures = png(np.zeros((8, 8, 3), np.uint8)), png(np.zeros((8, 8), np.uint8))
+        source = data.Source("toy", "train", [{"image": pictures[0], "label": pictures[1]}])
+        options = {"batch_size": 1}
+        options |= (
+            dict(seed=0, crop_size=(8, 8)) if function is data.train_batches else {"pad_to": 8}
+        )
+        function(source, info, **options | {argument: value})
+
+    return call
+
+
+def prepare_own_images(folder, **files):
+    """Prepares three images in the folder, with the content of files that replace others or add."""
+    content = {"classes.txt": b"a\nb\n"}
+    for k in range(3):
+        content[f"images/{k}.png"] = png(np.zeros((6, 8, 3), np.uint8))
+        content[f"labels/{k}.png"] = png(np.eye(6, 8, dtype=np.uint8))
+    for name, new in (content | files).items():
+        (folder / "raw" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "raw" / name).write_bytes(new)
+    data.prepare("image_folder/mine", folder / "data", folder / "raw")
+
+
+def own(file, value, message, error=data.DataError):
+    """A mistake in one file of one's own images."""
+    return Bad(
+        *("prepare", file, value),
+        *(lambda value, tmp_path: prepare_own_images(tmp_path, **{file: value}), message, error),
+    )
+
+
+def open_split(value, tmp_path):
+    """Opens a split of a prepared dataset."""
+    prepare_own_images(tmp_path)
+    data.open_source("image_folder/mine", value, tmp_path / "data")
+
+
+def to_data_dir(value, tmp_path):
+    """Prepares into a place that cannot be."""
+    data.prepare("shapes", value)
+
+
+def from_manual_dir(value, tmp_path):
+    """Prepares from a place that cannot be."""
+    data.prepare("voc", tmp_path, value)
+
+
+def turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return png(np.zeros((8, 6, 3), np.uint8), exif=exif)
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+TRAIN, EVAL = data.train_batches, data.eval_batches
+READ = lambda value, tmp_path: read_image(value)  # noqa: E731
+DATA: list[Bad] = [
+    # Arguments of the pipeline.
+    Bad("train_batches", "batch_size", 0, batches(TRAIN, "batch_size"), "at least 1.*got 0"),
+    Bad(
+        "train_batches",
+        "batch_size",
+        2.5,
+        batches(TRAIN, "batch_size"),
+        "whole number, at least 1, got 2.5",
+    ),
+    Bad("train_batches", "batch_size", True, batches(TRAIN, "batch_size"), "got True"),
+    Bad("train_batches", "batch_size", "2", batches(TRAIN, "batch_size"), "got 2"),
+    Bad("train_batches", "crop_size", 8, batches(TRAIN, "crop_size"), r"\(height, width\), got 8"),
+    Bad("train_batches", "crop_size", (8,), batches(TRAIN, "crop_size"), r"got \(8,\)"),
+    Bad("train_batches", "crop_size", (8, 8, 3), batches(TRAIN, "crop_size"), r"got \(8, 8, 3\)"),
+    Bad("train_batches", "crop_size", (8.5, 8), batches(TRAIN, "crop_size"), r"got \(8.5, 8\)"),
+    Bad("train_batches", "crop_size", (0, 8), batches(TRAIN, "crop_size"), "must be positive"),
+    Bad("train_batches", "scale_range", 1.0, batches(TRAIN, "scale_range"), "low <= high, got 1.0"),
+    Bad("train_batches", "scale_range", (0.5,), batches(TRAIN, "scale_range"), "low <= high"),
+    Bad("train_batches", "scale_range", (2, 1), batches(TRAIN, "scale_range"), "low <= high"),
+    Bad("train_batches", "scale_range", (1, math.inf), batches(TRAIN, "scale_range"), "got .*inf"),
+    Bad("train_batches", "scale_range", (math.nan, 1), batches(TRAIN, "scale_range"), "got .nan"),
+    Bad("train_batches", "max_class_share", 0, batches(TRAIN, "max_class_share"), "above 0.*got 0"),
+    Bad("train_batches", "max_class_share", math.nan, batches(TRAIN, "max_class_share"), "got nan"),
+    Bad("train_batches", "num_workers", -1, batches(TRAIN, "num_workers"), "from 0, got -1"),
+    Bad("train_batches", "num_workers", 1.5, batches(TRAIN, "num_workers"), "whole.*got 1.5"),
+    Bad("train_batches", "seed", -1, batches(TRAIN, "seed"), "whole number from 0, got -1"),
+    Bad("train_batches", "seed", 0.5, batches(TRAIN, "seed"), "whole number from 0, got 0.5"),
+    Bad("train_batches", "seed", None, batches(TRAIN, "seed"), "whole number from 0, got None"),
+    Bad("train_batches", "shard", (2, 2), batches(TRAIN, "shard"), "0 <= index < count"),
+    Bad("train_batches", "shard", (0,), batches(TRAIN, "shard"), r"\(index, count\).*got \(0,\)"),
+    Bad("train_batches", "shard", (0.0, 1), batches(TRAIN, "shard"), r"got \(0.0, 1\)"),
+    Bad("train_batches", "on_corrupt", "no", batches(TRAIN, "on_corrupt"), "'raise' or 'skip'"),
+    Bad("train_batches", "resize_scale", 0, batches(TRAIN, "resize_scale"), "positive, got 0"),
+    Bad("train_batches", "resize_scale", math.inf, batches(TRAIN, "resize_scale"), "got inf"),
+    Bad("train_batches", "resize_scale", math.nan, batches(TRAIN, "resize_scale"), "got nan"),
+    Bad("train_batches", "resize_scale", "1", batches(TRAIN, "resize_scale"), "positive, got 1"),
+    Bad("train_batches", "resize_to", 30, batches(TRAIN, "resize_to"), r"\(short, long\).*got 30"),
+    Bad("train_batches", "resize_to", (30, 20), batches(TRAIN, "resize_to"), "short <= long"),
+    Bad("eval_batches", "pad_to", 0, batches(EVAL, "pad_to"), "must be positive.*got 0"),
+    Bad("eval_batches", "pad_to", (8,), batches(EVAL, "pad_to"), r"\(height, width\).*got \(8,\)"),
+    Bad("eval_batches", "pad_to", 8.5, batches(EVAL, "pad_to"), "got 8.5"),
+    Bad("eval_batches", "pad_to", None, batches(EVAL, "pad_to"), "got None"),
+    Bad("eval_batches", "pad_to", True, batches(EVAL, "pad_to"), "got True"),
+    Bad("eval_batches", "batch_size", 0, batches(EVAL, "batch_size"), "at least 1"),
+    Bad("eval_batches", "shard", (1, 1), batches(EVAL, "shard"), "0 <= index < count"),
+    # Names and places.
+    Bad("dataset_info", "name", None, lambda v, t: data.dataset_info(v, t), "got None"),
+    Bad("dataset_info", "shape", "shape", lambda v, t: data.dataset_info(v, t), "mean 'shapes'"),
+    Bad(
+        *("dataset_info", "image_folder/my cats", "image_folder/my cats"),
+        *(lambda v, t: data.dataset_info(v, t), "letters, digits, - and _"),
+    ),
+    Bad("open_source", "test", "test", open_split, "it has 'train'"),
+    Bad("open_source", "split", "train[a:", open_split, "as a slice"),
+    Bad("open_source", "split", "train[2:1]", open_split, "holds no"),
+    Bad("prepare", "data_dir", "gs://bucket/x", to_data_dir, "of this machine"),
+    Bad("prepare", "data_dir", "~nobody-here/x", to_data_dir, "home"),
+    Bad("prepare", "data_dir", "a\0b", to_data_dir, "null character"),
+    Bad("prepare", "data_dir", 3, to_data_dir, "must be a path, got 3"),
+    Bad(
+        "prepare",
+        "--data-dir",
+        "/dev/null",
+        to_data_dir,
+        "Cannot write to /dev/null/shapes",
+        OSError,
+    ),
+    Bad("prepare", "manual_dir", "/no/such", from_manual_dir, "is not a folder", OSError),
+    Bad("prepare", "manual_dir", "s3://b/x", from_manual_dir, "of this machine"),
+    # One's own images.
+    own("classes.txt", b"a\n", "1 classes; it needs 2"),
+    own("classes.txt", "Stra\xdfe\nb\n".encode("latin-1"), "line 1: this is not UTF-8"),
+    own("classes.txt", "a\nb\n".encode("utf-16-be"), "null characters"),
+    own("classes.txt", b"a\na\n", "line 2: the class 'a' is there twice"),
+    own("classes.txt", b"a\nb, 1, 2\n", "line 2: .* is neither"),
+    own("labels.txt", b"0 = a\n255 = car\n", "line 2: '255 = car' is not"),
+    own("labels.txt", b"", "is empty"),
+    own("images/1.png", b"", "the file is empty"),
+    own("images/1.png", b"<html>404</html>", "it is none of BMP"),
+    own(
+        "images/1.png",
+        png(NOISE)[:100],
+        "cannot be read as an image",
+    ),
+    own("images/1.png", png(np.zeros((6, 9, 3), np.uint8)), "differ in size: 9x6 against 8x6"),
+    own("labels/1.png", png(np.full((6, 8), 2, np.uint8)), "holds the label 2; .* 0 to 1 and 255"),
+    own("labels/1.png", png(np.zeros((6, 8, 3), np.uint8)), "mode 'RGB'.*one channel"),
+    own("labels/1.png", png(np.full((6, 8), 300, np.uint16)), "16-bit file .* up to 300"),
+    own("labels/1.png", b"GIF89a", "cannot be read as an image"),
+    Bad(
+        *("prepare", "images/1.png", turned()),
+        lambda value, tmp_path: prepare_own_images(
+            tmp_path,
+            **{"images/1.png": value, "labels/1.png": png(np.zeros((8, 6), np.uint8))},
+        ),
+        "differ in size: 8x6 against 6x8.*EXIF orientation.*Turn the label map",
+    ),
+    own("images/1.jpg", turned(), "1.jpg and .*1.png share the label map"),
+    Bad(
+        *("prepare", "labels", turned()),
+        lambda value, tmp_path: prepare_own_images(tmp_path, **{"images/4.png": value}),
+        *("lacks 1 label maps of images.*4.png", FileNotFoundError),
+    ),
+    # Single images.
+    Bad("read_image", "source", None, READ, "path or the bytes of a file, got NoneType"),
+    Bad("read_image", "source", np.zeros((2, 2)), READ, "got ndarray"),
+    Bad("read_image", "/no/such.png", "/no/such.png", READ, "no such file", ImageError),
+    Bad("read_image", "image", b"", READ, "the file is empty", ImageError),
+    Bad("read_image", "max_pixels", "many", lambda v, t: read_image(b"x", max_pixels=v), "'many'"),
+    Bad("read_image", "formats", ("EPS",), lambda v, t: read_image(b"x", formats=v), "some of"),
+    Bad(
+        "balanced_weights",
+        "exponent",
+        math.nan,
+        lambda v, t: data.balanced_weights(np.arange(3), v),
+        "got nan",
+    ),
+    Bad(
+        "balanced_weights",
+        "counts",
+        [-1, 2],
+        lambda v, t: data.balanced_weights(np.array(v), 1.0),
+        "negative",
+    ),
+]
 
 
 # ------------------------------------------------------------------------ config, losses, optimizer

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -74,14 +74,16 @@ def train_batches(
         ValueError: an argument is out of range.
     """
     _check_common(source, batch_size, resize_scale, resize_to, shard, on_corrupt)
-    if min(crop_size) < 1:
+    if not _is_pair(crop_size, _is_whole) or min(crop_size) < 1:
         raise ValueError(f"crop_size must be positive (height, width), got {crop_size}.")
-    if not 0 < scale_range[0] <= scale_range[1]:
+    if not _is_pair(scale_range, _is_finite) or not 0 < scale_range[0] <= scale_range[1]:
         raise ValueError(f"scale_range must be 0 < low <= high, got {scale_range}.")
-    if not 0 < max_class_share <= 1:
+    if not _is_finite(max_class_share) or not 0 < max_class_share <= 1:
         raise ValueError(f"max_class_share must be above 0, at most 1, got {max_class_share}.")
-    if num_workers < 0:
-        raise ValueError(f"num_workers must not be negative, got {num_workers}.")
+    if not _is_whole(num_workers) or num_workers < 0:
+        raise ValueError(f"num_workers must be a whole number from 0, got {num_workers}.")
+    if not _is_whole(seed) or seed < 0:
+        raise ValueError(f"seed must be a whole number from 0, got {seed}.")
     if on_corrupt == "skip":
         source = skip_corrupt(source, info)
     augment = transforms.Augment(
@@ -219,8 +221,9 @@ def eval_batches(
     _check_common(source, batch_size, resize_scale, resize_to, shard, on_corrupt)
     if group_sizes and not isinstance(pad_to, int):
         raise ValueError(f"group_sizes needs one number pad_to to round up to, got {pad_to}.")
-    if min(pad_to if isinstance(pad_to, tuple) else (pad_to,)) < 1:
-        raise ValueError(f"pad_to must be positive, got {pad_to}.")
+    sides = (pad_to, pad_to) if _is_whole(pad_to) else pad_to
+    if not _is_pair(sides, _is_whole) or min(sides) < 1:
+        raise ValueError(f"pad_to must be positive: (height, width) or one number, got {pad_to}.")
     if on_corrupt == "skip":
         source = skip_corrupt(source, info)
     groups: dict[tuple[int, int], list[int | None]] = {}
@@ -339,15 +342,29 @@ def _check_common(
 ) -> None:
     if not len(source):
         raise ValueError(f"{source.name}, split {source.split!r}, holds no examples.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    if resize_scale <= 0:
+    if not _is_whole(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number, at least 1, got {batch_size}.")
+    if not _is_finite(resize_scale) or resize_scale <= 0:
         raise ValueError(f"resize_scale must be positive, got {resize_scale}.")
-    if resize_to is not None and not 0 < resize_to[0] <= resize_to[1]:
+    if resize_to is not None and not (
+        _is_pair(resize_to, _is_finite) and 0 < resize_to[0] <= resize_to[1]
+    ):
         raise ValueError(
             f"resize_to must be (short, long) with 0 < short <= long, got {resize_to}."
         )
-    if not 0 <= shard[0] < shard[1]:
+    if not _is_pair(shard, _is_whole) or not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard must be (index, count) with 0 <= index < count, got {shard}.")
     if on_corrupt not in ("raise", "skip"):
         raise ValueError(f"on_corrupt must be 'raise' or 'skip', got {on_corrupt!r}.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and bool(np.isfinite(value))
+
+
+def _is_pair(value: Any, kind: Callable[[Any], bool]) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and all(map(kind, value))

@@ -5,18 +5,16 @@ box in the source image, and only that box is resampled. The image is antialiase
 label nearest, both with the same box, so they stay aligned at every scale.
 """
 
-import io
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from resfu_jax import images
 from resfu_jax.data.info import CorruptExampleError, DataError, DatasetInfo
 
 PAD_COLOUR = (124, 116, 104)  # the mean colour of ImageNet: after normalisation about zero
-# What PIL raises for broken files: beside OSError, its PNG reader raises the other two.
-UNDECODABLE = (OSError, SyntaxError, ValueError)
 
 
 def decode(
@@ -30,24 +28,23 @@ def decode(
         where: dataset, split and id of the example, for messages.
 
     Returns:
-        An RGB image and a label map of 8-bit class indices. EXIF rotation is ignored.
+        An RGB image, turned as its EXIF data say, and a label map of 8-bit class indices; see
+        `resfu_jax.images`.
 
     Raises:
-        CorruptExampleError: a file cannot be decoded.
-        DataError: the label map is not single-channel, differs in size from the image, or holds
-            values that are neither a class nor the ignore label.
+        CorruptExampleError: a file cannot be decoded, or holds no image or no label map.
+        DataError: the label map differs in size from the image, or holds values that are neither a
+            class nor the ignore label.
     """
-    image = _open(example["image"], f"the image of {where}")
-    label = _open(example["label"], f"the label map of {where}")
-    if label.mode not in ("L", "P"):
-        raise DataError(
-            f"The label map of {where} has PIL mode {label.mode!r}; it needs one 8-bit channel of "
-            "class indices (mode 'L' or 'P')."
-        )
+    try:
+        image = images.open_image(example["image"], f"the image of {where}")
+        label = Image.fromarray(images.read_label(example["label"], f"the label map of {where}"))
+    except images.ImageError as error:
+        raise CorruptExampleError(str(error)) from error
     if image.size != label.size:
         raise DataError(
-            f"Image and label map of {where} differ in size: "
-            f"{image.width}x{image.height} against {label.width}x{label.height} (width x height)."
+            f"Image and label map of {where} "
+            f"{different_sizes(example['image'], image.size, label.size)}"
         )
     wrong = [
         value
@@ -59,24 +56,27 @@ def decode(
             f"The label map of {where} holds the values {wrong}; {info.name} has classes 0 to "
             f"{info.num_classes - 1} and the ignore label {info.ignore_label}."
         )
-    return image if image.mode == "RGB" else image.convert("RGB"), label
+    return image, label
 
 
-def _open(data: bytes, what: str) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    except UNDECODABLE as error:
-        raise CorruptExampleError(f"Cannot decode {what}: {error}") from error
-    return image
+def different_sizes(data: bytes, image: tuple[int, int], label: tuple[int, int]) -> str:
+    """What is said of an encoded image and a label map whose (width, height) are different."""
+    text = f"differ in size: {image[0]}x{image[1]} against {label[0]}x{label[1]} (width x height)."
+    if images.image_size(data, as_stored=True)[::-1] == label:
+        text += (
+            " The image has an EXIF orientation: it is shown, and used, turned by a quarter, and "
+            "the label map was drawn on the image as it is stored. Turn the label map, or remove "
+            "the image's EXIF data."
+        )
+    return text
 
 
 def image_size(data: bytes, where: str) -> tuple[int, int]:
     """(width, height) of an encoded image, from its header alone."""
     try:
-        return Image.open(io.BytesIO(data)).size
-    except UNDECODABLE as error:
-        raise CorruptExampleError(f"Cannot decode the image of {where}: {error}") from error
+        return images.image_size(data, f"the image of {where}")[::-1]
+    except images.ImageError as error:
+        raise CorruptExampleError(str(error)) from error
 
 
 def base_scale(
@@ -133,7 +133,7 @@ def _resample(
     width, height = scaled_size(picture.size, scale)
     left, top, right, bottom = window or (0, 0, width, height)
     if (width, height) == picture.size:
-        return picture.crop((left, top, right, bottom))
+        return picture if window is None else picture.crop((left, top, right, bottom))
     x, y = picture.width / width, picture.height / height
     box = (left * x, top * y, min(right * x, picture.width), min(bottom * y, picture.height))
     return picture.resize((right - left, bottom - top), method, box=box)
