@@ -1,5 +1,6 @@
 """The parts of `train.py`: config, devices, loss, metrics, optimiser, checkpoints, reporting."""
 
+from resfu_jax._files import write_whole
 from resfu_jax.training.checkpoint import CheckpointError, Checkpoints
 from resfu_jax.training.config import (
     BackboneConfig,
@@ -17,6 +18,7 @@ from resfu_jax.training.config import (
     check_overrides,
     check_same_run,
     create_inference,
+    find_workdir,
     model_arguments,
     read_config,
     size_multiple,
@@ -49,7 +51,7 @@ from resfu_jax.training.optimizer import (
 )
 from resfu_jax.training.pretrained import pretrained_backbone
 from resfu_jax.training.reporting import Reporter, print_table, read_metrics
-from resfu_jax.training.signals import StopSignals
+from resfu_jax.training.signals import Stopped, StopSignals
 
 __all__ = [
     "BackboneConfig",
@@ -72,6 +74,7 @@ __all__ = [
     "Reporter",
     "SegmentationCounts",
     "StopSignals",
+    "Stopped",
     "accumulate_gradients",
     "agreed_stop",
     "check_overrides",
@@ -86,6 +89,7 @@ __all__ = [
     "cross_entropy",
     "dry_run",
     "evaluate_batch",
+    "find_workdir",
     "initialize_distributed",
     "is_main_process",
     "local_rows",
@@ -102,4 +106,5 @@ __all__ = [
     "update_ema",
     "validate",
     "write_config",
+    "write_whole",
 ]
