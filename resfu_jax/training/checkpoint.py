@@ -22,6 +22,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -70,9 +71,14 @@ class Checkpoints:
                 self.directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise CheckpointError(f"{self.directory} cannot be used: {error}") from error
-            self._together(self._put_damaged_aside)
-        self._scores = self._read_scores()
+            self._together(self._mend)
+        scores = {step: self._read_score(step) for step in _steps(self.directory)}
+        self._scores = {k: v for k, v in scores.items() if v is not None and math.isfinite(v)}
         self._alias = _without_patterns(self.directory)
+        self._remove_alias = lambda: None
+        if self._alias != self.directory:
+            folder = self._alias.parent
+            self._remove_alias = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._manager = ocp.CheckpointManager(
             self._alias,
             item_handlers={
@@ -243,8 +249,7 @@ class Checkpoints:
             with self._writing():
                 self._manager.close()
         finally:
-            if self._alias != self.directory:
-                shutil.rmtree(self._alias.parent, ignore_errors=True)
+            self._remove_alias()
 
     # ------------------------------------------------------------------------------ what is kept
     def _kept(self, steps: Sequence[int]) -> set[int]:
@@ -261,19 +266,18 @@ class Checkpoints:
         """Where Orbax would write metrics, if they were known when it saves."""
         return self.directory / str(step) / "metrics" / "metrics"
 
-    def _read_scores(self) -> dict[int, float]:
-        scores = {}
-        for step in _steps(self.directory):
-            path = self._score_file(step)
-            try:
-                score = float(json.loads(path.read_bytes())["miou"])
-                if math.isfinite(score):
-                    scores[step] = score
-            except FileNotFoundError:
-                pass  # not evaluated
-            except (OSError, ValueError, TypeError, KeyError):
-                logging.warning("%s cannot be read: as if it had not been evaluated", path)
-        return scores
+    def _read_score(self, step: int) -> float | None:
+        """Of a checkpoint that was evaluated."""
+        path = self._score_file(step)
+        try:
+            return float(json.loads(path.read_bytes())["miou"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"{path} is damaged; without the folder {path.parent}, the checkpoint counts as "
+                "one that has not been evaluated"
+            ) from error
 
     # ---------------------------------------------------------------------------------- checksums
     def _write_sums(self) -> None:
@@ -317,8 +321,11 @@ class Checkpoints:
             self._intact.add(step)
         return step in self._intact
 
-    def _put_damaged_aside(self) -> str:
-        """Of the checkpoints, those newer than the newest intact one; a message if none is."""
+    def _mend(self) -> str:
+        """Puts aside what is newer than the newest intact checkpoint; a message if none is intact.
+
+        A score that cannot be read is removed.
+        """
         damaged = {}
         for step in sorted(_steps(self.directory), reverse=True):
             if self._is_intact(step):
@@ -331,17 +338,20 @@ class Checkpoints:
                     f"all checkpoints in {self.directory} are damaged:\n{reasons}\n"
                     "restore them from a copy, or choose another --workdir"
                 )
-            return ""
+        aside = self.directory / "damaged"
         for old, damage in damaged.items():
-            there = self.directory / "damaged" / str(old)
-            for number in range(2, 1000):
-                if not there.exists():
-                    break
-                there = there.with_name(f"{old}_{number}")
-            there.parent.mkdir(exist_ok=True)
+            aside.mkdir(exist_ok=True)
+            again = len(list(aside.glob(f"{old}*")))
+            there = aside / (f"{old}_{again}" if again else str(old))
             (self.directory / str(old)).rename(there)
             logging.warning("checkpoint %d is damaged: %s", old, damage)
             logging.warning("it is now in %s; the newest intact checkpoint is %d", there, step)
+        for step in _steps(self.directory):
+            try:
+                self._read_score(step)
+            except CheckpointError as error:
+                logging.warning("%s", error)
+                shutil.rmtree(self._score_file(step).parent)
         return ""
 
     def _together(self, check: Callable[[], str]) -> None:
@@ -368,6 +378,7 @@ class Checkpoints:
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"[:400]
+            reason = reason.replace(str(self._alias), str(self.directory))
             raise CheckpointError(
                 f"checkpoint {step} in {self.directory} cannot be read ({reason})"
                 f"{self._instead_of(step)}"
