@@ -137,14 +137,14 @@ RUNS: list[Bad] = [
         Bad(name, "config.json", value, config_json(use), message + DO, training.ConfigError)
         for name, use in (("read_config", training.read_config), ("check_same_run", same_run))
         for value, message in (
-            (b"", "config.json is empty: "),
-            (b"\0\0\0", "config.json is empty: "),
-            (b'{"steps": 1, "mod', "config.json is damaged .not JSON: .*: "),
-            (b"\xff\xfe{}", "config.json is damaged .not JSON: .*: "),
-            (b"[" * 100_000, "config.json is damaged .not JSON: .*: "),
-            (b"[1, 2]", "config.json is damaged .all of it is '.1, 2.', not a group.: "),
-            (b'{"model": 3}', "config.json is damaged .model is '3', not a group.: "),
-            (b'{"model": {"head": null}}', "damaged .model.head is 'None', not a group.: "),
+            (b"", "config.json cannot be read .it is empty.: "),
+            (b"\0\0\0", "config.json cannot be read .it is empty.: "),
+            (b'{"steps": 1, "mod', "config.json cannot be read .not JSON: .*: "),
+            (b"\xff\xfe{}", "config.json cannot be read .not JSON: .*: "),
+            (b"[" * 100_000, "config.json cannot be read .not JSON: .*: "),
+            (b"[1, 2]", "config.json cannot be read .all of it is '.1, 2.', not a group.: "),
+            (b'{"model": 3}', "config.json cannot be read .model is '3', not a group.: "),
+            (b'{"model": {"head": null}}', "cannot be read .model.head is 'None', not a group.: "),
         )
     ),
     Bad(

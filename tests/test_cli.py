@@ -163,9 +163,9 @@ def test_mistakes_end_in_one_line(run, tmp_path, monkeypatch, capsys, arguments,
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", b"", "config.json is empty: put back a copy"),
-        ("config.json", b'{"steps": 8, "mo', "config.json is damaged (not JSON"),
-        ("config.json", b"[]", "config.json is damaged (all of it is '[]'"),
+        ("config.json", b"", "config.json cannot be read (it is empty): put back"),
+        ("config.json", b'{"steps": 8, "mo', "config.json cannot be read (not JSON"),
+        ("config.json", b"[]", "config.json cannot be read (all of it is '[]'"),
         ("config.json", b'{"flux": 3}', "does not know: flux; another version of resfu_jax"),
         ("checkpoints/5/state/_METADATA", b"{", "intact is 7: evaluate it with --checkpoint 7"),
         ("checkpoints/5/metrics/metrics", b"", "metrics/metrics is damaged; without the folder"),

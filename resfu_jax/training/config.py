@@ -575,8 +575,8 @@ def read_config(workdir: pathlib.Path) -> Config:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
-        what = f"damaged (not JSON: {error})" if content.strip(b"\0 \r\n") else "empty"
-        raise ConfigError(f"{path} is {what}: {advice}") from error
+        what = f"not JSON: {error}" if content.strip(b"\0 \r\n") else "it is empty"
+        raise ConfigError(f"{path} cannot be read ({what}): {advice}") from error
     unknown, wrong = [], []
     config = _filled(_config_of_before(), tree, "", unknown, wrong)
     if unknown:
@@ -585,7 +585,7 @@ def read_config(workdir: pathlib.Path) -> Config:
             "another version of resfu_jax wrote it, a newer one perhaps: use that one"
         )
     if wrong:
-        raise ConfigError(f"{path} is damaged ({'; '.join(wrong[:20])}): {advice}")
+        raise ConfigError(f"{path} cannot be read ({'; '.join(wrong[:20])}): {advice}")
     return config
 
 
