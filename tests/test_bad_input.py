@@ -25,6 +25,7 @@ from resfu_jax import data, ops, training
 from resfu_jax.backbones import create_backbone
 from resfu_jax.heads import create_head
 from resfu_jax.images import ImageError, read_image
+from resfu_jax.model import create_model
 from resfu_jax.upsamplers import create_upsampler
 
 
@@ -457,7 +458,112 @@ CONFIG: list[Bad] = [
 
 
 # ------------------------------------------------------- checkpoints, workdirs, metrics, train.py
-RUNS: list[Bad] = []
+def workdir(value, tmp_path):
+    """The workdir of a run, as train.py takes it."""
+    training.find_workdir(value, new=True)
+
+
+def workdir_of(kind):
+    """A workdir where something else is, or that cannot be made."""
+
+    def call(value, tmp_path):
+        (tmp_path / "file").write_text("")
+        training.check_together(tmp_path / value, training.Config())
+
+    return call
+
+
+def data_dir(value, tmp_path):
+    config = training.Config()
+    config.data.dir = value
+    training.check_together(tmp_path / "run", config)
+
+
+def config_json(use):
+    """A `config.json` with this content, read by a function of a workdir."""
+
+    def call(value, tmp_path):
+        (tmp_path / "config.json").write_bytes(value)
+        use(tmp_path)
+
+    return call
+
+
+def same_run(path):
+    training.check_same_run(path, training.Config())
+
+
+def checkpoint(value, tmp_path):
+    """One that is not there."""
+    checkpoints = training.Checkpoints(tmp_path)
+    try:
+        checkpoints.find(value)
+    finally:
+        checkpoints.close()
+
+
+def feature_cache(value, tmp_path):
+    head = dict(name="fpn", upsampler="bilinear", width=8)
+    small = dict(widths=(8, 8, 16, 16), depths=(1, 1, 1, 1), heads=(1, 1, 2, 2))
+    model = create_model(backbone=small, head=head, num_classes=3, frozen=True, rngs=nnx.Rngs(0))
+    training.FeatureCache(value, model)
+
+
+REMOTE = "has to be a folder or file of this machine"
+DO = "put back a copy of it; or, .* move it away and give that command again"
+
+RUNS: list[Bad] = [
+    *(
+        Bad("find_workdir", "--workdir", value, workdir, REMOTE, training.ConfigError)
+        for value in ("gs://bucket/run", "s3://b/r", "gs:/bucket/run", "file:///tmp/run")
+    ),
+    Bad("find_workdir", "--workdir", "", workdir, "is not a path", training.ConfigError),
+    Bad("find_workdir", "--workdir", "a\0b", workdir, "is not a path", training.ConfigError),
+    Bad(
+        *("check_together", "--workdir", "file", workdir_of("file")),
+        *("cannot be used: File exists", training.ConfigError),
+    ),
+    Bad(
+        *("check_together", "--workdir", "file/run", workdir_of("file")),
+        *("cannot be used: Not a directory", training.ConfigError),
+    ),
+    Bad(
+        *("check_together", "--workdir", "x" * 300, workdir_of("name")),
+        *("cannot be used: File name too long", training.ConfigError),
+    ),
+    Bad("train", "config.data.dir", "gs://bucket", data_dir, REMOTE, training.ConfigError),
+    Bad("FeatureCache", "directory", "gs://bucket", feature_cache, REMOTE),
+    *(
+        Bad(name, "config.json", value, config_json(use), message + DO, training.ConfigError)
+        for name, use in (("read_config", training.read_config), ("check_same_run", same_run))
+        for value, message in (
+            (b"", "config.json cannot be read .it is empty.: "),
+            (b"\0\0\0", "config.json cannot be read .it is empty.: "),
+            (b'{"steps": 1, "mod', "config.json cannot be read .not JSON: .*: "),
+            (b"\xff\xfe{}", "config.json cannot be read .not JSON: .*: "),
+            (b"[" * 100_000, "config.json cannot be read .not JSON: .*: "),
+            (b"[1, 2]", "config.json cannot be read .all of it is '.1, 2.', not a group.: "),
+            (b'{"model": 3}', "config.json cannot be read .model is '3', not a group.: "),
+            (b'{"model": {"head": null}}', "cannot be read .model.head is 'None', not a group.: "),
+        )
+    ),
+    Bad(
+        *("read_config", "config.json", b'{"new": 1, "model": {"x": 2}}'),
+        config_json(training.read_config),
+        *("does not know: new, model.x; another version", training.ConfigError),
+    ),
+    *(
+        Bad(
+            "find",
+            "checkpoint",
+            value,
+            checkpoint,
+            "there are: best, latest, .none yet",
+            RuntimeError,
+        )
+        for value in ("7", "first", "-1", "1.0", "", "\u00b2", "[0-9]")
+    ),
+]
 
 
 # -------------------------------------------------------------- Predictor, export, serving, server

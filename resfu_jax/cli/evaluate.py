@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from resfu_jax._files import local_path, write_whole
 from resfu_jax.cli._run import RunOptions
 
 
@@ -30,6 +31,7 @@ def evaluate(
       batch_size: images at once; by default as in the run.
       out: a JSON file for the numbers.
     """
+    out = None if out is None else local_path(out, "--out")
     predictor = run.load()
 
     import jax
@@ -80,4 +82,4 @@ def evaluate(
     title = f"{name}, {split}: checkpoint {predictor.step}"
     training.print_table(title, metrics, info.class_names, {})
     if out is not None:
-        out.write_text(json.dumps({"step": predictor.step} | metrics, indent=2) + "\n")
+        write_whole(out, json.dumps({"step": predictor.step} | metrics, indent=2) + "\n")

@@ -5,6 +5,7 @@ from typing import Literal
 
 import tyro
 
+from resfu_jax._files import local_path
 from resfu_jax.cli._run import Run
 
 
@@ -39,6 +40,7 @@ def export(
       dtype: compute type; by default as in the run.
       data_dir: where the dataset was prepared, for the names of its classes.
     """
+    path = local_path(path, "the file to write")
     predictor = Run(checkpoint, which, dtype=dtype, data_dir=data_dir).load()
     from resfu_jax.export import export_model
 

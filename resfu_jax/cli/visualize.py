@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from resfu_jax._files import local_path
 from resfu_jax.cli._run import Run, start_jax
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ def visualize(
         raise ValueError("give either --checkpoint RUN ... or --pretrained FILE")
     if columns < 1:
         raise ValueError(f"--columns must be at least 1, got {columns}")
+    out = local_path(out, "--out")
+    panels = None if panels is None else local_path(panels, "--panels")
     image = read_image(photo)
     if click:
         pixel += _clicked(image)

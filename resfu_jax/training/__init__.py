@@ -1,5 +1,6 @@
 """The parts of `train.py`: config, devices, loss, metrics, optimiser, checkpoints, reporting."""
 
+from resfu_jax._files import write_whole
 from resfu_jax.training.checkpoint import CheckpointError, Checkpoints
 from resfu_jax.training.config import (
     BackboneConfig,
@@ -18,6 +19,7 @@ from resfu_jax.training.config import (
     check_same_run,
     create_inference,
     define_config,
+    find_workdir,
     load_config,
     model_arguments,
     parse_flags,
@@ -52,7 +54,7 @@ from resfu_jax.training.optimizer import (
 )
 from resfu_jax.training.pretrained import pretrained_backbone
 from resfu_jax.training.reporting import Reporter, print_table, read_metrics
-from resfu_jax.training.signals import StopSignals
+from resfu_jax.training.signals import Stopped, StopSignals
 
 __all__ = [
     "BackboneConfig",
@@ -75,6 +77,7 @@ __all__ = [
     "Reporter",
     "SegmentationCounts",
     "StopSignals",
+    "Stopped",
     "accumulate_gradients",
     "agreed_stop",
     "check_overrides",
@@ -90,6 +93,7 @@ __all__ = [
     "define_config",
     "dry_run",
     "evaluate_batch",
+    "find_workdir",
     "initialize_distributed",
     "is_main_process",
     "load_config",
@@ -108,4 +112,5 @@ __all__ = [
     "update_ema",
     "validate",
     "write_config",
+    "write_whole",
 ]
