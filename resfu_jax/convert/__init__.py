@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
@@ -10,7 +10,7 @@ from flax import nnx
 from resfu_jax._names import lookup
 from resfu_jax.convert._files import read_weights
 from resfu_jax.convert._places import load_from
-from resfu_jax.convert._state import Misfit, entries_of
+from resfu_jax.convert._state import Misfit, entries_of, has_entries
 from resfu_jax.convert.carafe import carafe_pack
 from resfu_jax.convert.classic import conv_pixel_shuffle, conv_transpose
 from resfu_jax.convert.dysample import dysample
@@ -86,7 +86,8 @@ def from_torch(
     if isinstance(state_dict, str | os.PathLike):
         source, state_dict = os.fspath(state_dict), read_weights(state_dict)
     entries = entries_of(state_dict)
-    sections = [f"{name}." for name, v in _items(state_dict) if isinstance(v, Mapping)]
+    items = state_dict.items() if isinstance(state_dict, Mapping) else ()
+    sections = [f"{name}." for name, value in items if has_entries(value)]
 
     def convert(own: Mapping[str, Any]) -> nnx.Module:
         try:
@@ -97,10 +98,6 @@ def from_torch(
 
     module, _ = load_from(entries, convert, prefix=prefix, sections=sections)
     return module
-
-
-def _items(state_dict: Any) -> Iterable[tuple[Any, Any]]:
-    return state_dict.items() if isinstance(state_dict, Mapping) else ()
 
 
 def _check_arguments(name: str, converter: Callable[..., Any], arguments: dict[str, Any]) -> None:

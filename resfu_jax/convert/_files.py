@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -176,10 +177,9 @@ def _resolve(path_or_repo: str | os.PathLike[str]) -> pathlib.Path:
     if match is None:
         return _local(path)
     if match["revision"] is None and match["file"] is None and path.parent.is_dir():
-        others = _listed(sorted(p.name for p in path.parent.iterdir())) or "nothing"
         raise FileNotFoundError(
-            f"{text} does not exist (in {path.parent} there is {others}). If you mean the Hugging "
-            f"Face repository of that name, write {text}@main"
+            f"{text} does not exist (in {path.parent} there is {_inside(path.parent)}). If you "
+            f"mean the Hugging Face repository of that name, write {text}@main"
         )
     return _fetch(**match.groupdict())
 
@@ -194,8 +194,13 @@ def _local(path: pathlib.Path) -> pathlib.Path:
         wanted, folder = path / _FILES[0], path
     else:
         wanted, folder = path, path.parent
-    others = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    raise FileNotFoundError(f"{wanted} does not exist (there is {_listed(others) or 'nothing'})")
+    raise FileNotFoundError(f"{wanted} does not exist (there is {_inside(folder)})")
+
+
+def _inside(folder: pathlib.Path) -> str:
+    """What a folder has, without what it hides."""
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return _listed(sorted(name for name in names if not name.startswith("."))) or "nothing"
 
 
 def _fetch(repo: str, revision: str | None, file: str | None) -> pathlib.Path:
@@ -222,28 +227,36 @@ def _fetch(repo: str, revision: str | None, file: str | None) -> pathlib.Path:
         _check_sum(path)
         return path
 
-    errors = []
-    for name in [file] if file else _FILES:
+    try:
+        name, path = _first_of([file] if file else _FILES, download)
+        if name.endswith(".index.json"):
+            for shard in sorted(set(_index(path).values())):
+                download("/".join([*name.split("/")[:-1], shard]))
+        return path
+    except DamagedDownload:
+        raise
+    except (OSError, ValueError) as error:  # of HTTP, too; which classes depends on the version
+        raise FileNotFoundError(
+            f"{what} could not be fetched: {type(error).__name__}: {str(error).strip()[:500]}\n"
+            "Check the name (and revision), the connection and, of a gated repository, the access "
+            "token (hf auth login). What an earlier run has fetched is found without a connection, "
+            f"at once with HF_HUB_OFFLINE=1. {by_hand}"
+        ) from error
+
+
+def _first_of(
+    names: Sequence[str], download: Callable[[str], pathlib.Path]
+) -> tuple[str, pathlib.Path]:
+    """The first file that a repository has; of none, the error about the first."""
+    absent: list[Exception] = []
+    for name in names:
         try:
-            path = download(name)
-            if path.name.endswith(".index.json"):
-                for shard in sorted(set(_index(path).values())):
-                    folder = name.rpartition("/")[0]
-                    download(f"{folder}/{shard}" if folder else shard)
-            return path
-        except (OSError, ValueError) as error:  # of HTTP, too; which classes depends on the version
-            if isinstance(error, DamagedDownload):
-                raise
-            errors.append(error)
+            return name, download(name)
+        except (OSError, ValueError) as error:
             if type(error).__name__ != "EntryNotFoundError":
-                break
-    error = errors[-1] if type(errors[-1]).__name__ != "EntryNotFoundError" else errors[0]
-    raise FileNotFoundError(
-        f"{what} could not be fetched: {type(error).__name__}: {str(error).strip()[:500]}\n"
-        "Check the name (and revision), the connection and, of a gated repository, the access "
-        "token (hf auth login). What an earlier run has fetched is found without a connection, "
-        f"at once with HF_HUB_OFFLINE=1. {by_hand}"
-    ) from error
+                raise
+            absent.append(error)
+    raise absent[0]
 
 
 class DamagedDownload(ValueError):

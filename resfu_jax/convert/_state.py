@@ -31,24 +31,28 @@ def entries_of(state: Any) -> dict[str, Any]:
     entries: dict[str, Any] = {}
 
     def walk(value: Any, name: str, depth: int) -> None:
-        if callable(getattr(value, "state_dict", None)) and not isinstance(value, Mapping):
-            value = value.state_dict()
-        if not isinstance(value, Mapping):
+        if not has_entries(value):
             entries[name] = value
             return
+        value = value if isinstance(value, Mapping) else value.state_dict()
         # Dictionaries from files may hold themselves, or each other many times.
         if depth > 6 or len(entries) > 1_000_000:
             raise ValueError("state_dict is nested too deeply, or too large, for a checkpoint")
         for key, inner in value.items():
             walk(inner, f"{name}.{key}" if name else str(key), depth + 1)
 
-    if not isinstance(state, Mapping) and not callable(getattr(state, "state_dict", None)):
+    if not has_entries(state):
         raise ValueError(
             "state_dict must be a mapping of names to arrays (a module's state_dict()), the module "
             f"itself, or the path of a file with one; got {type(state).__name__}"
         )
     walk(state, "", 0)
     return entries
+
+
+def has_entries(value: Any) -> bool:
+    """Whether it is a mapping, or a module with a `state_dict()`."""
+    return isinstance(value, Mapping) or callable(getattr(value, "state_dict", None))
 
 
 def as_array(value: Any) -> np.ndarray:

@@ -9,8 +9,8 @@ from resfu_jax.convert import load_pretrained
 from resfu_jax.training.config import BackboneConfig
 
 
-def pretrained_backbone(config: BackboneConfig) -> dict[str, Any] | None:
-    """Weights for `nnx.update(model.backbone, ...)`, or None if the config names none.
+def pretrained_backbone(config: BackboneConfig) -> Any:
+    """Weights, an `nnx.State` for `nnx.update(model.backbone, ...)`; None if there are none.
 
     Raises:
         ValueError: the weights do not fit the backbone; says the likely cause, and what differs.
