@@ -331,7 +331,7 @@ def test_what_cannot_be_read_is_named():
 def test_constants_are_checked():
     g = goldens.load("resfu_s2_k3_gf1")
     state = g.group("param")
-    with pytest.raises(ValueError, match="'GF.kernel' has other values than the arguments give"):
+    with pytest.raises(ValueError, match="'GF.kernel' is not a box of ones"):
         from_torch("ReSFU", state | {"GF.kernel": 2 * state["GF.kernel"]}, **g.args)
     parameters = {k: v for k, v in state.items() if k != "GF.kernel"}
     with pytest.raises(ValueError, match=r"give its state_dict\(\), not named_parameters\(\)"):
@@ -352,13 +352,21 @@ def test_a_part_of_a_larger_model_is_asked_for():
         ValueError, match=r"2 places, 'decode_head.up.', 'decode_head.up2.': choose"
     ):
         carafe(two)
-    with pytest.raises(ValueError, match=r"no name begins with prefix 'up.'; its names begin with"):
-        carafe(larger, prefix="up")
+    with pytest.raises(ValueError, match=r"no name begins with prefix 'neck.'; its names begin"):
+        carafe(larger, prefix="neck")
     # A copy beside the weights is another place, also of a checkpoint.
     for state in (STATE | {f"ema.{k}": v for k, v in STATE.items()}, {"a": STATE, "b": STATE}):
         with pytest.raises(ValueError, match="in 2 places, .*choose one with prefix="):
             carafe(state)
     same(carafe({"a": STATE, "b": STATE}, prefix="b"), carafe(STATE))
+    # Wrappers in front of the prefix are found; not if there are two.
+    for state in ({"state_dict": larger}, {f"module.{k}": v for k, v in two.items()}):
+        same(carafe(state, prefix="decode_head.up"), carafe(STATE))
+    with pytest.raises(ValueError, match="in 2 places: choose one of 'a.decode_head.up.', 'b.dec"):
+        carafe({"a": larger, "b": larger}, prefix="decode_head.up")
+    same(carafe({"a": larger, "b": larger}, prefix="b.decode_head.up"), carafe(STATE))
+    with pytest.raises(ValueError, match="missing 'channel_compressor.weight'"):
+        carafe({"model": STATE}, prefix="")
 
 
 def test_what_is_below_a_prefix_is_still_checked():
@@ -426,14 +434,20 @@ def test_backbones_of_larger_models(family, tmp_path):
     unused = load_pretrained(write(tmp_path / "b.safetensors", larger), model)
     assert set(others) <= set(unused)
     same(model, expected)
+    nested = write(tmp_path / "d.safetensors", {f"a.{k}": v for k, v in larger.items()})
+    model = backbone(family)
+    load_pretrained(nested, model, prefix="a")
+    same(model, expected)
 
     student = {f"student.module.backbone.{k}": np.zeros_like(v) for k, v in state.items()}
     two = student | {f"teacher.backbone.{k}": v for k, v in state.items()}
     path, model = write(tmp_path / "c.safetensors", two), backbone(family)
     with pytest.raises(ValueError, match="2 places, .*teacher.*choose one with prefix="):
         load_pretrained(path, model)
-    assert set(student) <= set(load_pretrained(path, model, prefix="teacher.backbone"))
-    same(model, expected)
+    for prefix in ("teacher.backbone", "teacher."):
+        model = backbone(family)
+        assert set(student) <= set(load_pretrained(path, model, prefix=prefix))
+        same(model, expected)
 
 
 # -------------------------------------------------------------------------------- causes, messages
@@ -469,7 +483,7 @@ def test_long_lists_are_counted():
     assert "4 missing, 500 unexpected (of 4 needed)" in text
     assert "missing 'channel_compressor.weight' (12, 8, 1, 1)" in text and "more" in text
     wider = from_torch_error(STATE, compressed_channels=13)
-    assert "all names are right, so the sizes are those of another one" in wider
+    assert "all names are right, so the arguments or sizes are others" in wider
     assert "3 of another shape (of 4 needed)" in wider
 
 

@@ -63,7 +63,8 @@ def from_torch(
 
       prefix: what the names begin with, such as `"decode_head.up1."`; needed where the module is a
         part of a larger one. A prefix that all names have (`module.`, `_orig_mod.`), or all of one
-        dictionary of a checkpoint, is found. `""` takes the names as they are.
+        dictionary of a checkpoint, is found, also in front of `prefix`. `""` takes the names as
+        they are.
       **arguments: the official constructor's arguments, with the official defaults for those left
         out; and `implementation`, `dtype` and `param_dtype` of our module (ReSFU: `dilation` and
         `tile`, too; FADE: `scrambled_phases`).

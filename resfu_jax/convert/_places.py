@@ -26,7 +26,9 @@ def load_from(
     Args:
       entries: of the whole file, by name.
       load: makes the module from its own entries, or raises a `Misfit`.
-      prefix: where they are; None looks for the one place that has all of them.
+      prefix: where they are, or where to look for them; what stands before it (`state_dict.`,
+        `module.`) may be left out if it is always the same. None looks everywhere, `""` nowhere
+        but at the top.
       sections: None if the module may be a part of a larger model. Else a prefix that is not given
         is taken only if all entries have it, or all of one of these sections: the dictionaries,
         such as `"state_dict."`, that a checkpoint keeps beside an optimiser's and others.
@@ -37,11 +39,39 @@ def load_from(
     Raises:
       ValueError: there is no such place, or several.
     """
-    if prefix is not None:
-        prefix = f"{prefix.removesuffix('.')}." if prefix else ""
-        if entries and not below(entries, prefix):
-            raise ValueError(f"no name begins with prefix {prefix!r}; {beginnings(entries)}")
-        return load(below(entries, prefix)), prefix
+    if prefix == "":
+        return load(dict(entries)), ""
+    base = "" if prefix is None else _base(entries, f"{prefix.removesuffix('.')}.")
+    if base and sections is not None:
+        sections = ()
+    found, at = _search(below(entries, base), load, base, sections)
+    return found, base + at
+
+
+def _base(entries: Mapping[str, Any], prefix: str) -> str:
+    """The prefix with what stands before it."""
+    before = {"" if name.startswith(prefix) else _before(name, prefix) for name in entries}
+    before = {""} if "" in before else before - {None}
+    if not before:
+        raise ValueError(f"no name begins with prefix {prefix!r}; {beginnings(entries)}")
+    if len(before) > 1:
+        listed = ", ".join(repr(shorten(b + prefix)) for b in sorted(before)[:8])
+        raise ValueError(f"prefix {prefix!r} is in {len(before)} places: choose one of {listed}")
+    return before.pop() + prefix
+
+
+def _before(name: str, prefix: str) -> str | None:
+    at = name.find(f".{prefix}")
+    return None if at < 0 else name[: at + 1]
+
+
+def _search(
+    entries: Mapping[str, Any],
+    load: Callable[[dict[str, Any]], T],
+    base: str,
+    sections: Collection[str] | None,
+) -> tuple[T, str]:
+    """What `load_from` does below `base`."""
     try:
         return load(dict(entries)), ""
     except Misfit as error:
@@ -71,22 +101,23 @@ def load_from(
             places[at] = found
 
     if len(places) > 1:
-        listed = ", ".join(repr(p) if p else "the top" for p in list(places)[:8])
+        listed = ", ".join(repr(base + p) if base + p else "the top" for p in list(places)[:8])
         more = f" and {len(places) - 8} more" if len(places) > 8 else ""
         raise ValueError(
             f"{at_top.source} has the entries of {at_top.owner} in {len(places)} places, "
             f"{listed}{more}: choose one with prefix=..."
         )
     if not places:
-        raise _explained(nearest, nearest_at, entries)
+        raise _explained(nearest, base + nearest_at, entries)
     ((at, found),) = places.items()
     if isinstance(found, Misfit):
-        raise _explained(found, at, entries)
+        raise _explained(found, base + at, entries)
     section = next((s for s in sections or () if at.startswith(s)), "")
     if sections is not None and len(below(entries, section)) > len(below(entries, at)):
+        place = base + at
         raise ValueError(
-            f"{at_top.source} has the entries of {at_top.owner} below {at!r}, and others beside "
-            f"them ({beginnings(entries)}): say that you mean these with prefix={at!r}"
+            f"{at_top.source} has the entries of {at_top.owner} below {place!r}, and others beside "
+            f"them ({beginnings(entries)}): say that you mean these with prefix={place!r}"
         )
     return found, at
 
@@ -131,5 +162,5 @@ def _explained(error: Misfit, at: str, entries: Mapping[str, Any]) -> Misfit:
     elif at:
         error.causes.append(f"of the entries below {at!r}")
     if error.misshapen and not error.missing and not error.unexpected and not error.problems:
-        error.causes.append("all names are right, so the sizes are those of another one")
+        error.causes.append("all names are right, so the arguments or sizes are others")
     return error

@@ -135,7 +135,7 @@ class Misfit(ValueError):
         if sum(len(text) for found in texts for text in found) > _SCREEN:
             texts = [_first(found) for found in texts]
         listed = "; ".join(text for found in texts for text in found)
-        lead = ". ".join([*self.causes, *self.problems, *([counts] if counts else [])])
+        lead = "; ".join([*self.causes, *self.problems, *([counts] if counts else [])])
         return (
             f"{shorten(self.source, 200)} does not fit {self.owner}: {lead}"
             f"{': ' if listed else ''}{listed}"
@@ -208,14 +208,17 @@ class StateDict:
             self.problem(f"{shorten(key)!r} {error}")
             return zeros
 
-    def buffer(self, key: str, value: np.ndarray) -> None:
-        """Checks the entry `key`, a constant that the official module keeps among its weights."""
+    def buffer(self, key: str, value: np.ndarray, otherwise: str) -> None:
+        """Checks the entry `key`, a constant that the official module keeps among its weights.
+
+        `otherwise` is what to say about another value.
+        """
         found = self.take(key, value.shape)
         self._buffers.add(key)
         if key not in self._missing and key not in self._misshapen:
             rounding = 1e-6 if found.itemsize >= 4 else 1e-2
             if not np.allclose(found.astype(np.float64), value, atol=rounding):
-                self.problem(f"{key!r} has other values than the arguments give")
+                self.problem(f"{key!r} {otherwise}")
 
     def set(self, variable: nnx.Variable, key: str, *, layout: str = "") -> None:
         """Store entry `key` into `variable`, changing PyTorch's axis order to ours.

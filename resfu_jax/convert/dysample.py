@@ -30,6 +30,6 @@ def dysample(
     phase = (np.arange(scale) - (scale - 1) / 2) / scale
     dy, dx = np.meshgrid(phase, phase, indexing="ij")
     phases = np.repeat(np.stack([dx, dy])[:, None], groups, axis=1)
-    s.buffer("init_pos", phases.reshape(1, -1, 1, 1))
+    s.buffer("init_pos", phases.reshape(1, -1, 1, 1), f"is not that of scale={scale}")
     s.done()
     return up

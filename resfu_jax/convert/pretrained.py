@@ -74,7 +74,8 @@ def load_pretrained(
         `pip install 'resfu_jax[hub]'`. What exists as a path is read as one; `~` is the home
         folder.
       model: module of the sizes of the checkpoint. It may hold shapes only (`nnx.eval_shape`).
-      prefix: where the entries are, for files that have them in several places; `""` is the top.
+      prefix: where the entries are, for files that have them in several places, or where to look
+        for them; `""` is the top alone.
 
     Returns:
       The entries of the file that were not used, sorted.

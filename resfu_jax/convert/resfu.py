@@ -62,7 +62,7 @@ def resfu(
     s.set_layer(up.k, "k", layout="OI11")
     # The box filter, of size 2 * (radius // gf_scale) + 1.
     side = 2 * (up.radius // up.gf_scale) + 1
-    s.buffer("GF.kernel", np.ones((up.k.out_features, 1, 1, side)))
+    s.buffer("GF.kernel", np.ones((up.k.out_features, 1, 1, side)), "is not a box of ones")
     _branch(s, "semantic_scores.", up.semantic_scores)
     _branch(s, "detail_scores.", up.detail_scores)
     s.done()
