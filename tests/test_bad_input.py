@@ -78,6 +78,12 @@ def pretrained(value, tmp_path):
 _RESNET = dict(variant="18", widths=(2, 2, 2, 2), depths=(1, 1, 1, 1), stem_width=2)
 _NOT_A_STATE = r"state_dict must be a mapping of names to arrays .*or the path of a file .*got "
 _GONE = FileNotFoundError
+_CARAFE = [
+    ("channel_compressor", "weight", (64, 8, 1, 1)),
+    ("channel_compressor", "bias", (64,)),
+    ("content_encoder", "weight", (100, 64, 3, 3)),
+    ("content_encoder", "bias", (100,)),
+]
 
 CONVERT: list[Bad] = [
     *(
@@ -103,6 +109,15 @@ CONVERT: list[Bad] = [
         {"a": {"b": {"c": {"d": {"e": {"f": {"g": {"h": {}}}}}}}}},
         from_torch(),
         "state_dict is nested too deeply",
+    ),
+    Bad("from_torch", "xxx", "x" * 3000, from_torch(), "xxx does not exist", _GONE),
+    Bad("from_torch", "a", "a\0b", from_torch(), "does not exist", _GONE),
+    Bad(
+        "from_torch",
+        "content_encoder.bias",
+        {f"{m}.{p}": np.ones(s, np.int8) for m, p, s in _CARAFE},
+        from_torch(),
+        "'content_encoder.bias' holds int8, not floating-point",
     ),
     Bad("from_torch", "", "", from_torch(), "weights must be a path or a repository, got ''"),
     Bad("from_torch", "no.pth", "no.pth", from_torch(), "no.pth does not exist", _GONE),

@@ -171,7 +171,7 @@ def _resolve(path_or_repo: str | os.PathLike[str]) -> pathlib.Path:
             path = path.expanduser()
         except RuntimeError as error:
             raise FileNotFoundError(f"{text}: {error}") from error
-    if path.exists() or (path.name.endswith(_SUFFIXES) and ":" not in text):
+    if os.path.exists(path) or (path.name.endswith(_SUFFIXES) and ":" not in text):
         return _local(path)
     match = _REPOSITORY.fullmatch(text) if isinstance(path_or_repo, str) else None
     if match is None:
@@ -185,21 +185,23 @@ def _resolve(path_or_repo: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _local(path: pathlib.Path) -> pathlib.Path:
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path's, for any text: too long, a null character
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         for name in _FILES:
             if (path / name).is_file():
                 return path / name
         wanted, folder = path / _FILES[0], path
     else:
         wanted, folder = path, path.parent
-    raise FileNotFoundError(f"{wanted} does not exist (there is {_inside(folder)})")
+    raise FileNotFoundError(
+        f"{shorten(str(wanted), 400)} does not exist (there is {_inside(folder)})"
+    )
 
 
 def _inside(folder: pathlib.Path) -> str:
     """What a folder has, without what it hides."""
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    names = os.listdir(folder) if os.path.isdir(folder) else []
     return _listed(sorted(name for name in names if not name.startswith("."))) or "nothing"
 
 

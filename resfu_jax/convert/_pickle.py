@@ -317,7 +317,7 @@ def _interpret(
                 | "FLOAT" | "BINFLOAT"
                 | "STRING" | "BINSTRING" | "SHORT_BINSTRING"
                 | "UNICODE" | "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8"
-                | "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8"
+                | "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8" | "BYTEARRAY8"
             ):  # fmt: skip
                 stack.append(argument)
             case "EMPTY_DICT":

@@ -135,7 +135,7 @@ class Misfit(ValueError):
         if sum(len(text) for found in texts for text in found) > _SCREEN:
             texts = [_first(found) for found in texts]
         listed = "; ".join(text for found in texts for text in found)
-        lead = "; ".join([*self.causes, *self.problems, *([counts] if counts else [])])
+        lead = "; ".join([*self.causes, *_first(self.problems), *([counts] if counts else [])])
         return (
             f"{shorten(self.source, 200)} does not fit {self.owner}: {lead}"
             f"{': ' if listed else ''}{listed}"
