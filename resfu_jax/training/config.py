@@ -46,7 +46,9 @@ class BackboneConfig:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further arguments of the family's class, for instance {"drop_path": 0.1}."""
     pretrained: str | None = None
-    """Weights to start from: a .safetensors file, its folder, or a Hugging Face repository."""
+    """Weights to start from: a file, its folder, or a Hugging Face repository."""
+    pretrained_prefix: str | None = None
+    """Where in that file they are ("teacher.backbone."), if it has them in several places."""
     frozen: bool = False
     """The backbone runs as in evaluation and does not learn."""
     cache_features: bool = False
