@@ -30,4 +30,18 @@ def create_backbone(name: str = "mit", **options: Any) -> nnx.Module:
     return lookup("backbone", BACKBONES, name)(**options)
 
 
-__all__ = ["BACKBONES", "MiT", "ResNet", "ViT", "create_backbone"]
+def backbone_strides(name: str, **options: Any) -> tuple[int, ...]:
+    """The strides of a backbone's maps, without building it.
+
+    Args:
+      name: one of `BACKBONES`. A class without `strides_of` has those of a pyramid, up to 32.
+      **options: arguments of the class.
+
+    Raises:
+      ValueError: unknown name, or options that no strides follow from.
+    """
+    family = lookup("backbone", BACKBONES, name)
+    return family.strides_of(**options) if hasattr(family, "strides_of") else (4, 8, 16, 32)
+
+
+__all__ = ["BACKBONES", "MiT", "ResNet", "ViT", "backbone_strides", "create_backbone"]

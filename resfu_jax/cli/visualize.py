@@ -137,8 +137,8 @@ def _trained(run: Run, image: Any, pixels: Pixels) -> "list[Panel]":
             f"{type(predictor.model.head).__name__}"
         )
     labels = predictor.predict(image)[0].labels
-    seen = predictor.resized(image)
-    multiple = predictor.inference.multiple
+    seen = predictor.preprocess.resize(image)
+    multiple = predictor.preprocess.multiple
     seen = fitted(seen, side=max(*seen.shape, multiple), multiple=multiple)
 
     @jax.jit
