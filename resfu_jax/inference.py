@@ -74,9 +74,7 @@ class Inference:
             or not self.scales
             or not all(is_real(scale) and scale > 0 for scale in self.scales)
         ):
-            raise ValueError(
-                f"scales must be positive real numbers, at least one, got {self.scales!r}"
-            )
+            raise ValueError(f"scales must be positive, at least one, got {self.scales!r}")
         if not isinstance(self.flip, bool | np.bool_):
             raise ValueError(f"flip must be True or False, got {self.flip!r}")
         _check_count("windows_per_step", self.windows_per_step)
@@ -298,16 +296,14 @@ def _mirror(x: Array, sizes: Array | None) -> Array:
 def _check_pair(name: str, value: tuple[int, int], largest: tuple[int, int] | None = None) -> None:
     two = isinstance(value, tuple | list) and len(value) == 2
     if not two or not all(is_integer(n) and n >= 1 for n in value):
-        raise ValueError(
-            f"{name} must be (height, width), whole numbers, at least 1, got {value!r}"
-        )
+        raise ValueError(f"{name} must be (height, width), at least 1, got {value!r}")
     if largest is not None and (value[0] > largest[0] or value[1] > largest[1]):
         raise ValueError(f"{name} must be at most the crop {largest}, got {value}")
 
 
 def _check_count(name: str, value: int) -> None:
     if not is_integer(value) or value < 1:
-        raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
 
 
 def _check_images(images: Array, sizes: Array | None) -> None:

@@ -28,9 +28,9 @@ from flax import nnx
 from flax.typing import Dtype
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Integer, UInt8
-from PIL import Image
 
 from resfu_jax._names import lookup
+from resfu_jax.images import SUFFIXES, ImageError, read_image
 from resfu_jax.inference import Inference
 from resfu_jax.model import create_model, evaluating
 from resfu_jax.preprocess import Preprocess, check_preprocess, is_integer, preprocess_of
@@ -39,25 +39,9 @@ if TYPE_CHECKING:
     from resfu_jax.data import DatasetInfo
     from resfu_jax.training import Config
 
-SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-)  # what a folder's images have
 Path = str | os.PathLike[str]
 Images = Path | np.ndarray | jax.Array | Sequence[Any]
 Shape = tuple[int, int, int]  # batch, height, width
-
-# What PIL raises for broken files: beside OSError, its PNG reader raises the next two.
-_UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-
-class ImageError(ValueError):
-    """An image that could not be predicted. The message names it and says why."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -299,9 +283,8 @@ class Predictor:
 
         Args:
           images: a file, a folder (its images, sorted by name, without subfolders), an array
-            (H, W, 3) or (B, H, W, 3) of uint8, RGB, or a list of these. Files of grey values,
-            palettes and with transparency become RGB, transparency ignored, and so is a rotation
-            noted in EXIF, as in `resfu_jax.data`.
+            (H, W, 3) or (B, H, W, 3) of uint8, RGB, or a list of these. Files are read by
+            `resfu_jax.images.read_image`, as in training: turned as their EXIF data say.
           probabilities: also the probabilities of all classes.
           features: also the map that the classifier sees. It comes from one pass over the padded
             image, whatever `inference` is.
@@ -611,26 +594,6 @@ def _items(images: Images) -> list[_Item]:
 def count_images(images: Images) -> int:
     """Number of results and errors that `Predictor.predict` has for them."""
     return len(_items(images))
-
-
-def read_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB pixels of a file, without transparency and without the rotation that EXIF may note.
-
-    Raises:
-      ImageError: there is none, it cannot be decoded, or its values are not 8-bit.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if image.mode.startswith(("I", "F")):
-                raise ImageError(f"{path}: pixels of PIL mode {image.mode!r}; it has to be 8-bit")
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except FileNotFoundError:
-        raise ImageError(f"{path}: no such file") from None
-    except ImageError:
-        raise
-    except _UNDECODABLE as error:
-        raise ImageError(f"{path}: cannot be read as an image: {error}") from error
 
 
 def _failed(item: _Item, error: Exception) -> ImageError:

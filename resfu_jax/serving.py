@@ -20,6 +20,7 @@ import math
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -76,9 +77,9 @@ class Preprocess:
     """
 
     scale: float = 1.0
-    resize_to: tuple[int, int] | None = None
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    resize_to: Sequence[int] | None = None
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
     multiple: int = 32
     growth: float = 1.25
 
@@ -94,11 +95,11 @@ class Preprocess:
                 isinstance(values, tuple | list) and len(values) == 3 and all(map(is_real, values))
             )
 
-        keep("scale", is_real(self.scale) and self.scale > 0, "positive, a real number", float)
+        keep("scale", is_real(self.scale) and self.scale > 0, "positive", float)
         if (sides := self.resize_to) is not None:
             fits = isinstance(sides, tuple | list) and len(sides) == 2
             fits = fits and all(map(is_integer, sides)) and 0 < sides[0] <= sides[1]
-            need = "(short, long), whole numbers with 0 < short <= long"
+            need = "(short, long) with 0 < short <= long"
             keep("resize_to", fits, need, lambda pair: tuple(map(int, pair)))
 
         def floats(values: Any) -> tuple[float, ...]:
@@ -109,10 +110,8 @@ class Preprocess:
         fits = three(self.std) and all(value > 0 for value in self.std)
         keep("std", fits, "three positive real numbers", floats)
         fits = is_integer(self.multiple) and self.multiple >= 1
-        keep("multiple", fits, "a whole number, at least 1", int)
-        keep(
-            "growth", is_real(self.growth) and self.growth >= 1, "a real number, at least 1", float
-        )
+        keep("multiple", fits, "at least 1, a whole number", int)
+        keep("growth", is_real(self.growth) and self.growth >= 1, "at least 1", float)
 
     @property
     def pad_color(self) -> tuple[int, int, int]:

@@ -17,6 +17,7 @@ from resfu_jax import create_upsampler, serving
 from resfu_jax.backbones import create_backbone
 from resfu_jax.export import PLATFORMS, export_model, export_module
 from resfu_jax.model import SegmentationModel, create_model, evaluating
+from resfu_jax.predictor import Predictor
 from resfu_jax.serving import load_exported
 
 VIT = dict(name="vit", width=16, depth=1, heads=2, patch_size=16, image_size=32)
@@ -96,8 +97,12 @@ def test_other_sizes_are_padded_with_the_mean_colour_and_cropped(path, loaded):
     np.testing.assert_array_equal(loaded(x), loaded(padded)[:, :21, :39])
     # To fewer shapes.
     coarse = load_exported(path, multiple=64)
-    np.testing.assert_array_equal(coarse._padded(x)[:, :32, :48], padded)
-    assert coarse._padded(x).shape == (2, 64, 64, 3)
+    assert coarse.padded_size(21, 39) == (64, 64)
+    wide = np.full((2, 64, 64, 3), (124, 116, 104), np.uint8)
+    wide[:, :21, :39] = x
+    np.testing.assert_array_equal(coarse(x), coarse(wide)[:, :21, :39])
+    assert loaded.padded_size(100, 97) == (112, 112)
+    assert load_exported(path, growth=1.0).padded_size(300, 97) == (304, 112)
 
 
 def test_the_file_says_what_it_is(path, loaded, model):
@@ -214,6 +219,50 @@ def test_bfloat16_and_vit(tmp_path):
     np.testing.assert_allclose(loaded(x), expected, atol=0.02 * np.abs(expected).max())
 
 
+HALF = dict(mean=(127.5,) * 3, std=(127.5,) * 3)
+RUNS = {
+    "mit": (dict(name="mit", **MIT), {}, {}),
+    "vit": (VIT, HALF, {}),
+    "vit of patches of 14, resized": (
+        VIT | dict(patch_size=14, image_size=28),
+        HALF,
+        dict(scale=0.75, resize_to=(60, 90)),
+    ),
+}
+
+
+@pytest.mark.parametrize("backbone, colours, resizing", RUNS.values(), ids=RUNS)
+def test_a_photo_gets_the_labels_that_predictor_gives_it(backbone, colours, resizing, tmp_path):
+    model = tiny(backbone, **colours)
+    for path, kernel in nnx.iter_graph(model):  # untrained, it would see one class everywhere
+        if path[-2:] == ("classify", "kernel"):
+            kernel.value = 10 * kernel.value
+    predictor = Predictor(
+        model, class_names=NAMES, palette=COLORS, devices=jax.devices()[:1], **resizing
+    )
+    files = {}
+    for output in ("labels", "probabilities"):
+        path = tmp_path / f"{output}.zip"
+        export_model(
+            model, path, output=output, preprocess=predictor.preprocess, platforms=("cpu",)
+        )
+        files[output] = load_exported(path)
+        assert files[output].preprocess == predictor.preprocess
+    labels, probabilities = files.values()
+    for size in ((37, 101), (150, 61)):
+        photo = images(1, *size)
+        (expected,) = predictor.predict(photo[0], probabilities=True)
+        assert len(np.unique(expected.labels)) > 1
+        got = labels(photo)
+        assert got.dtype == np.uint8
+        np.testing.assert_allclose(probabilities(photo)[0], expected.probabilities, atol=1e-4)
+        two = np.sort(expected.probabilities, axis=-1)[..., -2:]
+        clear = two[..., 1] - two[..., 0] > 2e-4  # not a tie up to rounding
+        assert clear.mean() > 0.98
+        np.testing.assert_array_equal(got[0][clear], expected.labels[clear])
+        assert (labels.padded_size(*size),) == tuple(s[1:] for s in predictor.compiled_shapes[-1:])
+
+
 @pytest.mark.parametrize("name", ["resfu", "carafe"])
 def test_upsampler_by_itself(name, tmp_path):
     up = create_upsampler(name, features=16, guide_features=8, scale=2, rngs=nnx.Rngs(0))
@@ -296,7 +345,7 @@ def test_wrong_files_and_inputs(path, loaded, tmp_path, monkeypatch):
         load_exported(wrong)
     with zipfile.ZipFile(wrong, "w") as archive:
         archive.writestr("meta.json", json.dumps({"format": 7}))
-    with pytest.raises(ValueError, match="has format 7, this loader reads 1"):
+    with pytest.raises(ValueError, match="has format 7, this loader reads 2"):
         load_exported(wrong)
     with zipfile.ZipFile(wrong, "w") as archive:
         archive.writestr("meta.json", json.dumps(loaded.meta | {"jax": "0.3"}))

@@ -70,7 +70,7 @@ def visualize(
       steps: of the fit.
       seed: of the initial weights.
     """
-    from resfu_jax.predictor import read_image
+    from resfu_jax.images import read_image
     from resfu_jax.upsamplers import upsampler_entry
     from resfu_jax.visualize import save_grid, save_png
 
