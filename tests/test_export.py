@@ -27,6 +27,8 @@ NAMES, COLORS = ("sky", "road", "car"), ((1, 2, 3), (40, 50, 60), (7, 80, 9))
 
 def tiny(backbone=VIT, upsampler="bilinear", **options):
     head = dict(name="linear", upsampler=upsampler, width=8, stem_width=8)
+    if backbone["name"] == "mit":
+        head = dict(name="segformer", upsampler=upsampler, width=8)
     rngs = nnx.Rngs(0)
     return create_model(backbone=backbone, head=head, num_classes=3, rngs=rngs, **options)
 
@@ -236,7 +238,7 @@ def test_a_photo_gets_the_labels_that_predictor_gives_it(backbone, colours, resi
     model = tiny(backbone, **colours)
     for path, kernel in nnx.iter_graph(model):  # untrained, it would see one class everywhere
         if path[-2:] == ("classify", "kernel"):
-            kernel.value = 10 * kernel.value
+            kernel[...] = 10 * kernel[...]
     predictor = Predictor(
         model, class_names=NAMES, palette=COLORS, devices=jax.devices()[:1], **resizing
     )

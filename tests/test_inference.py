@@ -251,7 +251,7 @@ def test_windows_are_padded_and_views_scaled_as_the_model_needs():
 
 
 @pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
-def test_images_are_bytes_or_real_numbers(dtype):
+def test_images_are_bytes_or_real_numbers(as_users_call, dtype):
     images = jnp.zeros((1, 8, 8, 3), dtype)
     for infer in (Inference(), Inference("slide", (4, 4), (4, 4))):
         with pytest.raises(

@@ -412,7 +412,8 @@ def test_padding_is_the_models_own(monkeypatch):
     assert predictor.preprocess == Preprocess(mean=(127.5,) * 3, std=(127.5,) * 3, multiple=28)
     assert predictor.padded_size(29, 5) == (56, 28)
     seen = []
-    monkeypatch.setattr(jax, "device_put", lambda x, _: seen.append(x) or x)
+    put = jax.device_put
+    monkeypatch.setattr(jax, "device_put", lambda x, to: seen.append(x) or put(x, to))
     image = picture(5, 20)
     predictor.predict(image)
     (batch, sizes), *_ = seen

@@ -45,6 +45,7 @@ def test_config_and_model_agree(name, options, multiple):
     config = training.Config()
     variant = {"mit": "b0", "resnet": "18", "vit": "tiny"}[name]
     config.model.backbone = training.BackboneConfig(name=name, variant=variant, options=options)
+    config.model.head.name = "linear"
     config.model.mean, config.model.std = (127.5, 120, 0), (127.5, 1, 60)
     config.data.resize_scale, config.data.resize_to = 0.5, (64, 100)
     preprocess = training.create_preprocess(config)
