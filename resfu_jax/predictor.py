@@ -503,7 +503,8 @@ def _check_fields(cls: type, given: Mapping[str, Any], kind: str) -> None:
 
 def _devices(devices: Any) -> list[jax.Device]:
     devices = jax.local_devices() if devices is None else devices
-    if not isinstance(devices, Sequence) or not devices:
+    listed = isinstance(devices, Sequence) and not isinstance(devices, str)
+    if not listed or not devices or not all(isinstance(d, jax.Device) for d in devices):
         raise ValueError(f"devices must be a list of devices, at least one, got {devices!r}")
     return list(devices)
 

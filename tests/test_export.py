@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 
 import jax
@@ -363,3 +364,160 @@ def test_wrong_files_and_inputs(path, loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(jax.export, "default_export_platform", lambda: "rocm")
     with pytest.raises(ValueError, match="exported for cpu, cuda, tpu, and JAX runs on rocm"):
         load_exported(path)
+
+
+def members(path):
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def write(path, contents, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in contents.items():
+            archive.writestr(name, data)
+    return path
+
+
+def weights_with(change):
+    """A change of the header of weights.safetensors, in whose place the data stay as they are."""
+
+    def changed(data):
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        header = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        change(header)
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+    return lambda contents: (
+        contents | {"weights.safetensors": changed(contents["weights.safetensors"])}
+    )
+
+
+def other_type(header):
+    header["head.classify.bias"]["dtype"] = "I32"
+
+
+def other_shape(header):
+    header["head.classify.kernel"]["shape"] = header["head.classify.kernel"]["shape"][::-1]
+
+
+def other_name(header):
+    header["head.classify.weight"] = header.pop("head.classify.kernel")
+
+
+def meta_with(**changes):
+    def change(contents):
+        meta = json.loads(contents["meta.json"])
+        for name, value in changes.items():
+            if isinstance(value, dict):
+                meta[name] |= value
+            else:
+                meta[name] = value
+        return contents | {"meta.json": json.dumps(meta)}
+
+    return change
+
+
+def without(name):
+    return lambda contents: {n: data for n, data in contents.items() if n != name}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            weights_with(other_type),
+            r"weights.safetensors: head.classify.bias is I32\[3\], the program takes float32\[3\]",
+        ),
+        (
+            weights_with(other_shape),
+            r"head.classify.kernel is F32\[3, 16\], the program takes float32\[16,3\]",
+        ),
+        (
+            weights_with(other_name),
+            r"kernel is missing; head.classify.weight is in it, not in the program",
+        ),
+        (weights_with(lambda header: header.clear()), "cannot be read|and [0-9]+ more"),
+        (without("weights.safetensors"), "there is no weights.safetensors in it"),
+        (without("model.stablehlo"), "there is no model.stablehlo in it"),
+        (without("meta.json"), "there is no meta.json in it"),
+        (
+            lambda c: c | {"weights.safetensors": c["weights.safetensors"][:-5]},
+            "weights.safetensors cannot be read",
+        ),
+        (
+            lambda c: c | {"weights.safetensors": b"\xff" * 100},
+            "weights.safetensors cannot be read",
+        ),
+        (lambda c: c | {"model.stablehlo": c["model.stablehlo"][:40]}, "does not read"),
+        (lambda c: c | {"meta.json": b"[1]"}, "meta.json says no format"),
+        (lambda c: c | {"meta.json": b"[" * 100_000}, "is not a file of resfu_jax.export"),
+        (lambda c: c | {"meta.json": b"\xff\xfe"}, "is not a file of resfu_jax.export"),
+        (meta_with(palette=[[1, 2, 300]]), r"meta.json: palette is \[\[1, 2, 300\]\]"),
+        (meta_with(palette=[[1, 2, 3]]), "meta.json: palette has 1 entries for 3 classes"),
+        (meta_with(class_names=["a"] * 4), "meta.json: class_names has 4 entries for 3 classes"),
+        (meta_with(class_names="abc"), "meta.json: class_names is abc"),
+        (meta_with(output="masks"), "meta.json: output is masks"),
+        (meta_with(inputs=3), "meta.json: inputs is 3"),
+        (meta_with(preprocess={"multiple": 0}), "preprocess: multiple must be at least 1"),
+        (meta_with(preprocess={"multiple": 8}), "does not take images as meta.json says"),
+        (meta_with(preprocess={"mean": [0, 0]}), "preprocess: mean must be three real numbers"),
+        (meta_with(preprocess={"colour": 1}), "preprocess: .*colour"),
+        (meta_with(preprocess=7), "meta.json: preprocess is 7"),
+    ],
+)
+def test_files_are_checked_against_what_they_say(path, change, message, tmp_path):
+    wrong = write(tmp_path / "wrong.zip", change(members(path)))
+    with pytest.raises(ValueError, match=message) as raised:
+        load_exported(wrong)
+    assert str(wrong) in str(raised.value) and len(str(raised.value)) < 2000
+
+
+@pytest.mark.parametrize("name", ["meta.json", "model.stablehlo", "weights.safetensors"])
+def test_what_unpacks_to_far_more_than_it_is(path, name, tmp_path):
+    bomb = write(
+        tmp_path / "bomb.zip", members(path) | {name: bytes(300 << 20)}, zipfile.ZIP_DEFLATED
+    )
+    assert bomb.stat().st_size < 1 << 20
+    with pytest.raises(ValueError, match=rf"bomb.zip .*{name} would unpack from \d+ to 314572800"):
+        load_exported(bomb)
+    # Nor if the size that it unpacks to is said to be less.
+    data = bomb.read_bytes().replace((300 << 20).to_bytes(4, "little"), (900).to_bytes(4, "little"))
+    bomb.write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="bomb.zip is not a file of resfu_jax.export"):
+        load_exported(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.9, 0.999])
+def test_a_cut_file_is_named(path, share, tmp_path):
+    cut = tmp_path / "cut.zip"
+    cut.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match="cut.zip is not a file of resfu_jax.export"):
+        load_exported(cut)
+
+
+def test_a_flipped_bit_is_named(path, tmp_path):
+    flipped = tmp_path / "flipped.zip"
+    with zipfile.ZipFile(path) as archive:
+        offset = archive.getinfo("weights.safetensors").header_offset
+    data = bytearray(path.read_bytes())
+    data[offset + 5000] ^= 1
+    flipped.write_bytes(data)
+    with pytest.raises(ValueError, match="flipped.zip is not a file .*Bad CRC"):
+        load_exported(flipped)
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    written = export_model(pixels(16), "~/models [1]: a/m.zip", platforms=("cpu",))
+    assert written == tmp_path / "home" / "models [1]: a" / "m.zip" and written.exists()
+    x = images(1, 16, 16)
+    assert load_exported("~/models [1]: a/m.zip")(x).shape == (1, 16, 16)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path / 'home' / 'none.zip'}: no such file"):
+        load_exported("~/none.zip")
+    assert [p.name for p in tmp_path.iterdir()] == ["home"]
