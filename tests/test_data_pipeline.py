@@ -489,7 +489,6 @@ def test_nothing_left_to_decode():
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"crop_size": (0, 4)}, r"crop_size must be positive \(height, width\), got \(0, 4\)"),
         ({"scale_range": (2.0, 0.5)}, r"0 < low <= high, got \(2.0, 0.5\)"),
-        ({"preprocess": 0.5}, "preprocess must be a Preprocess, got 0.5"),
         ({"max_class_share": 0.0}, "max_class_share must be above 0, at most 1"),
         ({"num_workers": -1}, "num_workers must not be negative"),
         ({"shard": (2, 2)}, r"0 <= index < count, got \(2, 2\)"),
