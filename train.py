@@ -127,14 +127,14 @@ def run(
     if config.data.on_corrupt == "skip":
         train_source = data.skip_corrupt(train_source, info)
         val_source = data.skip_corrupt(val_source, info)
+    preprocess = training.create_preprocess(config)
     process = dict(shard=(jax.process_index(), jax.process_count()))
     val_batches = data.eval_batches(
         val_source,
         info,
         batch_size=config.eval.batch_size // jax.process_count(),
-        resize_scale=config.data.resize_scale,
-        resize_to=config.data.resize_to,
-        pad_to=config.eval.pad_to or training.size_multiple(config.model.backbone),
+        preprocess=preprocess,
+        pad_to=config.eval.pad_to,
         group_sizes=config.eval.group_sizes,
         **process,
     )
@@ -264,8 +264,7 @@ def run(
         info,
         batch_size=config.batch_size // jax.process_count(),
         crop_size=config.data.crop_size,
-        resize_scale=config.data.resize_scale,
-        resize_to=config.data.resize_to,
+        preprocess=preprocess,
         scale_range=config.data.scale_range,
         max_class_share=config.data.max_class_share,
         flip=config.data.flip,

@@ -14,11 +14,9 @@ from resfu_jax.backbones import create_backbone
 from resfu_jax.heads import create_head
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
+from resfu_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 Features = tuple[Float[Array, "b _h _w _c"], ...]
-
-IMAGENET_MEAN = (123.675, 116.28, 103.53)
-IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
 def evaluating(module: nnx.Module) -> nnx.Module:

@@ -411,6 +411,7 @@ def test_export(run, tmp_path, capsys):
     exported = load_exported(path)
     predictor = Predictor.from_checkpoint(run)
     assert exported.meta["class_names"] == list(predictor.class_names)
+    assert exported.preprocess == predictor.preprocess
     image = RNG.integers(0, 256, (1, 32, 64, 3), np.uint8)
     expected = jnp.argmax(jax.jit(lambda m, x: m(x))(predictor.model, jnp.asarray(image)), axis=-1)
     np.testing.assert_array_equal(exported(image), expected)

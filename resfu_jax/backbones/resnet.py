@@ -21,6 +21,8 @@ MMSegmentation calls ResNet-50 with it R50-V1c, timm `resnet50c`.
 """
 
 import dataclasses
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -138,9 +140,8 @@ class ResNet(nnx.Module):
             ]
         self.stem = nnx.List(layers)
 
-        stages, maps, stride, in_features, before = [], [], 4, stem_width, 1
+        stages, in_features, before = [], stem_width, 1
         for i, features in enumerate(self.features):
-            stride *= strides[i]
             blocks = []
             for j in range(depths[i]):
                 blocks.append(
@@ -155,9 +156,16 @@ class ResNet(nnx.Module):
                 )
                 in_features, before = features, dilations[i]
             stages.append(nnx.List(blocks))
-            maps.append(stride)
         self.stages = nnx.List(stages)
-        self.strides = tuple(maps)
+        self.strides = self.strides_of(strides=strides)
+
+    @staticmethod
+    def strides_of(
+        variant: str = "50", *, strides: Sequence[int] = (1, 2, 2, 2), **_: Any
+    ) -> tuple[int, ...]:
+        """The strides of the maps of one built with these arguments."""
+        steps = itertools.accumulate(_four_positive("strides", strides), operator.mul)
+        return tuple(4 * step for step in steps)
 
     def __call__(
         self, images: Float[Array, "b h w c"]

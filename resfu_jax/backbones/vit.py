@@ -22,7 +22,7 @@ Values equal timm's `VisionTransformer` and the models of Hugging Face transform
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ from resfu_jax._checks import (
 from resfu_jax.backbones._layers import LayerNorm, PatchConv
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
+from resfu_jax.preprocess import is_integer
 
 Positions = Literal["learned", "rope"]
 
@@ -180,7 +181,7 @@ class ViT(nnx.Module):
 
         width, patch = sizes.width, sizes.patch_size
         self.features = (width,) * len(layers)
-        self.strides = (patch,) * len(layers)
+        self.strides = self.strides_of(patch_size=patch, layers=layers)
         self.layers = layers
         self.heads = sizes.heads
         self.antialias = sizes.antialias
@@ -219,6 +220,23 @@ class ViT(nnx.Module):
         self.head = (
             nnx.Linear(width, num_classes, kernel_init=zeros, **types) if num_classes else None
         )
+
+    @staticmethod
+    def strides_of(
+        variant: str = "tiny",
+        *,
+        patch_size: int | None = None,
+        layers: Sequence[int] | None = None,
+        **_: Any,
+    ) -> tuple[int, ...]:
+        """The strides of one built with these arguments."""
+        if patch_size is None:
+            if variant not in VARIANTS:
+                raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+            patch_size = VARIANTS[variant].patch_size
+        if not is_integer(patch_size) or patch_size < 1:
+            raise ValueError(f"patch_size must be a whole number, at least 1, got {patch_size!r}")
+        return (patch_size,) * (1 if layers is None else len(layers))
 
     def __call__(self, images: Float[Array, "b H W c"]) -> tuple[Float[Array, "b h w d"], ...]:
         """Feature maps of the patches, one per entry of `layers`, each after the final LayerNorm.

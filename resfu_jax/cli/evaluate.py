@@ -54,9 +54,8 @@ def evaluate(
         data.open_source(name, split, directory),
         info,
         batch_size=batch_size or -(-config.eval.batch_size // devices) * devices,
-        resize_scale=config.data.resize_scale,
-        resize_to=config.data.resize_to,
-        pad_to=pad_to or predictor.inference.multiple,
+        preprocess=predictor.preprocess,
+        pad_to=pad_to,
         group_sizes=config.eval.group_sizes,
         on_corrupt=config.data.on_corrupt,
     )

@@ -1,5 +1,6 @@
 """`resfu export`."""
 
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -53,5 +54,12 @@ def export(
         platforms=platforms,
         class_names=predictor.class_names,
         palette=predictor.palette,
+        preprocess=predictor.preprocess,
     )
+    if not predictor.inference.plain:
+        print(
+            "the file makes one pass over the whole image; the run's windows or views "
+            f"({predictor.inference}) are not in it",
+            file=sys.stderr,
+        )
     print(f"{written}: {written.stat().st_size / 1e6:.1f} MB, for {', '.join(platforms)}")

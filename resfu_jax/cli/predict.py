@@ -59,7 +59,8 @@ def predict(
         on_compile=compiling,
     )
     from resfu_jax import visualize
-    from resfu_jax.predictor import ImageError, count_images, read_image
+    from resfu_jax.images import ImageError, read_image
+    from resfu_jax.predictor import count_images
 
     start, written, failed = time.perf_counter(), {}, 0
     with tqdm(total=count_images(images), unit="image", disable=None) as bar:

@@ -71,7 +71,7 @@ def visualize(
       steps: of the fit.
       seed: of the initial weights.
     """
-    from resfu_jax.predictor import read_image
+    from resfu_jax.images import read_image
     from resfu_jax.upsamplers import upsampler_entry
     from resfu_jax.visualize import save_grid, save_png
 
@@ -140,8 +140,8 @@ def _trained(run: Run, image: Any, pixels: Pixels) -> "list[Panel]":
             f"{type(predictor.model.head).__name__}"
         )
     labels = predictor.predict(image)[0].labels
-    seen = predictor.resized(image)
-    multiple = predictor.inference.multiple
+    seen = predictor.preprocess.resize(image)
+    multiple = predictor.preprocess.multiple
     seen = fitted(seen, side=max(*seen.shape, multiple), multiple=multiple)
 
     @jax.jit

@@ -13,8 +13,7 @@ from PIL import Image
 
 from resfu_jax import images
 from resfu_jax.data.info import CorruptExampleError, DataError, DatasetInfo
-
-PAD_COLOUR = (124, 116, 104)  # the mean colour of ImageNet: after normalisation about zero
+from resfu_jax.preprocess import Preprocess
 
 
 def decode(
@@ -79,23 +78,6 @@ def image_size(data: bytes, where: str) -> tuple[int, int]:
         raise CorruptExampleError(str(error)) from error
 
 
-def base_scale(
-    size: tuple[int, int], resize_scale: float, resize_to: tuple[int, int] | None
-) -> float:
-    """The factor by which every image is resized, before any random scale.
-
-    Args:
-        size: two sides of an image, in any order.
-        resize_scale: factor on all images.
-        resize_to: (short, long): before that, shrink or enlarge such that the shorter side is
-            `short`, or less if the longer one would exceed `long`. MMSegmentation's
-            `Resize((long, short), keep_ratio=True)`; times a random scale its `RandomResize`.
-    """
-    if resize_to is None:
-        return resize_scale
-    return resize_scale * min(resize_to[0] / min(size), resize_to[1] / max(size))
-
-
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
     """A (width, height) times `scale`, rounded, at least one pixel each."""
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
@@ -140,11 +122,16 @@ def _resample(
 
 
 def pad(
-    image: Image.Image, label: Image.Image, height: int, width: int, ignore_label: int
+    image: Image.Image,
+    label: Image.Image,
+    height: int,
+    width: int,
+    color: tuple[int, int, int],
+    ignore_label: int,
 ) -> tuple[UInt8[np.ndarray, "{height} {width} 3"], UInt8[np.ndarray, "{height} {width}"]]:
-    """Arrays of a fixed size: `PAD_COLOUR` and the ignore label at the bottom and right."""
+    """Arrays of a fixed size: `color` and the ignore label at the bottom and right."""
     pixels = np.empty((height, width, 3), np.uint8)
-    pixels[:] = PAD_COLOUR
+    pixels[:] = color
     classes = np.full((height, width), ignore_label, np.uint8)
     pixels[: image.height, : image.width] = np.asarray(image)
     classes[: label.height, : label.width] = np.asarray(label)
@@ -157,9 +144,7 @@ class Augment:
 
     Attributes:
         crop_size: (height, width) of the result.
-        resize_scale: with `resize_to`, the factor that every image is resized by, see
-            `base_scale`; multiplies the random scale.
-        resize_to: as above.
+        preprocess: how every image is resized, times the random scale, and padded.
         scale_range: bounds of the random scale, drawn uniformly.
         max_class_share: a crop of whose labelled pixels one class has this share or more is drawn
             anew, up to ten times; 1 takes the first. MMSegmentation's `cat_max_ratio`.
@@ -169,8 +154,7 @@ class Augment:
     """
 
     crop_size: tuple[int, int]
-    resize_scale: float
-    resize_to: tuple[int, int] | None
+    preprocess: Preprocess
     scale_range: tuple[float, float]
     max_class_share: float
     flip: bool
@@ -182,7 +166,7 @@ class Augment:
     ) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]:
         """Draws everything from `rng`, so equal generators give equal results."""
         height, width = self.crop_size
-        scale = base_scale(image.size, self.resize_scale, self.resize_to)
+        scale = self.preprocess.resize_scale(*image.size)
         scale *= rng.uniform(*self.scale_range)
         full_width, full_height = scaled_size(image.size, scale)
         for _ in range(11):
@@ -198,7 +182,7 @@ class Augment:
             label = label.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.photometric:
             image = photometric_jitter(image, rng)
-        return pad(image, label, height, width, self.ignore_label)
+        return pad(image, label, height, width, self.preprocess.pad_color, self.ignore_label)
 
     def _is_mixed(self, label: Image.Image) -> bool:
         counts = label.histogram()

@@ -11,6 +11,7 @@ import difflib
 import functools
 import inspect
 import json
+import math
 import os
 import pathlib
 import runpy
@@ -28,10 +29,10 @@ from ml_collections import config_flags
 from resfu_jax import data
 from resfu_jax._checks import is_number
 from resfu_jax._files import local_path, write_whole
-from resfu_jax.backbones import check_backbone_options, vit
+from resfu_jax.backbones import backbone_strides, check_backbone_options
 from resfu_jax.heads import check_head_options
 from resfu_jax.inference import Inference
-from resfu_jax.model import IMAGENET_MEAN, IMAGENET_STD
+from resfu_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from resfu_jax.upsamplers._registry import upsampler_entry
 
 
@@ -458,9 +459,23 @@ def create_inference(config: Config) -> Inference:
     Raises:
         ValueError: a field is out of range. The message starts with its name.
     """
-    names = {field.name for field in dataclasses.fields(Inference)} - {"multiple"}
-    options = {name: getattr(config.eval, name) for name in names}
-    return Inference(**options, multiple=size_multiple(config.model.backbone))
+    names = {field.name for field in dataclasses.fields(Inference)}
+    return Inference(**{name: getattr(config.eval, name) for name in names})
+
+
+def create_preprocess(config: Config) -> Preprocess:
+    """How images are resized and padded, in training as wherever the model is used later.
+
+    Raises:
+        ValueError: a field is out of range. The message starts with its name.
+    """
+    return Preprocess(
+        scale=config.data.resize_scale,
+        resize_to=config.data.resize_to,
+        mean=config.model.mean,
+        std=config.model.std,
+        multiple=size_multiple(config.model.backbone),
+    )
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -573,7 +588,13 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         f"a multiple of {parts} ({them} x config.optimizer.accumulate)",
     )
     require("eval.batch_size", lambda v: v % devices == 0, f"a multiple of {devices} (the {them})")
-    multiple = size_multiple(config.model.backbone)
+    try:
+        multiple = size_multiple(config.model.backbone)
+        create_preprocess(config)
+    except ValueError as error:  # the fields of `data` are told below
+        multiple = 1
+        if not str(error).startswith(("scale", "resize_to")):
+            wrong.append(f"config.model: {error}")
 
     def is_size(v: tuple[int, ...]) -> bool:
         return len(v) == 2 and all(side >= multiple and side % multiple == 0 for side in v)
@@ -735,11 +756,12 @@ def _in_words(kind: Any) -> str:
 
 
 def size_multiple(config: BackboneConfig) -> int:
-    """What the sides of images have to be multiples of."""
-    if config.name != "vit":
-        return 32
-    variant = vit.VARIANTS.get(config.variant)
-    return config.options.get("patch_size", variant.patch_size if variant else 1)
+    """What the sides of images have to be multiples of: all strides of the backbone divide it.
+
+    Raises:
+        ValueError: options that no strides follow from.
+    """
+    return math.lcm(*backbone_strides(config.name, variant=config.variant, **config.options))
 
 
 def find_workdir(path: str, *, new: bool) -> pathlib.Path:
