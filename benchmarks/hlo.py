@@ -16,14 +16,16 @@ import dataclasses
 import math
 import re
 
-# Names, constants and other views of what is there already.
+# Names, constants and other views of what is there already; the last two are custom calls.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"}
 _FREE |= {"partition-id", "replica-id", "opt-barrier", "add-dependency"}
+_FREE |= {"AllocateBuffer", "ConcatBitcast"}
 _SLICES = {"slice", "dynamic-slice", "gather"}
 
 _COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*\{")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_COMMENT = re.compile(r"/\*.*?\*/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +101,25 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _instruction(text: str) -> Instruction:
+    text = _COMMENT.sub("", text)
     end = _closing(text) if text.startswith("(") else text.index(" ")  # a tuple's type has spaces
     type_, text = text[:end], text[end:].lstrip()
-    operation, _, _ = text.partition("(")
-    start = len(operation)
-    end = start + _closing(text[start:])
-    inside = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", text[start + 1 : end - 1])  # layouts have commas
-    inside = re.sub(r"\[[\d,]*\]", "", inside)
-    operands = tuple(part.split()[-1].lstrip("%") for part in inside.split(",") if part.strip())
-    return Instruction(type_, operation, operands, text[end:])
+    operation = text.partition("(")[0]
+    end = len(operation) + _closing(text[len(operation) :])
+    operands = (part.split()[-1].lstrip("%") for part in _parts(text[len(operation) : end]))
+    return Instruction(type_, operation, tuple(operands), text[end:])
+
+
+def _parts(text: str) -> list[str]:
+    """What stands between the outermost commas of a bracketed list: `(a, (b, c))` has two parts."""
+    parts, depth = [""], 0
+    for character in text[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
 
 
 def _closing(text: str) -> int:
@@ -157,21 +169,23 @@ class _Program:
         return sum((self._instruction(i, inside) for i in inside.values()), Counts())
 
     def _instruction(self, i: Instruction, inside: Computation) -> Counts:
-        if i.operation in _FREE or i.operation.endswith(("-done", "-update")):
-            return Counts()
-        if i.operation == "while":
-            (body,) = i.called("body")
-            return self.count(body).repeated(self._turns(i))
-        if i.operation == "conditional":
-            names = i.called("branch_computations")
-            names = names or i.called("true_computation") + i.called("false_computation")
-            return max((self.count(name) for name in names), key=lambda counts: counts.bytes)
-        if i.operation in ("call", "async-start"):
-            if names := i.called("to_apply") or i.called("calls"):
-                return self.count(names[0])
+        if i.operation.endswith("-start"):  # counted where it starts
+            i = _synchronous(i)
         kind = i.operation
         if target := re.search(r'custom_call_target="([^"]*)"', i.attributes):
             kind = target[1]
+        if kind in _FREE or kind.endswith(("-done", "-update")):
+            return Counts()
+        if kind == "while":
+            (body,) = i.called("body")
+            return self.count(body).repeated(self._turns(i))
+        if kind == "conditional":
+            names = i.called("branch_computations")
+            names = names or i.called("true_computation") + i.called("false_computation")
+            return max((self.count(name) for name in names), key=lambda counts: counts.bytes)
+        if kind in ("call", "async"):
+            (name,) = i.called("to_apply") or i.called("calls")
+            return self.count(name)
         cycles = re.search(r'estimated_cycles":"(\d+)"', i.attributes)
         return Counts(
             self._traffic(i, inside), int(cycles[1]) if cycles else 0, collections.Counter([kind])
@@ -191,22 +205,21 @@ class _Program:
 
     def _traffic(self, i: Instruction, inside: Computation) -> int:
         """Bytes of main memory that one operation reads and writes."""
-        operands = [array_bytes(inside[o].type) if o in inside else 0 for o in i.operands]
+        types = [inside[o].type if o in inside else "" for o in i.operands]
+        read, written = [array_bytes(t) for t in types], array_bytes(i.type)
         if i.operation in _SLICES:
-            return 2 * array_bytes(i.type)
-        if i.operation == "dynamic-update-slice":
-            return 2 * operands[1]
-        if i.operation.endswith("-start"):  # the type names operands, results and a flag
-            return operands[0] + array_bytes(_results_of_start(i.type))
-        if i.operation == "fusion":
+            read[0] = min(read[0], array_bytes(i.type, anywhere=True))
+        elif i.operation == "dynamic-update-slice":
+            read[0], written = 0, min(written, array_bytes(types[1], anywhere=True))
+        elif i.operation == "fusion":
             (body,) = i.called("calls")
-            reads = (min(n, self._read(body, k)) if n else 0 for k, n in enumerate(operands))
-            return sum(reads) + max(0, array_bytes(i.type) - self._left_in_place(body))
-        return sum(operands) + array_bytes(i.type)
+            read = [min(n, self._read(body, k)) if n else 0 for k, n in enumerate(read)]
+            written -= self._left_in_place(body)
+        return sum(read) + max(0, written)
 
     def _read(self, name: str, index: int) -> float:
         """Bytes that a fusion reads of its operand `index`; infinite: all of it."""
-        views, total, used = set(), 0.0, False
+        views, total, used = set(), 0, False
         for key, i in self.computations[name].items():
             if i.operation == "parameter":
                 if i.operands == (str(index),):
@@ -223,9 +236,7 @@ class _Program:
                     total += array_bytes(i.type, anywhere=True)
                 elif i.operation == "fusion":
                     total += self._read(i.called("calls")[0], position)
-                elif i.operation == "dynamic-update-slice" and position == 0:
-                    total += 0
-                else:
+                elif i.operation != "dynamic-update-slice" or position:
                     return math.inf
         return total if used else math.inf  # not used: the result is the operand
 
@@ -233,12 +244,14 @@ class _Program:
         """Bytes of a fusion's result that it does not write: those around an update."""
         inside, left = self.computations[name], 0
         for i in inside.values():
-            if i.operation == "dynamic-update-slice":
-                left += array_bytes(i.type, anywhere=True)
-                left -= array_bytes(inside[i.operands[1]].type, anywhere=True)
+            if i.operation == "dynamic-update-slice" and (whole := array_bytes(i.type)):
+                update = inside[i.operands[1]].type
+                left += max(0, whole - array_bytes(update, anywhere=True))
         return left
 
 
-def _results_of_start(type_: str) -> str:
-    arrays = [found[0] for found in re.finditer(_ARRAY, type_)]
-    return arrays[1] if len(arrays) > 1 else type_
+def _synchronous(i: Instruction) -> Instruction:
+    """The operation that a `-start` starts: its type names operands, results and a flag."""
+    parts = _parts(i.type)
+    result = parts[0] if i.operation == "copy-start" else parts[1]
+    return dataclasses.replace(i, type=result, operation=i.operation.removesuffix("-start"))

@@ -167,7 +167,10 @@ def device(name: str) -> Any:
     except Exception as error:
         versions = ", ".join(f"{k} {v}" for k, v in compiler_versions(name).items())
         reason = str(error).strip().splitlines()[0]
-        raise Missing(f"the compiler for {name} ({versions}) does not start: {reason}") from error
+        raise Missing(
+            f"the compiler for {name} ({versions}) does not start: {reason}; if JAX has computed "
+            "something before, set JAX_PLATFORMS=cpu"
+        ) from error
     return topology.devices[0]
 
 
@@ -195,12 +198,14 @@ def compile_for(target: str, f: Callable[..., Any], *args: Any) -> Figures:
     """
     sharding = jax.sharding.SingleDeviceSharding(device(target))
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
-    traced = jax.jit(f, in_shardings=sharding, out_shardings=sharding).trace(*shapes)
-    lowered = traced.lower()
+    lowered = jax.jit(f, in_shardings=sharding, out_shardings=sharding).lower(*shapes)
     start = time.perf_counter()
     compiled = lowered.compile()
     compile_s = time.perf_counter() - start
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    if not cost:  # the compiler for GPUs tells nothing of its program
+        plain = jax.jit(f).trace(*shapes).lower(lowering_platforms=(TARGETS[target].platform,))
+        cost = {"flops": plain.cost_analysis()["flops"]}
     counts = hlo.count(compiled.as_text())
     hertz = TARGETS[target].hertz
     return Figures(
