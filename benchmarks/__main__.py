@@ -31,6 +31,7 @@ import pathlib
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import jax
@@ -39,7 +40,7 @@ from benchmarks import plot, targets
 from benchmarks.measure import DIRECTIONS, DTYPES, compare
 from benchmarks.overhead import overhead
 from benchmarks.targets import TARGETS
-from benchmarks.workloads import GROUPS, WORKLOADS
+from benchmarks.workloads import GROUPS, WORKLOADS, Workload
 from resfu_jax import list_upsamplers
 
 UPSAMPLERS = ("resfu", "sapa", "fade", "carafe", "dysample", "lda_aqu")
@@ -203,7 +204,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         what += f", guide {head['guide']}{head['note']}" if head["guided"] else ""
     columns = _COLUMNS
     if "target" in head:
-        what, columns = f"{head['target']} {what}", _TARGET_COLUMNS
+        columns = _TARGET_COLUMNS
         rows = [_in_outputs(row) for row in rows]
     titles = " ".join(f"{title:{width}}" for title, _, width, _ in columns)
     return "\n".join([what, "  " + titles.rstrip(), *("  " + _line(row, columns) for row in rows)])
@@ -221,7 +222,7 @@ def _in_outputs(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a target, with bytes in multiples of the output's, and totals."""
     if "skipped" in row:
         return row
-    shown = dict(row, kernels=sum(row["kernels"].values()), loops=_loops(row["loops"]))
+    shown = dict(row, loops=_loops(row["loops"]))
     for what in ("temporary", "hbm", "xla"):
         if row[f"{what}_mb"] is not None:
             shown[what] = row[f"{what}_mb"] / row["output_mb"]
@@ -234,7 +235,9 @@ def _loops(turns: Sequence[int]) -> str:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """A line for each comparison with the official module, eager."""
+    """A line for each comparison with the official module, eager, or for each target's program."""
+    if "target" in rows[0]:
+        return _markdown_of_targets(rows)
     lines = [
         "| upsampler | workload | | ours ms | PyTorch ms | faster | temporaries MB | PyTorch MB "
         "| compile s |",
@@ -245,9 +248,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         mine = ours.get(_comparison(row))
         if row["form"] != "torch" or mine is None:
             continue
-        direction = row["direction"].replace("forward+", "with ")
-        direction += "" if row["dtype"] == "float32" else f", {row['dtype']}"
-        head = f"| `{row['upsampler']}` | `{row['workload']}` | {direction} | {mine['ms']:.1f} |"
+        head = f"| `{row['upsampler']}` | `{row['workload']}` | {_direction(row)} "
+        head += f"| {mine['ms']:.1f} |"
         tail = f" {mine['temporary_mb']:.1f} | - | {mine['compile_s']:.1f} |"
         if "ms" in row:
             factor = row["ms"] / mine["ms"]
@@ -259,8 +261,40 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _markdown_of_targets(rows: list[dict[str, Any]]) -> str:
+    """A line for each program of our form, and beside it what the literal form's moves."""
+    columns = {key: (title, spec) for title, key, _, spec in _TARGET_COLUMNS[1:]}
+    beside = ("temporary", "hbm", "xla")
+    titles = [title for title, _ in columns.values()]
+    titles += [f"literal {columns[key][0]}" for key in beside]
+    lines = [
+        f"| upsampler | target | workload | | {' | '.join(titles)} |",
+        "|---" * (4 + len(titles)) + "|",
+    ]
+    literal = {_comparison(row): _in_outputs(row) for row in rows if row["form"] == "literal"}
+    for row in rows:
+        if row["form"] != "ours":
+            continue
+        if "skipped" in row:
+            values = [row["skipped"]]
+        else:
+            ours, other = _in_outputs(row), literal.get(_comparison(row), {})
+            cells = [(ours.get(key), columns[key][1]) for key in columns]
+            cells += [(other.get(key), columns[key][1]) for key in beside]
+            values = ["-" if value is None else format(value, spec) for value, spec in cells]
+        head = f"| `{row['upsampler']}` | {row['target']} | `{row['workload']}` "
+        lines.append(f"{head}| {_direction(row)} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def _direction(row: dict[str, Any]) -> str:
+    direction = row["direction"].replace("forward+", "with ")
+    return direction + ("" if row["dtype"] == "float32" else f", {row['dtype']}")
+
+
 def _comparison(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(row[key] for key in ("upsampler", "workload", "dtype", "direction"))
+    keys = ("target", "upsampler", "workload", "dtype", "direction")
+    return tuple(row[key] for key in keys if key in row)
 
 
 def _in_a_process(f: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -274,6 +308,15 @@ def _in_a_process(f: Callable[..., Any], *args: Any, **options: Any) -> Any:
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(f, *args, **options).result()
+
+
+def _compiled(target: str, up: str, name: str, sizes: Workload, **options: str) -> dict[str, Any]:
+    """A row of `targets.measure`; a program that the compiler breaks down at costs its row only."""
+    try:
+        return _in_a_process(targets.measure, target, up, name, sizes, **options)
+    except BrokenProcessPool:
+        row = targets.head(target, up, name, **options)
+        return row | dict(skipped="the compiler broke down")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -312,13 +355,13 @@ def main(argv: list[str] | None = None) -> int:
     for target, (name, sizes), up, dtype, direction in itertools.product(
         args.target or (None,), workloads.items(), args.upsamplers, args.dtypes, args.directions
     ):
-        what = (up, name, sizes)
-        options = dict(dtype=dtype, direction=direction, forms=forms)
-        if target is not None:
-            compared = _in_a_process(targets.measure, target, *what, **options)
+        options = dict(dtype=dtype, direction=direction)
+        if target is None:
+            options |= dict(forms=forms, peer_root=args.peer_root, runs=args.runs)
+            options |= dict(seconds=args.seconds, seed=args.seed)
+            compared = _in_a_process(compare, up, name, sizes, **options)
         else:
-            options |= dict(peer_root=args.peer_root, runs=args.runs, seconds=args.seconds)
-            compared = _in_a_process(compare, *what, seed=args.seed, **options)
+            compared = [_compiled(target, up, name, sizes, **options, form=form) for form in forms]
         print(table(compared), flush=True)
         rows += compared
         if args.json:

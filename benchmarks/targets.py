@@ -161,7 +161,9 @@ def device(name: str) -> Any:
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     jax.config.update("jax_platforms", "cpu")
-    logging.getLogger("jax").setLevel(logging.ERROR)  # the CUDA plugin finds no driver, at length
+    logger = logging.getLogger("jax")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # the CUDA plugin says at length that it finds no driver
     try:
         topology = topologies.get_topology_desc(platform=target.platform, **target.topology)
     except Exception as error:
@@ -171,6 +173,8 @@ def device(name: str) -> Any:
             f"the compiler for {name} ({versions}) does not start: {reason}; if JAX has computed "
             "something before, set JAX_PLATFORMS=cpu"
         ) from error
+    finally:
+        logger.setLevel(level)
     return topology.devices[0]
 
 
@@ -241,52 +245,54 @@ def measure(
     *,
     dtype: str = "bfloat16",
     direction: str = "forward",
-    forms: tuple[str, ...] = ("ours", "literal"),
-) -> list[dict[str, Any]]:
-    """One row for each form; a form that cannot be compiled has its reason under `skipped`.
+    form: str = "ours",
+) -> dict[str, Any]:
+    """One row of figures; what cannot be compiled has its reason under `skipped`.
 
     Args:
       target: one of `TARGETS`.
       name: of the upsampler.
-      workload_name: for the rows.
+      workload_name: for the row.
       workload: sizes.
       dtype: of inputs and computation; parameters are float32.
       direction: "forward", or "forward+backward" for y and the gradients to all arguments.
-      forms: "ours", what a user gets, and "literal", the one of `implementation="reference"`.
+      form: "ours", what a user gets, or "literal", the one of `implementation="reference"`.
     """
     device(target)  # before the upsampler is made, for which JAX looks for its platforms
-    head = dict(
-        target=target, upsampler=name, workload=workload_name, dtype=dtype, direction=direction
-    )
+    row = head(target, name, workload_name, dtype, direction, form)
     try:
         workload, note = fit(name, workload)
-    except Skip as skip:
-        return [head | dict(form="ours", skipped=str(skip))]
-    head |= dataclasses.asdict(workload) | dict(guided=is_guided(name), note=note)
-    h, w = workload.output_size
-    output = h * w * workload.channels * jnp.dtype(dtype).itemsize
-    rows = []
-    for form in forms:
-        row = head | dict(form=form, output_mb=output / 1e6)
-        rows.append(row)
+        row |= dataclasses.asdict(workload) | dict(guided=is_guided(name), note=note)
         if form == "literal" and not has_literal_form(name):
-            row["skipped"] = "it has only one form"
-            continue
+            raise Skip("it has only one form")
         options = dict(implementation="reference") if form == "literal" else {}
         f, args = abstract_call(name, workload, direction, dtype, **options)
-        try:
-            figures = compile_for(target, f, *args)
-        except jax.errors.JaxRuntimeError as error:  # more memory than the device has
-            row["skipped"] = str(error).strip().splitlines()[0][:200]
-            continue
-        row.update(
-            temporary_mb=figures.temporaries / 1e6,
-            hbm_mb=figures.hbm / 1e6,
-            xla_mb=None if figures.xla is None else figures.xla / 1e6,
-            gflop=None if figures.flops is None else figures.flops / 1e9,
-            estimate_ms=figures.estimate_ms,
-            kernels=figures.kernels,
-            loops=figures.loops,
-            compile_s=figures.compile_s,
-        )
-    return rows
+        figures = compile_for(target, f, *args)
+    except (Skip, jax.errors.JaxRuntimeError) as error:  # such as more memory than there is
+        return row | dict(skipped=str(error).strip().splitlines()[0][:200])
+    h, w = workload.output_size
+    return row | dict(
+        output_mb=h * w * workload.channels * jnp.dtype(dtype).itemsize / 1e6,
+        temporary_mb=figures.temporaries / 1e6,
+        hbm_mb=figures.hbm / 1e6,
+        xla_mb=None if figures.xla is None else figures.xla / 1e6,
+        gflop=None if figures.flops is None else figures.flops / 1e9,
+        estimate_ms=figures.estimate_ms,
+        kernels=sum(figures.kernels.values()),
+        loops=figures.loops,
+        compile_s=figures.compile_s,
+    )
+
+
+def head(
+    target: str, name: str, workload: str, dtype: str, direction: str, form: str
+) -> dict[str, Any]:
+    """What a row is about."""
+    return dict(
+        target=target,
+        upsampler=name,
+        workload=workload,
+        dtype=dtype,
+        direction=direction,
+        form=form,
+    )
