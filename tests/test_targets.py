@@ -4,6 +4,8 @@ What small trailing axes (groups, taps, pairs) cost there is not seen on a CPU: 
 tiles of 8 x 128. Whoever changes an upsampler or an op sees here what a TPU's compiler says.
 """
 
+import json
+import pathlib
 import platform
 import sys
 from typing import NamedTuple
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import __main__ as cli
 from benchmarks import hlo, targets
 from benchmarks.workloads import WORKLOADS
 from resfu_jax import list_upsamplers
@@ -138,6 +141,16 @@ def test_a_compiler_that_does_not_start(monkeypatch):
         targets.Missing, match=r"v6e \(jax .*does not start: no such file; .*JAX_PLATFORMS=cpu"
     ):
         targets.device.__wrapped__("v6e")
+
+
+def test_the_docs_show_the_figures_that_are_committed():
+    docs = pathlib.Path(__file__).parents[1] / "docs"
+    files = sorted(docs.glob("targets_*.json"))
+    assert files
+    for file in files:
+        assert (
+            cli.markdown(json.loads(file.read_text())["rows"]) in (docs / "targets.md").read_text()
+        )
 
 
 # ------------------------------------------------------------------- counting over program text
