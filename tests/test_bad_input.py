@@ -329,16 +329,9 @@ DATA: list[Bad] = [
     Bad("train_batches", "shard", (0,), batches(TRAIN, "shard"), r"\(index, count\).*got \(0,\)"),
     Bad("train_batches", "shard", (0.0, 1), batches(TRAIN, "shard"), r"got \(0.0, 1\)"),
     Bad("train_batches", "on_corrupt", "no", batches(TRAIN, "on_corrupt"), "'raise' or 'skip'"),
-    Bad("train_batches", "resize_scale", 0, batches(TRAIN, "resize_scale"), "positive, got 0"),
-    Bad("train_batches", "resize_scale", math.inf, batches(TRAIN, "resize_scale"), "got inf"),
-    Bad("train_batches", "resize_scale", math.nan, batches(TRAIN, "resize_scale"), "got nan"),
-    Bad("train_batches", "resize_scale", "1", batches(TRAIN, "resize_scale"), "positive, got 1"),
-    Bad("train_batches", "resize_to", 30, batches(TRAIN, "resize_to"), r"\(short, long\).*got 30"),
-    Bad("train_batches", "resize_to", (30, 20), batches(TRAIN, "resize_to"), "short <= long"),
     Bad("eval_batches", "pad_to", 0, batches(EVAL, "pad_to"), "must be positive.*got 0"),
     Bad("eval_batches", "pad_to", (8,), batches(EVAL, "pad_to"), r"\(height, width\).*got \(8,\)"),
     Bad("eval_batches", "pad_to", 8.5, batches(EVAL, "pad_to"), "got 8.5"),
-    Bad("eval_batches", "pad_to", None, batches(EVAL, "pad_to"), "got None"),
     Bad("eval_batches", "pad_to", True, batches(EVAL, "pad_to"), "got True"),
     Bad("eval_batches", "batch_size", 0, batches(EVAL, "batch_size"), "at least 1"),
     Bad("eval_batches", "shard", (1, 1), batches(EVAL, "shard"), "0 <= index < count"),
@@ -934,7 +927,7 @@ PREDICTOR: list[Bad] = [
     *rows("train_batches", batches, "scale_range", "0 < low", (True, True), (1, math.inf)),
     *rows("train_batches", batches, "max_class_share", "at most 1", 0, 1j, True, "1", math.nan),
     *rows("train_batches", batches, "seed", "whole number", -1, 0.5, "0", True),
-    *rows("train_batches", batches, "num_workers", "not be negative", -1, 0.5, True),
+    *rows("train_batches", batches, "num_workers", "whole number from 0", -1, 0.5, True),
     *rows("train_batches", batches, "preprocess", "a Preprocess", None, 0.5),
 ]
 
@@ -942,9 +935,12 @@ PREDICTOR: list[Bad] = [
 ROWS = [*OPS, *CONVERT, *DATA, *CONFIG, *RUNS, *PREDICTOR]
 
 
-@pytest.mark.parametrize(
-    "row", ROWS, ids=[f"{row.who}-{row.argument}-{str(row.value)[:40]}" for row in ROWS]
-)
+def name_of(row):
+    """The same in every process: without addresses in memory."""
+    return f"{row.who}-{row.argument}-{re.sub(' at 0x[0-9a-f]+', '', str(row.value))[:40]}"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=name_of)
 def test_bad_input(row, tmp_path, as_users_call):
     with pytest.raises(row.error) as raised:
         row.call(row.value, tmp_path)

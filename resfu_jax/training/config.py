@@ -761,7 +761,8 @@ def size_multiple(config: BackboneConfig) -> int:
     Raises:
         ValueError: options that no strides follow from.
     """
-    return math.lcm(*backbone_strides(config.name, variant=config.variant, **config.options))
+    options = {"variant": config.variant} | config.options
+    return math.lcm(*backbone_strides(config.name, **options))
 
 
 def find_workdir(path: str, *, new: bool) -> pathlib.Path:
