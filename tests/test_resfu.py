@@ -10,12 +10,15 @@ import pytest
 from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jax.test_util import check_grads
 
 from resfu_jax.ops.filters import box_filter, gaussian_blur, guided_filter
 from resfu_jax.ops.fns_attention import fns_attention
+from resfu_jax.ops.group_norm import group_moments
 from resfu_jax.ops.grouped_conv import grouped_conv, grouped_linear
+from resfu_jax.ops.pcdc import PCDCParameters, pcdc
 from resfu_jax.upsamplers import create_upsampler
-from resfu_jax.upsamplers.resfu import ReSFU, neighbours_inside
+from resfu_jax.upsamplers.resfu import ReSFU, _affine_of_norm, neighbours_inside
 
 # Every example compiles; the seeds are fixed so that a run repeats.
 few = settings(max_examples=6, deadline=None, derandomize=True, database=None)
@@ -145,6 +148,190 @@ def test_box_filter_is_the_mean_of_the_window():
         for j in range(5):
             window = x[0, max(i - 2, 0) : i + 3, max(j - 2, 0) : j + 3]
             np.testing.assert_allclose(y[0, i, j, 0], window.mean(), rtol=1e-5)
+
+
+def guided_filter_as_defined(guide, x, radius, eps):
+    """Window by window, in float64."""
+    guide, x = np.asarray(guide, np.float64), np.asarray(x, np.float64)
+    h, w = guide.shape[1:3]
+    pixels = [(i, j) for i in range(h) for j in range(w)]
+
+    def window(x, i, j):
+        return x[:, max(i - radius, 0) : i + radius + 1, max(j - radius, 0) : j + radius + 1]
+
+    def mean(x):
+        return x.mean(axis=(1, 2))
+
+    a, b = np.zeros_like(guide), np.zeros_like(guide)
+    for i, j in pixels:
+        of_guide, of_x = window(guide, i, j), window(x, i, j)
+        centred = of_guide - mean(of_guide)[:, None, None]
+        a[:, i, j] = mean(centred * of_x) / (mean(centred**2) + eps)
+        b[:, i, j] = mean(of_x) - a[:, i, j] * mean(of_guide)
+    out = np.zeros_like(guide)
+    for i, j in pixels:
+        out[:, i, j] = mean(window(a, i, j)) * guide[:, i, j] + mean(window(b, i, j))
+    return out
+
+
+def flat_guide(kind, dtype=jnp.float32):
+    """Little noise on a ground that is far from zero, or on two."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:22, :19]
+    ground = {"flat": 1000.0 * np.ones((22, 19)), "steps": 255.0 * ((y // 9 + x // 9) % 2)}[kind]
+    noise = 0.03 * rng.normal(size=(1, 22, 19, 2))
+    return jnp.asarray(ground[None, ..., None] + noise, dtype)
+
+
+@pytest.mark.parametrize("kind", ["flat", "steps"])
+@pytest.mark.parametrize("radius", [1, 4, 8, 30])
+def test_guided_filter_keeps_the_variance_of_flat_guides(kind, radius):
+    guide, x = flat_guide(kind), normal(1, 1, 22, 19, 2)
+    y = jax.jit(functools.partial(guided_filter, radius=radius, eps=1e-3))(guide, x)
+    wanted = guided_filter_as_defined(guide, x, radius, 1e-3)
+    np.testing.assert_allclose(y, wanted, atol=5e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("gf_scale", [1, 2])
+def test_guided_filter_in_narrow_dtypes(dtype, gf_scale):
+    """One rounding, of the result; and of the gradients."""
+    guide = (4 + 0.04 * normal(0, 1, 24, 20, 3)).astype(dtype)
+    x, cotangent = normal(1, 1, 24, 20, 3).astype(dtype), normal(2, 1, 24, 20, 3).astype(dtype)
+
+    def f(guide, x, cotangent):
+        filtered = functools.partial(guided_filter, radius=8, eps=1e-3, gf_scale=gf_scale)
+        y, vjp = jax.vjp(filtered, guide, x)
+        return y, *vjp(cotangent)
+
+    wide = jax.jit(f)(*(a.astype(jnp.float32) for a in (guide, x, cotangent)))
+    eager = guided_filter(guide, x, radius=8, eps=1e-3, gf_scale=gf_scale)
+    pairs = [(eager, wide[0]), *zip(jax.jit(f)(guide, x, cotangent), wide, strict=True)]
+    tolerance = float(jnp.finfo(dtype).eps)
+    for a, b in pairs:
+        assert a.dtype == dtype
+        atol = tolerance * float(abs(b).max())
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=tolerance, atol=atol)
+
+
+@pytest.mark.parametrize("gf_scale", [1, 2])
+@jax.enable_x64(True)
+def test_guided_filter_gradient(gf_scale):
+    guide, x = (normal(i, 1, 9, 8, 2, dtype=jnp.float64) for i in range(2))
+    f = jax.jit(functools.partial(guided_filter, radius=2, eps=1e-2, gf_scale=gf_scale))
+    check_grads(f, (guide, x), order=1, modes=["rev"])
+
+
+def test_box_filter_sums_in_float32():
+    x = normal(0, 1, 30, 40, 2) + 10
+    for dtype in (jnp.bfloat16, jnp.float16):
+        narrow = x.astype(dtype)
+        y = box_filter(narrow, 12)
+        assert y.dtype == dtype
+        wanted = box_filter(narrow.astype(jnp.float32), 12).astype(dtype)
+        np.testing.assert_array_equal(y.astype(jnp.float32), wanted.astype(jnp.float32))
+
+
+def pcdc_parameters(level, dtype):
+    """Of a layer whose hidden values vary little around `level`."""
+    shapes = dict(
+        kernel=(0.2, 3, 3, 4, 16),
+        bias=(0.1, 16),
+        scale=(0.1, 8),
+        norm_bias=(0.1, 8),
+        mix=(0.01, 8, 16),
+        mix_bias=(1e-4, 16),
+        hidden_scale=(0.1, 16),
+        hidden_bias=(0.1, 16),
+        project=(0.3, 16, 9),
+        project_bias=(0.1, 9),
+    )
+    rng = np.random.default_rng(0)
+    values = {name: std * rng.normal(size=shape) for name, (std, *shape) in shapes.items()}
+    values["mix_bias"] += level
+    for name in ("scale", "hidden_scale"):
+        values[name] += 1
+    return PCDCParameters(**{name: jnp.asarray(a, dtype) for name, a in values.items()})
+
+
+@pytest.mark.parametrize("tile", [None, 3])
+@pytest.mark.parametrize("dilation", [2, 3])  # the ratio, and not
+def test_pcdc_keeps_the_variance_of_hidden_maps(dilation, tile):
+    k, q = normal(0, 1, 6, 5, 8), normal(1, 1, 12, 10, 8)
+    options = dict(dilation=dilation, groups=2, norm_groups=4)
+
+    def f(level, dtype, **form):
+        inputs = k.astype(dtype), q.astype(dtype)
+        f = jax.jit(functools.partial(pcdc, **options, **form))
+        return f(*inputs, pcdc_parameters(level, dtype))
+
+    for level, tolerance in ((1.0, 1e-4), (30.0, 2e-3), (1000.0, 5e-2)):
+        with jax.enable_x64(True):
+            exact = f(level, jnp.float64, implementation="reference")
+        np.testing.assert_allclose(f(level, jnp.float32, tile=tile), exact, atol=tolerance)
+
+
+def test_norm_folded_into_a_product_in_narrow_dtypes():
+    """The error is that of the normalised map's rounding, wherever the map is."""
+    for dtype in (jnp.bfloat16, jnp.float16):
+        x = (40 + 0.5 * normal(0, 1, 20, 20, 8)).astype(dtype)
+        scale, bias, kernel = (
+            normal(i, *s).astype(dtype) for i, s in enumerate([[8], [8], [8, 6]], 1)
+        )
+
+        def f(x, *parameters):
+            scale, bias, kernel = parameters
+            moments = group_moments(x, groups=4)
+            return _affine_of_norm(x, scale, bias, moments, kernel, None).astype(jnp.float32)
+
+        y = f(x, scale, bias, kernel)
+        wanted = f(*(a.astype(jnp.float32) for a in (x, scale, bias, kernel)))
+        np.testing.assert_allclose(
+            y, wanted, atol=2 * float(jnp.finfo(dtype).eps) * float(wanted.max())
+        )
+
+
+def test_resfu_in_bfloat16_with_a_flat_guide():
+    """Weights as large as trained ones; the guide is flat but for its steps."""
+    rng = np.random.default_rng(1)
+
+    def resfu(dtype):
+        up = ReSFU(16, 16, scale=4, dtype=dtype, rngs=nnx.Rngs(0))
+        random = np.random.default_rng(2)
+        for variable, std in (
+            (up.q.kernel, 0.25),
+            (up.k.kernel, 0.25),
+            (up.semantic_scores.project.kernel, 0.3),
+            (up.semantic_scores.mix_kernel, 0.1),
+        ):
+            variable[...] = jnp.asarray(std * random.normal(size=variable.shape), jnp.float32)
+        return up
+
+    y, x = np.mgrid[:64, :64]
+    steps = ((x // 16 + y // 16) % 2)[None, ..., None]
+    guide = jnp.asarray(steps + 0.02 * rng.normal(size=(1, 64, 64, 16)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(1, 16, 16, 16)), jnp.float32)
+    exact, narrow = (
+        jax.jit(resfu(dtype).__call__)(x, guide).astype(jnp.float32)
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    np.testing.assert_allclose(narrow, exact, atol=0.3)
+    assert np.sqrt(np.mean(np.square(narrow - exact))) < 0.02
+
+
+def test_gradients_are_finite_in_float16():
+    up = ReSFU(16, 16, rngs=nnx.Rngs(0))
+    x, guide, weight = (
+        normal(i, 1, *size, 16, dtype=jnp.float16)
+        for i, size in enumerate([(6, 7), (12, 14), (12, 14)])
+    )
+    for guide_ in (guide, 4 + 0.01 * guide, jnp.full_like(guide, 3)):
+
+        def loss(up, x, guide):
+            return (up(x, guide) * weight).astype(jnp.float32).mean()
+
+        for g in jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1, 2)))(up, x, guide_)):
+            assert np.isfinite(g).all()
 
 
 def test_filters_reject(as_users_call):

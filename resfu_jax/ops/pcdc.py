@@ -159,18 +159,18 @@ def _blocks(
     apart = jax.lax.stop_gradient(apart.reshape(groups, inner * taps, o))
     mix = p.mix.reshape(o, groups, o).transpose(1, 2, 0)
     bias, mix_bias = (a.reshape(groups, o) for a in (p.bias, p.mix_bias))
-    # u where q and k agree. Its statistics are made of sums and sums of squares, of the deviations
-    # from this: of u itself, small differences between large numbers would be lost.
+    # u where q and k agree. Its deviations from this are what is summed up, squared and projected:
+    # of u itself, small differences between large numbers would be lost.
     agreed = jnp.einsum("goi,gi->go", mix, jax.nn.relu(bias), precision="highest")
     agreed = jax.lax.stop_gradient(jax.nn.relu(agreed + mix_bias))
     agreed = agreed.astype(at_least_float32(dtype))
 
     def compress(t, bias, mix, mix_bias, agreed):
-        """u, and the sums that its statistics need."""
+        """The deviations of u, and the sums that its statistics need."""
         t = jax.nn.relu(t + bias[None, :, :, None])
         u = jax.nn.relu(_per_group(mix, t) + mix_bias[None, :, :, None])
         deviation = u.astype(agreed.dtype) - agreed[None, :, :, None]
-        return u, (deviation.sum(axis=3), jnp.square(deviation).sum(axis=3))
+        return deviation.astype(dtype), (deviation.sum(axis=3), jnp.square(deviation).sum(axis=3))
 
     ratio = whole_ratio(k.shape[1:3], q.shape[1:3])
     if ratio == (dilation, dilation) and dilation > 1:
@@ -220,13 +220,14 @@ def _blocks(
     def factor_and_bias(last, sums):
         """What makes the variance of u 1, channel by channel, and the bias of the scores."""
         project, project_bias, scale, shift, agreed = (a.astype(sums[0].dtype) for a in last)
-        of_channel, square = (a.reshape(b, hidden) / jnp.asarray(hh * ww, a.dtype) for a in sums)
-        variance = jnp.maximum(square - jnp.square(of_channel), 0)
-        of_channel = agreed.reshape(1, hidden) + of_channel
-        mean = group_mean(of_channel, norm_groups)
-        variance = group_mean(variance + jnp.square(of_channel - mean), norm_groups)
+        agreed = agreed.reshape(1, hidden)
+        deviation, square = (a.reshape(b, hidden) / jnp.asarray(hh * ww, a.dtype) for a in sums)
+        variance = jnp.maximum(square - jnp.square(deviation), 0)  # of a channel
+        means = agreed + deviation
+        mean = group_mean(means, norm_groups)
+        variance = group_mean(variance + jnp.square(means - mean), norm_groups)
         factor = jax.lax.rsqrt(variance + EPS)
-        shift = shift[None] - mean * factor * scale[None]
+        shift = shift[None] - (mean - agreed) * factor * scale[None]
         return factor, shift @ project + project_bias[None]
 
     def finish(last, sums, scores):
