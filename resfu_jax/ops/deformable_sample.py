@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 from resfu_jax.ops import _bilinear
 from resfu_jax.ops._dtypes import cast
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops._large_pages import empty
 from resfu_jax.ops._order import zeros_after
 from resfu_jax.ops._row_blocks import (
     Rows,
@@ -168,7 +167,7 @@ def _at_made_points(make_points, padding_mode, params, x, source):
         return loop(inner, sample, out)
 
     b, height, width, groups, p, _ = shape
-    out = empty((b, count * height, width, groups, p, x.shape[3] // groups), x.dtype)
+    out = jnp.zeros((b, count * height, width, groups, p, x.shape[3] // groups), x.dtype)
     return loop(count, body, out).reshape(b, count * height, width, -1)
 
 
