@@ -31,6 +31,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from resfu_jax.backbones._layers import check_images
 from resfu_jax.heads._layers import (
     check_arguments,
     check_maps,
@@ -89,7 +90,7 @@ class LinearHead(nnx.Module):
     ):
         if not in_features or not all(n > 0 for n in in_features):
             raise ValueError(f"in_features must be positive integers, got {in_features}")
-        check_arguments(num_classes, width, dropout)
+        check_arguments(num_classes, width, dropout, dtype, param_dtype)
         if guide_stride not in _STEM_STRIDES:
             raise ValueError(
                 f"guide_stride must be one of {tuple(_STEM_STRIDES)}, got {guide_stride}"
@@ -140,7 +141,7 @@ class LinearHead(nnx.Module):
         )
         values = jnp.einsum(
             "bhwgc,gck->bhwgk",
-            values.reshape(b, h, w, groups, -1),
+            values.reshape(b, h, w, groups, values.shape[3] // groups),
             kernel.reshape(groups, -1, self.num_classes),
         ).reshape(b, h, w, groups * self.num_classes)
         logits = self.upsample(x, other, values=values).astype(bias.dtype)
@@ -152,6 +153,7 @@ class LinearHead(nnx.Module):
     ) -> tuple[Float[Array, "b _h _w _d"], Float[Array, "b h w g"] | tuple[Size, Size]]:
         """The features, and the guide; the output's size for an upsampler without a guide."""
         check_maps(features, self.in_features)
+        check_images(images, 3)
         x = features[0] if len(features) == 1 else jnp.concatenate(features, axis=-1)
         if self.norm is not None:
             x = self.norm(x)

@@ -94,7 +94,7 @@ class SegFormerHead(nnx.Module):
     ):
         if len(in_features) != 4 or not all(n > 0 for n in in_features):
             raise ValueError(f"in_features must be four positive integers, got {in_features}")
-        check_arguments(num_classes, width, dropout)
+        check_arguments(num_classes, width, dropout, dtype, param_dtype)
         if wiring not in _STEPS:
             raise ValueError(f"wiring must be one of {get_args(Wiring)}, got {wiring!r}")
         if project not in get_args(Projection):

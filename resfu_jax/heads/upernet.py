@@ -85,7 +85,7 @@ class UPerNetHead(nnx.Module):
             )
         if not all(n > 0 for n in pool_sizes):
             raise ValueError(f"pool_sizes must be positive integers, got {pool_sizes}")
-        check_arguments(num_classes, width, dropout)
+        check_arguments(num_classes, width, dropout, dtype, param_dtype)
 
         types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.in_features = tuple(in_features)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from resfu_jax.ops import _bilinear
+from resfu_jax.ops._checks import takes_maps
 from resfu_jax.ops._dtypes import cast
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._order import zeros_after
@@ -35,6 +36,7 @@ Implementation = Literal["reference", "blocks"]
 _POINTS_FRACTION, _SOURCE_FRACTION, _SOURCE_PIXELS = 32, 8, 32
 
 
+@takes_maps("x", "points")
 def deformable_sample(
     x: Float[Array, "b h w c"],
     points: Float[Array, "b H W g p 2"],

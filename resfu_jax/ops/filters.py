@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from resfu_jax.ops._checks import takes_maps
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._order import after
@@ -14,6 +15,7 @@ from resfu_jax.ops._polyphase import extend, extend_axis, upsample_extended, who
 from resfu_jax.ops.resize import resize
 
 
+@takes_maps("x")
 def gaussian_blur(
     x: Float[Array, "b h w c"], *, kernel_size: int = 3, sigma: float = 1.0
 ) -> Float[Array, "b h w c"]:
@@ -40,6 +42,7 @@ def gaussian_blur(
     return y.astype(x.dtype)
 
 
+@takes_maps("x")
 def box_filter(x: Float[Array, "b h w c"], radius: int) -> Float[Array, "b h w c"]:
     """Mean over the (2 radius + 1)^2 window, at borders over the pixels that exist.
 
@@ -89,6 +92,7 @@ _window_sums.defvjp(
 )
 
 
+@takes_maps("guide", "x")
 def guided_filter(
     guide: Float[Array, "b h w c"],
     x: Float[Array, "b h w c"],

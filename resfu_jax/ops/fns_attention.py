@@ -35,6 +35,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from resfu_jax.ops import _cells
+from resfu_jax.ops._checks import takes_maps
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import half_pixel_taps, take_clamped
 from resfu_jax.ops._order import after
@@ -44,6 +45,7 @@ from resfu_jax.ops._row_blocks import map_row_blocks
 Implementation = Literal["reference", "polyphase"]
 
 
+@takes_maps("attn", "x")
 def fns_attention(
     attn: Float[Array, "b H W taps"],
     x: Float[Array, "b h w c"],

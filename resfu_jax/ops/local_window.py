@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from resfu_jax.ops import _cells
+from resfu_jax.ops._checks import takes_maps
 from resfu_jax.ops._dtypes import at_least_float32, cast, promote
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._order import later, zeros_after, zeros_once
@@ -45,6 +46,7 @@ Implementation = Literal["reference", "polyphase"]
 _GRADIENT_BLOCKS = 32  # at least, in `shuffled_attention`
 
 
+@takes_maps("q", "k")
 def local_similarity(
     q: Float[Array, "b H W d"],
     k: Float[Array, "b h w d"],
@@ -82,6 +84,7 @@ def local_similarity(
     return jnp.einsum("bhwd,bhwtd->bhwt", q.astype(dtype), windows).astype(q.dtype)
 
 
+@takes_maps("weights", "v")
 def local_reassembly(
     weights: Float[Array, "b H W taps"],
     v: Float[Array, "b h w c"],
@@ -98,6 +101,7 @@ def local_reassembly(
     )
 
 
+@takes_maps("scores", "v", "scale")
 def local_attention(
     scores: Float[Array, "b H W taps"],
     v: Float[Array, "b h w c"],
@@ -176,6 +180,7 @@ def local_attention(
     return out
 
 
+@takes_maps("scores", "v")
 def shuffled_attention(
     scores: Float[Array, "b h w d"],
     v: Float[Array, "b h w c"],
@@ -329,7 +334,7 @@ def _blocks(
 
 def _reassemble_whole(weights: _cells.Weights, v: Array) -> Array:
     """Sums of all windows in the dtype of v."""
-    # Padded once the weights are computed, not beside what they are made of, and not widened before.
+    # Padded, and widened, once the weights are computed, not beside what they are made of.
     zero = zeros_after(weights, (v.shape[0], 1, 1, 1), v.dtype)
     padded = _pad(jnp.where(zero > 0, zero, v), math.isqrt(weights.shape[4]))
     return cast(_cells.reassemble(weights, padded.astype(weights.dtype)), v.dtype)

@@ -15,6 +15,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from resfu_jax.ops._checks import check_floating
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
 from resfu_jax.ops.resize import resize
@@ -23,6 +24,7 @@ from resfu_jax.upsamplers._layers import (
     check_odd,
     check_output_size,
     check_whole,
+    compute_dtype,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
@@ -63,6 +65,7 @@ class Interpolation(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         if not scale > 0:
             raise ValueError(f"scale must be positive, got {scale}")
         if align_corners and method not in ("bilinear", "bicubic"):
@@ -84,7 +87,7 @@ class Interpolation(nnx.Module):
           ValueError: a wrong number of channels.
         """
         check_features(features, self.features)
-        x = features if self.dtype is None else features.astype(self.dtype)
+        x = features.astype(compute_dtype(self.dtype, features, values))
         return resize(
             reassembled(x, values),
             output_size,
@@ -133,6 +136,7 @@ class Deconvolution(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         check_whole(scale=scale)
         out_features = features if out_features is None else out_features
         kernel_size = scale if kernel_size is None else kernel_size
@@ -215,6 +219,7 @@ class PixelShuffle(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         check_whole(scale=scale)
         check_odd(kernel_size=kernel_size)
         self.features, self.scale = features, scale

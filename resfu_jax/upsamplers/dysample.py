@@ -22,6 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from resfu_jax.ops._checks import check_floating
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops.deformable_sample import (
@@ -85,6 +86,7 @@ class DySample(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         check_whole(scale=scale, groups=groups)
         need(style in get_args(Style), f"style must be one of {get_args(Style)}, got {style!r}")
         need(features % groups == 0, f"groups must divide features={features}, got {groups}")
@@ -125,7 +127,7 @@ class DySample(nnx.Module):
         """
         check_features(features, self.features)
         check_output_size("dysample", features, output_size, self.scale)
-        x = features.astype(compute_dtype(self.dtype, features))
+        x = features.astype(compute_dtype(self.dtype, features, values))
         if values is not None:
             values = reassembled(x, values, groups=self.value_groups)
         if self.implementation == "reference":

@@ -24,6 +24,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from resfu_jax.ops._checks import check_floating
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops.deformable_attention import Implementation, deformable_attention
@@ -97,6 +98,7 @@ class LDAAQU(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         check_whole(reduction_factor=reduction_factor, nh=nh, n_groups=n_groups)
         check_odd(k_e=k_e, k_u=k_u)
         need(scale > 0, f"scale must be positive, got {scale}")
@@ -139,7 +141,7 @@ class LDAAQU(nnx.Module):
           ValueError: a wrong number of channels.
         """
         check_features(features, self.features)
-        x = features.astype(compute_dtype(self.dtype, features))
+        x = features.astype(compute_dtype(self.dtype, features, values))
         normed = apply_norm(x, self.norm)
         if output_size is None:
             output_size = tuple(_times(n, self.scale) for n in x.shape[1:3])

@@ -27,6 +27,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from resfu_jax.ops._checks import check_floating
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._gradient import scale_gradient
 from resfu_jax.ops._interp import Size
@@ -137,6 +138,7 @@ class ReSFU(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         guide_features = need_guide("resfu", guide_features)
         dilation = scale if dilation is None else dilation
         check_whole(scale=scale, dilation=dilation)
@@ -215,7 +217,7 @@ class ReSFU(nnx.Module):
         Any H >= h and W >= w.
         """
         attn = self.attention(features, guide)
-        dtype = compute_dtype(self.dtype, features, guide)
+        dtype = compute_dtype(self.dtype, features, guide, values)
         form = self.implementation if self.implementation == "reference" else None
         v = reassembled(features.astype(dtype), values)
         return fns_attention(attn, v, implementation=form, tile=self.tile)
