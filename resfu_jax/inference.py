@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer, Num
 
+from resfu_jax.ops._checks import check_not_empty, check_real
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
 from resfu_jax.preprocess import Preprocess, is_integer, is_real, preprocess_of
@@ -264,13 +265,14 @@ def _coverage(
 
 
 def _cut(image: Array, top: Array, left: Array, crop: tuple[int, int]) -> Array:
-    return jax.lax.dynamic_slice(image, (top, left, 0), (*crop, image.shape[2]))
+    start = (top, left, jnp.zeros_like(top))  # of one dtype, whatever that of a literal is
+    return jax.lax.dynamic_slice(image, start, (*crop, image.shape[2]))
 
 
 def _add(total: Array, window: Array, top: Array, left: Array) -> Array:
     """`total` with `window` added at (top, left)."""
     there = _cut(total, top, left, window.shape[:2])
-    return jax.lax.dynamic_update_slice(total, there + window, (top, left, 0))
+    return jax.lax.dynamic_update_slice(total, there + window, (top, left, jnp.zeros_like(top)))
 
 
 def _pad(images: Array, size: tuple[int, int], color: tuple[int, int, int]) -> Array:
@@ -311,6 +313,11 @@ def _check_images(images: Array, sizes: Array | None) -> None:
         raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
     if images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"images must be (batch, height, width, 3), got {images.shape}")
+    if images.dtype != jnp.uint8:
+        check_real("images", images)
+    check_not_empty("images", images)
+    if sizes is not None and not jnp.issubdtype(sizes.dtype, jnp.integer):
+        raise ValueError(f"sizes must be whole numbers of pixels, got {sizes.dtype}")
     if sizes is not None and sizes.shape != (images.shape[0], 2):
         raise ValueError(f"sizes must be ({images.shape[0]}, 2), got {sizes.shape}")
     if sizes is not None and not jnp.issubdtype(sizes.dtype, jnp.integer):
@@ -318,6 +325,7 @@ def _check_images(images: Array, sizes: Array | None) -> None:
 
 
 def _check_logits(logits: Array | jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> None:
+    check_real("what apply returns", logits)
     if len(logits.shape) != 4 or logits.shape[:3] != shape[:3]:
         raise ValueError(
             f"apply must return logits {(*shape[:3], 'k')} for images {shape}, got {logits.shape}"

@@ -34,6 +34,8 @@ from jaxtyping import Array, Float
 
 from resfu_jax._batch_norm import BatchNorm
 from resfu_jax._checks import check_choice, check_flag, check_sizes, check_whole
+from resfu_jax.backbones._layers import check_images
+from resfu_jax.ops._checks import check_floating
 
 Stem = Literal["standard", "deep"]
 
@@ -106,6 +108,7 @@ class ResNet(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         if variant not in tuple(VARIANTS):
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         sizes = VARIANTS[variant]
@@ -180,10 +183,7 @@ class ResNet(nnx.Module):
         Raises:
           ValueError: images that are not `(B, H, W, in_channels)`.
         """
-        if images.ndim != 4 or images.shape[3] != self.in_channels:
-            raise ValueError(
-                f"images must be (batch, height, width, {self.in_channels}), got {images.shape}"
-            )
+        check_images(images, self.in_channels)
         x = images if self.dtype is None else images.astype(self.dtype)
         for layer in self.stem:
             x = jax.nn.relu(layer(x))

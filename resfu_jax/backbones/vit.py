@@ -41,7 +41,8 @@ from resfu_jax._checks import (
     is_whole,
     need,
 )
-from resfu_jax.backbones._layers import LayerNorm, PatchConv
+from resfu_jax.backbones._layers import LayerNorm, PatchConv, check_images
+from resfu_jax.ops._checks import check_floating
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
 from resfu_jax.preprocess import is_integer
@@ -156,6 +157,7 @@ class ViT(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         if variant not in tuple(VARIANTS):
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         given = dict(
@@ -302,12 +304,7 @@ class ViT(nnx.Module):
         return 1 if self.registers is None else 1 + self.registers.shape[0]
 
     def _check_images(self, images: Array) -> None:
-        if images.ndim != 4 or images.shape[3] != self.in_channels:
-            raise ValueError(
-                f"images must be (batch, height, width, {self.in_channels}), got {images.shape}"
-            )
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"images must be normalised floating point, got {images.dtype}")
+        check_images(images, self.in_channels)
         h, w = images.shape[1:3]
         patch = self.strides[0]
         if any(isinstance(n, int) and (n % patch or n < 1) for n in (h, w)):

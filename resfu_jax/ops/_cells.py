@@ -27,7 +27,6 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._dtypes import cast
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops._large_pages import empty
 from resfu_jax.ops._order import zeros_after
 from resfu_jax.ops._row_blocks import (
     Rows,
@@ -111,7 +110,7 @@ def _correlate_bwd(n, groups, saved, g):
         d_y = add(d_y, cast(reassemble(weights, window), y.dtype), i, pixels)
         return d_y, add(d_x, scatter(weights, y_rows, window.shape), i, windows)
 
-    return loop(count, body, (empty(y.shape, y.dtype, g), zeros_after(g, x.shape, x.dtype)))
+    return loop(count, body, tuple(zeros_after(g, a.shape, a.dtype) for a in (y, x)))
 
 
 correlate.defvjp(

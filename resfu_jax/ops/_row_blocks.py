@@ -17,7 +17,6 @@ from jaxtyping import Array
 
 from resfu_jax.ops._dtypes import at_least_float32, bfloat16_is_native
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops._large_pages import empty
 from resfu_jax.ops._order import zeros_after
 
 # Values of the widest map of a block, over the batch. On a CPU, blocks then stay in a core's cache;
@@ -291,7 +290,8 @@ def _run(f, count, inputs, outputs, params, arrays, early=False):
         full = list(shape.shape)
         full[rows.axis] = rows.step * count
         # Not earlier than needed: the buffers exist from when the first array is computed.
-        buffers.append(empty(tuple(full), shape.dtype, None if early else arrays[0]))
+        zeros = jnp.zeros if early else functools.partial(zeros_after, arrays[0])
+        buffers.append(zeros(tuple(full), shape.dtype))
     sums = zero_sums(sum_shapes)
 
     def body(i, state):
@@ -315,9 +315,7 @@ def _run_backward(f, count, inputs, params, arrays, cotangents, done):
     for a, rows in zip(arrays, inputs, strict=True):
         filled = _are_apart(rows) and a.shape[rows.axis] == count * rows.step
         dtype = a.dtype if filled else at_least_float32(a.dtype)
-        d_arrays.append(
-            empty(a.shape, dtype, done) if filled else zeros_after(done, a.shape, dtype)
-        )
+        d_arrays.append(zeros_after(done, a.shape, dtype))
 
     def body(i, state):
         d_params, d_arrays = state

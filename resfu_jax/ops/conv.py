@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from resfu_jax.ops._checks import takes_maps
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._order import never
 from resfu_jax.ops._row_blocks import Rows, block_rows, block_values, map_row_blocks
@@ -18,6 +19,7 @@ _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 _FEW = 16  # channels, like those of an image, whose windows are short runs of memory
 
 
+@takes_maps("x", others=("kernel",))
 def conv(
     x: Float[Array, "b h w c"],
     kernel: Float[Array, "kh kw c o"],

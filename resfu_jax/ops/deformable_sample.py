@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from resfu_jax.ops import _bilinear
+from resfu_jax.ops._checks import takes_maps
 from resfu_jax.ops._dtypes import cast
 from resfu_jax.ops._interp import Size
-from resfu_jax.ops._large_pages import empty
 from resfu_jax.ops._order import zeros_after
 from resfu_jax.ops._row_blocks import (
     Rows,
@@ -36,6 +36,7 @@ Implementation = Literal["reference", "blocks"]
 _POINTS_FRACTION, _SOURCE_FRACTION, _SOURCE_PIXELS = 32, 8, 32
 
 
+@takes_maps("x", "points")
 def deformable_sample(
     x: Float[Array, "b h w c"],
     points: Float[Array, "b H W g p 2"],
@@ -168,7 +169,7 @@ def _at_made_points(make_points, padding_mode, params, x, source):
         return loop(inner, sample, out)
 
     b, height, width, groups, p, _ = shape
-    out = empty((b, count * height, width, groups, p, x.shape[3] // groups), x.dtype)
+    out = jnp.zeros((b, count * height, width, groups, p, x.shape[3] // groups), x.dtype)
     return loop(count, body, out).reshape(b, count * height, width, -1)
 
 

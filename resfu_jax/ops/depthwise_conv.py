@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from resfu_jax.ops._checks import takes_maps
 from resfu_jax.ops._dtypes import at_least_float32
 
 Implementation = Literal["reference", "shifts"]
 
 
+@takes_maps("x", others=("kernel",))
 def depthwise_conv(
     x: Float[Array, "b h w c"],
     kernel: Float[Array, "kh kw c"],

@@ -35,9 +35,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from resfu_jax.ops import _cells
+from resfu_jax.ops._checks import takes_maps
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import half_pixel_taps, take_clamped
-from resfu_jax.ops._large_pages import filled
 from resfu_jax.ops._order import after
 from resfu_jax.ops._polyphase import extend, phase_weights, whole_ratio
 from resfu_jax.ops._row_blocks import map_row_blocks
@@ -45,6 +45,7 @@ from resfu_jax.ops._row_blocks import map_row_blocks
 Implementation = Literal["reference", "polyphase"]
 
 
+@takes_maps("attn", "x")
 def fns_attention(
     attn: Float[Array, "b H W taps"],
     x: Float[Array, "b h w c"],
@@ -127,14 +128,10 @@ def _polyphase(attn: Array, x: Array, k: int, ratio: tuple[int, int], tile: int 
 
     def whole(_, arrays):
         attn, padded = arrays
-
-        def sums(zero):
-            seen = padded + zero[:, None, None, None]
-            if halves:
-                return _reassemble_half_cells(attn.astype(dtype), seen, k, ratio).astype(x.dtype)
-            return f(None, (attn, seen))[0]
-
-        return (filled(sums, jnp.zeros(attn.shape[0], dtype), attn),)
+        if halves:
+            out = _reassemble_half_cells(attn.astype(dtype), padded, k, ratio)
+            return (out.astype(x.dtype),)
+        return f(None, arrays)
 
     halves = all(r > 2 and r % 2 == 0 for r in ratio)
     forward = None if tile is not None else whole

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from resfu_jax.ops import _cells
-from resfu_jax.ops._dtypes import at_least_float32, bfloat16_is_native, cast, promote
+from resfu_jax.ops._checks import takes_maps
+from resfu_jax.ops._dtypes import at_least_float32, cast, promote
 from resfu_jax.ops._interp import Size, divide_products
-from resfu_jax.ops._large_pages import filled
 from resfu_jax.ops._order import later, zeros_after, zeros_once
 from resfu_jax.ops._polyphase import whole_ratio
 from resfu_jax.ops._row_blocks import (
@@ -46,6 +46,7 @@ Implementation = Literal["reference", "polyphase"]
 _GRADIENT_BLOCKS = 32  # at least, in `shuffled_attention`
 
 
+@takes_maps("q", "k")
 def local_similarity(
     q: Float[Array, "b H W d"],
     k: Float[Array, "b h w d"],
@@ -83,6 +84,7 @@ def local_similarity(
     return jnp.einsum("bhwd,bhwtd->bhwt", q.astype(dtype), windows).astype(q.dtype)
 
 
+@takes_maps("weights", "v")
 def local_reassembly(
     weights: Float[Array, "b H W taps"],
     v: Float[Array, "b h w c"],
@@ -99,6 +101,7 @@ def local_reassembly(
     )
 
 
+@takes_maps("scores", "v", "scale")
 def local_attention(
     scores: Float[Array, "b H W taps"],
     v: Float[Array, "b h w c"],
@@ -169,8 +172,7 @@ def local_attention(
 
     def whole(_, arrays):
         *narrow, v = arrays
-        # XLA fuses the sums with what follows: with a scale the caller adds to them.
-        return (_reassemble_whole(weights_of(*narrow), v, alone=scale is None),)
+        return (_reassemble_whole(weights_of(*narrow), v),)
 
     count, windows, pixels = _blocks(v, scores.shape[1:3], kernel_size)
     inputs = (*[pixels] * len(narrow), windows)
@@ -178,6 +180,7 @@ def local_attention(
     return out
 
 
+@takes_maps("scores", "v")
 def shuffled_attention(
     scores: Float[Array, "b h w d"],
     v: Float[Array, "b h w c"],
@@ -328,22 +331,12 @@ def _blocks(
     return count, Bordered(windows.step, windows.length, border), pixels
 
 
-def _reassemble_whole(weights: _cells.Weights, v: Array, *, alone: bool = True) -> Array:
-    """Sums of all windows in the dtype of v, as an array of its own or for a fusion with more."""
-    kernel_size = math.isqrt(weights.shape[4])
-
-    def sums(zero):
-        # Padded once the weights are computed, not beside what they are made of. And not widened
-        # before that, or a loop would be given the wide map.
-        late = zero[:, None, None, None].astype(v.dtype)
-        padded = _pad(jnp.where(late > 0, late, v), kernel_size)
-        return cast(_cells.reassemble(weights, padded.astype(weights.dtype)), v.dtype)
-
-    zero = zeros_after(weights, weights.shape[:1], weights.dtype)
-    if v.dtype != weights.dtype and not bfloat16_is_native():
-        # XLA widens v before the loop: only where it is small next to the result.
-        alone = alone and weights.shape[1] >= 4 * v.shape[1]
-    return filled(sums, zero, weights) if alone else sums(zero)
+def _reassemble_whole(weights: _cells.Weights, v: Array) -> Array:
+    """Sums of all windows in the dtype of v."""
+    # Padded, and widened, once the weights are computed, not beside what they are made of.
+    zero = zeros_after(weights, (v.shape[0], 1, 1, 1), v.dtype)
+    padded = _pad(jnp.where(zero > 0, zero, v), math.isqrt(weights.shape[4]))
+    return cast(_cells.reassemble(weights, padded.astype(weights.dtype)), v.dtype)
 
 
 def _polyphase(implementation: str | None, size, out_size) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from resfu_jax.ops import _interp
+from resfu_jax.ops._checks import takes_maps
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops._polyphase import whole_ratio
 
@@ -17,6 +18,7 @@ Method = Literal["bilinear", "nearest", "nearest-exact", "bicubic"]
 Implementation = Literal["reference", "polyphase"]
 
 
+@takes_maps("x", real=False)
 def resize(
     x: Shaped[Array, "b h w c"],
     size: tuple[Size, Size] | None = None,

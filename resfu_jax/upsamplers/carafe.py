@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_odd, check_whole, need
+from resfu_jax.ops._checks import check_floating
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops.local_window import Implementation, shuffled_attention
 from resfu_jax.upsamplers._layers import (
@@ -76,6 +77,7 @@ class CARAFE(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         check_whole(
             features=features,
             scale=scale,
@@ -121,7 +123,7 @@ class CARAFE(nnx.Module):
         """
         check_features(features, self.features)
         check_output_size("carafe", features, output_size, self.scale)
-        x = features.astype(compute_dtype(self.dtype, features))
+        x = features.astype(compute_dtype(self.dtype, features, values))
         v = reassembled(x, values, groups=self.value_groups)
         return shuffled_attention(
             self.scores(x),

@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_flag, check_whole, need
+from resfu_jax.ops._checks import check_floating
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._interp import Size
 from resfu_jax.ops.deformable_sample import (
@@ -85,6 +86,7 @@ class DySample(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         check_whole(features=features, scale=scale, groups=groups)
         check_choice(get_args(Style), style=style)
         check_flag(dyscope=dyscope)
@@ -127,7 +129,7 @@ class DySample(nnx.Module):
         """
         check_features(features, self.features)
         check_output_size("dysample", features, output_size, self.scale)
-        x = features.astype(compute_dtype(self.dtype, features))
+        x = features.astype(compute_dtype(self.dtype, features, values))
         if values is not None:
             values = reassembled(x, values, groups=self.value_groups)
         if self.implementation == "reference":

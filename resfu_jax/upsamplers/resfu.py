@@ -37,6 +37,7 @@ from resfu_jax._checks import (
     check_whole,
     need,
 )
+from resfu_jax.ops._checks import check_floating
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._gradient import scale_gradient
 from resfu_jax.ops._interp import Size
@@ -144,6 +145,7 @@ class ReSFU(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         guide_features = need_guide("resfu", guide_features)
         dilation = scale if dilation is None else dilation
         check_whole(
@@ -229,7 +231,7 @@ class ReSFU(nnx.Module):
         Any H >= h and W >= w.
         """
         attn = self.attention(features, guide)
-        dtype = compute_dtype(self.dtype, features, guide)
+        dtype = compute_dtype(self.dtype, features, guide, values)
         form = self.implementation if self.implementation == "reference" else None
         v = reassembled(features.astype(dtype), values)
         return fns_attention(attn, v, implementation=form, tile=self.tile)

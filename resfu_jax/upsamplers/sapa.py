@@ -35,6 +35,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_flag, check_odd, check_whole, need
+from resfu_jax.ops._checks import check_floating
 from resfu_jax.ops._dtypes import at_least_float32
 from resfu_jax.ops._polyphase import whole_ratio
 from resfu_jax.ops._softmax import softmax
@@ -117,6 +118,7 @@ class SAPA(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         guide_features = need_guide("sapa", guide_features)
         out_dim = features if out_dim is None else out_dim
         check_whole(features=features, scale=scale, out_dim=out_dim)
@@ -164,7 +166,7 @@ class SAPA(nnx.Module):
         """
         check_features(features, self.features)
         check_guide(features, guide, self.guide_features)
-        dtype = compute_dtype(self.dtype, features, guide)
+        dtype = compute_dtype(self.dtype, features, guide, values)
         x, y = features.astype(dtype), guide.astype(dtype)
         x, scores = self._scores(x, y)
         if values is None and self.v is not None:
@@ -257,6 +259,7 @@ class SAPADeform(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         guide_features = need_guide("sapa_deform", guide_features)
         check_whole(
             features=features,
@@ -302,7 +305,7 @@ class SAPADeform(nnx.Module):
         """
         check_features(features, self.features)
         check_guide(features, guide, self.guide_features)
-        dtype = compute_dtype(self.dtype, features, guide)
+        dtype = compute_dtype(self.dtype, features, guide, values)
         x, y = features.astype(dtype), guide.astype(dtype)
         normed = apply_norm(x, self.norm_x)
         q = apply_linear(apply_norm(y, self.norm_y), self.q)
