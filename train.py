@@ -15,9 +15,15 @@ Several hosts run the same command, with `--distributed` on a TPU pod or under S
 """
 
 import json
+import os
 import pathlib
+import signal
 import sys
 from typing import Any
+
+if __name__ == "__main__":  # Until `StopSignals`: the imports take seconds, nothing has begun.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: (os.write(2, b"stopped\n"), os._exit(128 + n)))
 
 import jax
 import jax.numpy as jnp
@@ -47,13 +53,30 @@ class NonFiniteError(RuntimeError):
     """The loss or its gradient is NaN or infinite. The message names the step and the images."""
 
 
-def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: str) -> None:
+def run(
+    config: training.Config,
+    workdir: pathlib.Path,
+    mode: str,
+    checkpoint: str,
+    stop: training.StopSignals,
+) -> None:
     """Trains to `config.steps`, or evaluates a checkpoint."""
     # ------------------------------------------------------------------------------------- devices
     training.validate(config, devices=jax.device_count(), processes=jax.process_count())
     layout = training.Layout(config.parallel)
     main_process = training.is_main_process()
     training.check_together(workdir, config)
+
+    # ----------------------------------------------------------------------------- resume or start
+    checkpoints = training.Checkpoints(
+        workdir / "checkpoints", keep=config.checkpoint.keep, read_only=mode == "eval"
+    )
+    start = checkpoints.find("latest" if mode == "train" else checkpoint)
+    if start is not None:
+        training.check_same_run(workdir, config, only="" if mode == "train" else "model.")
+    elif mode == "eval":
+        raise training.CheckpointError(f"there is no checkpoint in {checkpoints.directory}")
+    stop.check()
 
     # --------------------------------------------------------------------------------------- model
     info = data.dataset_info(config.data.name, config.data.dir)
@@ -87,6 +110,7 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         jax.eval_shape(
             lambda s, x: nnx.merge(graphdef, s["params"], s["rest"])(x), abstract_state, crop
         )
+        stop.check()
         pretrained = training.pretrained_backbone(config.model.backbone)
     except (ValueError, FileNotFoundError) as error:  # an option or weights that do not fit
         raise training.ConfigError(f"config.model: {error}") from error
@@ -94,26 +118,29 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
     parameters = sum(p.size for p in jax.tree.leaves(abstract_state["params"]))
 
     # ---------------------------------------------------------------------------------------- data
+    stop.check()
     if info.embedded:
         training.one_after_another(lambda: build_once(config.data.name, config.data.dir))
+    stop.check()
     train_source = data.open_source(config.data.name, "train", config.data.dir)
     val_source = data.open_source(config.data.name, "validation", config.data.dir)
     if config.data.on_corrupt == "skip":
         train_source = data.skip_corrupt(train_source, info)
         val_source = data.skip_corrupt(val_source, info)
+    preprocess = training.create_preprocess(config)
     process = dict(shard=(jax.process_index(), jax.process_count()))
     val_batches = data.eval_batches(
         val_source,
         info,
         batch_size=config.eval.batch_size // jax.process_count(),
-        resize_scale=config.data.resize_scale,
-        resize_to=config.data.resize_to,
-        pad_to=config.eval.pad_to or training.size_multiple(config.model.backbone),
+        preprocess=preprocess,
+        pad_to=config.eval.pad_to,
         group_sizes=config.eval.group_sizes,
         **process,
     )
 
     class_weights = training.class_weights(config.loss, train_source, info)
+    stop.check()
 
     # --------------------------------------------------------------------------------- update step
     def train_step(
@@ -199,7 +226,8 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
     def evaluate(step: int, state: State) -> dict[str, float]:
         counts = training.SegmentationCounts.zeros(info.num_classes)
         left = config.eval.pictures if main_process else 0
-        for batch in val_batches:
+        for i, batch in enumerate(val_batches):
+            stop.check(ask=i % 10 == 0)
             sizes = batch["size"]
             batch = with_features(batch) if infer.plain else batch
             batch_counts, predictions = eval_step(state, layout.to_devices(batch))
@@ -219,22 +247,15 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
                 left -= 1
         return counts.compute(info.class_names)
 
-    # ------------------------------------------------------------------------------ resume or start
-    checkpoints = training.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    start = checkpoints.find("latest" if mode == "train" else checkpoint)
-    if start is not None:
-        training.check_same_run(workdir, config, only="" if mode == "train" else "model.")
-
+    # --------------------------------------------------------------------------------------- state
     if mode == "eval":
-        if start is None:
-            raise training.CheckpointError(f"there is no checkpoint in {workdir / 'checkpoints'}")
         state = checkpoints.restore(start, abstract_state)
         cache = feature_cache(state)
         metrics = evaluate(start, state)
         checkpoints.close()
         if main_process:
             text = json.dumps({"step": start} | metrics, indent=2)
-            (workdir / f"eval_{start}.json").write_text(text)
+            training.write_whole(workdir / f"eval_{start}.json", text)
             training.print_table(f"checkpoint {start}", metrics, info.class_names, {})
         return
 
@@ -243,8 +264,7 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         info,
         batch_size=config.batch_size // jax.process_count(),
         crop_size=config.data.crop_size,
-        resize_scale=config.data.resize_scale,
-        resize_to=config.data.resize_to,
+        preprocess=preprocess,
         scale_range=config.data.scale_range,
         max_class_share=config.data.max_class_share,
         flip=config.data.flip,
@@ -256,6 +276,7 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
     checkpoints.check_space(abstract_state)
     if start is None:
         start = 0
+        stop.check()
         quickly = {"xla_backend_optimization_level": 0}  # It runs once: compile it quickly.
         make_state = jax.jit(
             lambda *pretrained: init(*pretrained)[1],
@@ -296,8 +317,9 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         f"{f' in {jax.process_count()} processes' if jax.process_count() > 1 else ''}; "
         f"{f'continuing from step {start}' if start else 'starting'}, to step {config.steps}"
     )
-    stop = training.StopSignals()
+    stop.check()
     profile = training.Profile(config.profile, workdir / "profile")
+    history = workdir / "metrics.jsonl"
     window = []  # (step, ids, metrics on the device) since the last report
 
     def report(step: int) -> None:
@@ -317,7 +339,19 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         reporter.train(step, means | training.peak_memory())
         window.clear()
 
+    def evaluation_due(step: int) -> bool:
+        return step >= config.steps or step % config.eval.every == 0
+
+    def score(step: int) -> None:
+        metrics = evaluate(step, state)
+        checkpoints.score(step, metrics)
+        reporter.evaluation(step, metrics)
+
     try:
+        stop.at_once = False  # From here on there is something to save.
+        evaluated = {line["step"] for line in training.read_metrics(history) if "val/miou" in line}
+        if start and evaluation_due(start) and start not in evaluated:
+            score(start)  # That evaluation failed, or was stopped.
         for step in range(start + 1, config.steps + 1):
             profile.before(step, state)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -329,31 +363,26 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
 
             last = step == config.steps
             stopping = training.agreed_stop(stop.received, ask=step % config.log_every == 0)
-            evaluation_due = last or step % config.eval.every == 0
-            saving = evaluation_due or stopping or step % config.checkpoint.every == 0
+            saving = evaluation_due(step) or stopping or step % config.checkpoint.every == 0
             if saving or step % config.log_every == 0:
                 report(step)
-            metrics = None
-            if evaluation_due:
-                metrics = evaluate(step, state)
-                reporter.evaluation(step, metrics)
             if saving:
-                checkpoints.save(step, state, train_batches, metrics)
+                checkpoints.save(step, state, train_batches)
             if stopping and not last:
-                reporter.message(f"stopped at step {step}; the same command continues")
-                sys.exit(128 + stopping)
+                raise training.Stopped(stopping, f"stopped at step {step}")
+            if evaluation_due(step):
+                score(step)
     finally:
         profile.close()
         checkpoints.close()
         train_batches.close()
         reporter.close()
-        stop.close()
 
     # --------------------------------------------------------------------------------------- table
     if not main_process:
         return
-    history = training.read_metrics(workdir / "metrics.jsonl")
-    evaluations = [line for line in history if "val/miou" in line]
+    lines = training.read_metrics(history)
+    evaluations = [line for line in lines if "val/miou" in line]
     best = max(evaluations, key=lambda line: (line["val/miou"], line["step"]))
     training.print_table(
         f"{config.data.name}, {config.model.head.upsampler}, step {config.steps}",
@@ -361,7 +390,7 @@ def run(config: training.Config, workdir: pathlib.Path, mode: str, checkpoint: s
         info.class_names,
         {
             "best": f"mIoU {best['val/miou']:.4f} at step {best['step']}",
-            "training time": f"{sum(line.get('seconds', 0) for line in history) / 60:.1f} min",
+            "training time": f"{sum(line.get('seconds', 0) for line in lines) / 60:.1f} min",
             "parameters": f"{parameters:,}",
             "corrupt images skipped": str(len(train_source.skipped) + len(val_source.skipped)),
             "workdir": str(workdir),
@@ -390,6 +419,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax would tell every step of a save.
     if argv[1:]:
         sys.exit(f"error: unknown arguments: {' '.join(argv[1:])}")
+    stop = training.StopSignals()
     try:
         training.initialize_distributed(
             detect=DISTRIBUTED.value,
@@ -399,15 +429,21 @@ def main(argv: list[str]) -> None:
         )
         if DRY_RUN.value:
             with training.dry_run(CONFIG.value) as (config, workdir):
-                run(config, workdir, "train", "latest")
-            return
-        run(CONFIG.value, pathlib.Path(WORKDIR.value).resolve(), MODE.value, CHECKPOINT.value)
+                run(config, workdir, "train", "latest", stop)
+        else:
+            workdir = training.find_workdir(WORKDIR.value, new=MODE.value == "train")
+            run(CONFIG.value, workdir, MODE.value, CHECKPOINT.value, stop)
+    except training.Stopped as stopped:
+        if training.is_main_process():
+            print(f"{stopped}; the same command continues", file=sys.stderr)
+        sys.exit(128 + stopped.number)
     except (
         training.ConfigError,
         training.CheckpointError,
         data.DatasetNotPrepared,
         data.DataError,
         NonFiniteError,
+        OSError,
     ) as error:
         sys.exit(f"error: {error}")
 

@@ -4,6 +4,7 @@
     python -m benchmarks --peer-root DIR --json results.json   and against the official modules
     python -m benchmarks --plot docs/scaling.png               how time and memory grow
     python -m benchmarks --overhead --upsamplers carafe        what Python adds to a call
+    python -m benchmarks --target v5e --json v5e.json          compiled for a TPU; nothing runs
 
 DIR holds checkouts of the official repositories as owner/repository (zmhhmz/ReSFU,
 poppinace/sapa, poppinace/fade, tiny-smart/sapa, tiny-smart/dysample, duzw9311/LDA-AQU); their
@@ -11,6 +12,10 @@ modules run in PyTorch, from `pip install -e '.[bench]'`.
 
 A form takes `time x` times as long as ours, and `memory x` times the temporary memory: above 1,
 ours is ahead.
+
+With --target all figures are made at compile time, by the target's own compiler, on a machine that
+needs no such device. Memory and traffic are in multiples of the output's bytes; docs/targets.md
+explains the columns.
 """
 
 import argparse
@@ -25,18 +30,34 @@ import os
 import pathlib
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import jax
 
-from benchmarks import plot
+from benchmarks import plot, targets
 from benchmarks.measure import DIRECTIONS, DTYPES, compare
 from benchmarks.overhead import overhead
-from benchmarks.workloads import GROUPS, WORKLOADS
+from benchmarks.targets import TARGETS
+from benchmarks.workloads import GROUPS, WORKLOADS, Workload
 from resfu_jax import list_upsamplers
 
 UPSAMPLERS = ("resfu", "sapa", "fade", "carafe", "dysample", "lda_aqu")
+_DEFAULTS = {
+    "here": dict(
+        upsamplers=UPSAMPLERS,
+        workloads=("shapes", "segmenter", "segformer"),
+        dtypes=("float32",),
+        directions=DIRECTIONS,
+    ),
+    "target": dict(
+        upsamplers=tuple(list_upsamplers()),
+        workloads=("segmenter", "dino", "detection"),
+        dtypes=("bfloat16", "float32"),
+        directions=DIRECTIONS,
+    ),
+}
 _PACKAGES = ("resfu_jax", "jax", "jaxlib", "flax", "numpy", "torch")
 
 
@@ -48,17 +69,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def choice(flag: str, choices, default, text: str):
-        text = f"{text}, of {' '.join(choices)}; default: {' '.join(default)}"
-        parser.add_argument(
-            flag, nargs="+", choices=choices, default=default, metavar="NAME", help=text
-        )
+    def choice(flag: str, choices, text: str):
+        defaults = [_DEFAULTS[way].get(flag[2:]) for way in ("here", "target")]
+        if all(defaults):
+            here, target = (" ".join(d) if len(d) < len(choices) else "all" for d in defaults)
+            text = f"{text}; default: {here}; with --target: {target}"
+        text = f"{text}; of {' '.join(choices)}"
+        parser.add_argument(flag, nargs="+", choices=choices, metavar="NAME", help=text)
 
-    choice("--upsamplers", list_upsamplers(), UPSAMPLERS, "what to measure")
-    workloads = [*WORKLOADS, *GROUPS]
-    choice("--workloads", workloads, ("shapes", "segmenter", "segformer"), "sizes")
-    choice("--dtypes", DTYPES, ("float32",), "of inputs and computation")
-    choice("--directions", DIRECTIONS, DIRECTIONS, "with and without gradients")
+    choice("--target", TARGETS, "compiles for these, instead of measuring this machine")
+    choice("--upsamplers", list_upsamplers(), "what to measure")
+    choice("--workloads", [*WORKLOADS, *GROUPS], "sizes")
+    choice("--dtypes", DTYPES, "of inputs and computation")
+    choice("--directions", DIRECTIONS, "with and without gradients")
     parser.add_argument("--peer-root", metavar="DIR", help="the official repositories")
     parser.add_argument("--torch-compile", action="store_true", help="compiles them, too")
     parser.add_argument("--no-literal", action="store_true", help="leaves the literal form out")
@@ -99,22 +122,36 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--peer-root needs PyTorch: pip install -e '.[bench]'")
     if args.runs < 1:
         parser.error(f"--runs must be at least 1, got {args.runs}")
+    if args.target and (args.peer_root or args.plot or args.overhead):
+        parser.error("--target compiles only: it goes without --peer-root, --plot and --overhead")
+    for name, value in _DEFAULTS["target" if args.target else "here"].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+def machine(compiled_for: Sequence[str] = ()) -> dict[str, Any]:
+    """What the figures depend on.
+
+    Args:
+      compiled_for: the targets, if nothing runs.
+    """
     versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in dict.fromkeys(
+        (*_PACKAGES, *(p for t in compiled_for for p in TARGETS[t].packages))
+    ):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    device = jax.devices()[0]
+    if compiled_for:
+        device = f"none: compiled for {' '.join(compiled_for)}, nothing ran"
+    else:
+        device = f"{jax.devices()[0].platform} {jax.devices()[0].device_kind}"
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
-        "device": f"{device.platform} {device.device_kind}",
+        "device": device,
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
@@ -143,6 +180,18 @@ _COLUMNS = (
     ("memory x", "memory_ratio", ">8", ".2f"),
     ("difference", "error", ">10", ".0e"),
 )
+# Of what was compiled for a target. Bytes are in multiples of the output's.
+_TARGET_COLUMNS = (
+    ("", "form", "<8", "s"),
+    ("temp.", "temporary", ">7", ".2f"),
+    ("hbm", "hbm", ">7", ".1f"),
+    ("xla", "xla", ">7", ".0f"),
+    ("GFLOP", "gflop", ">8", ".2f"),
+    ("est. ms", "estimate_ms", ">8", ".2f"),
+    ("kernels", "kernels", ">7", "d"),
+    ("loops", "loops", ">5", "s"),
+    ("compile s", "compile_s", ">9", ".1f"),
+)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -153,20 +202,42 @@ def table(rows: list[dict[str, Any]]) -> str:
         (h, w), scale = head["size"], head["scale"]
         what += f": {head['channels']} channels, {h}x{w} to {h * scale}x{w * scale}"
         what += f", guide {head['guide']}{head['note']}" if head["guided"] else ""
-    titles = " ".join(f"{title:{width}}" for title, _, width, _ in _COLUMNS)
-    return "\n".join([what, "  " + titles.rstrip(), *("  " + _line(row) for row in rows)])
+    columns = _COLUMNS
+    if "target" in head:
+        columns = _TARGET_COLUMNS
+        rows = [_in_outputs(row) for row in rows]
+    titles = " ".join(f"{title:{width}}" for title, _, width, _ in columns)
+    return "\n".join([what, "  " + titles.rstrip(), *("  " + _line(row, columns) for row in rows)])
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: dict[str, Any], columns: tuple[tuple[str, ...], ...]) -> str:
     if "skipped" in row:
-        return f"{row['form']:15} skipped: {row['skipped']}"
-    values = [(row.get(key), width, spec) for _, key, width, spec in _COLUMNS]
+        return f"{row['form']:{columns[0][2]}} skipped: {row['skipped']}"
+    values = [(row.get(key), width, spec) for _, key, width, spec in columns]
     cells = [f"{'' if v is None else format(v, spec):{width}}" for v, width, spec in values]
     return " ".join(cells).rstrip()
 
 
+def _in_outputs(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a target, with bytes in multiples of the output's, and totals."""
+    if "skipped" in row:
+        return row
+    shown = dict(row, loops=_loops(row["loops"]))
+    for what in ("temporary", "hbm", "xla"):
+        if row[f"{what}_mb"] is not None:
+            shown[what] = row[f"{what}_mb"] / row["output_mb"]
+    return shown
+
+
+def _loops(turns: Sequence[int]) -> str:
+    """`2 (8, 32)`: two loops, of 8 and 32 turns."""
+    return f"{len(turns)} ({', '.join(map(str, turns))})" if turns else "0"
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """A line for each comparison with the official module, eager."""
+    """A line for each comparison with the official module, eager, or for each target's program."""
+    if "target" in rows[0]:
+        return _markdown_of_targets(rows)
     lines = [
         "| upsampler | workload | | ours ms | PyTorch ms | faster | temporaries MB | PyTorch MB "
         "| compile s |",
@@ -177,9 +248,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         mine = ours.get(_comparison(row))
         if row["form"] != "torch" or mine is None:
             continue
-        direction = row["direction"].replace("forward+", "with ")
-        direction += "" if row["dtype"] == "float32" else f", {row['dtype']}"
-        head = f"| `{row['upsampler']}` | `{row['workload']}` | {direction} | {mine['ms']:.1f} |"
+        head = f"| `{row['upsampler']}` | `{row['workload']}` | {_direction(row)} "
+        head += f"| {mine['ms']:.1f} |"
         tail = f" {mine['temporary_mb']:.1f} | - | {mine['compile_s']:.1f} |"
         if "ms" in row:
             factor = row["ms"] / mine["ms"]
@@ -191,8 +261,40 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _markdown_of_targets(rows: list[dict[str, Any]]) -> str:
+    """A line for each program of our form, and beside it what the literal form's moves."""
+    columns = {key: (title, spec) for title, key, _, spec in _TARGET_COLUMNS[1:]}
+    beside = ("temporary", "hbm", "xla")
+    titles = [title for title, _ in columns.values()]
+    titles += [f"literal {columns[key][0]}" for key in beside]
+    lines = [
+        f"| upsampler | target | workload | | {' | '.join(titles)} |",
+        "|---" * (4 + len(titles)) + "|",
+    ]
+    literal = {_comparison(row): _in_outputs(row) for row in rows if row["form"] == "literal"}
+    for row in rows:
+        if row["form"] != "ours":
+            continue
+        if "skipped" in row:
+            values = [row["skipped"]]
+        else:
+            ours, other = _in_outputs(row), literal.get(_comparison(row), {})
+            cells = [(ours.get(key), columns[key][1]) for key in columns]
+            cells += [(other.get(key), columns[key][1]) for key in beside]
+            values = ["-" if value is None else format(value, spec) for value, spec in cells]
+        head = f"| `{row['upsampler']}` | {row['target']} | `{row['workload']}` "
+        lines.append(f"{head}| {_direction(row)} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def _direction(row: dict[str, Any]) -> str:
+    direction = row["direction"].replace("forward+", "with ")
+    return direction + ("" if row["dtype"] == "float32" else f", {row['dtype']}")
+
+
 def _comparison(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(row[key] for key in ("upsampler", "workload", "dtype", "direction"))
+    keys = ("target", "upsampler", "workload", "dtype", "direction")
+    return tuple(row[key] for key in keys if key in row)
 
 
 def _in_a_process(f: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -208,6 +310,15 @@ def _in_a_process(f: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return pool.submit(f, *args, **options).result()
 
 
+def _compiled(target: str, up: str, name: str, sizes: Workload, **options: str) -> dict[str, Any]:
+    """A row of `targets.measure`; a program that the compiler breaks down at costs its row only."""
+    try:
+        return _in_a_process(targets.measure, target, up, name, sizes, **options)
+    except BrokenProcessPool:
+        row = targets.head(target, up, name, **options)
+        return row | dict(skipped="the compiler broke down")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if args.markdown:
@@ -221,7 +332,15 @@ def main(argv: list[str] | None = None) -> int:
         names = [n for group in args.workloads for n in GROUPS.get(group, (group,))]
         workloads = {name: WORKLOADS[name] for name in names}
 
-    about = machine()
+    if args.target:
+        jax.config.update("jax_platforms", "cpu")  # a device that is there has nothing to do
+        for target in args.target:
+            try:
+                targets.device(target)
+            except targets.Missing as missing:
+                print(f"error: {missing}", file=sys.stderr)
+                return 1
+    about = machine(args.target or ())
     print(", ".join(f"{key} {about[key]}" for key in ("device", "cpu", "cores")))
     print(", ".join(f"{package} {version}" for package, version in about["versions"].items()))
     if about["load"] > 0.5:
@@ -233,22 +352,16 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"  {microseconds:8.0f}  {way}")
         return 0
     rows: list[dict[str, Any]] = []
-    for (name, sizes), up, dtype, direction in itertools.product(
-        workloads.items(), args.upsamplers, args.dtypes, args.directions
+    for target, (name, sizes), up, dtype, direction in itertools.product(
+        args.target or (None,), workloads.items(), args.upsamplers, args.dtypes, args.directions
     ):
-        compared = _in_a_process(
-            compare,
-            up,
-            name,
-            sizes,
-            dtype=dtype,
-            direction=direction,
-            forms=forms,
-            peer_root=args.peer_root,
-            runs=args.runs,
-            seconds=args.seconds,
-            seed=args.seed,
-        )
+        options = dict(dtype=dtype, direction=direction)
+        if target is None:
+            options |= dict(forms=forms, peer_root=args.peer_root, runs=args.runs)
+            options |= dict(seconds=args.seconds, seed=args.seed)
+            compared = _in_a_process(compare, up, name, sizes, **options)
+        else:
+            compared = [_compiled(target, up, name, sizes, **options, form=form) for form in forms]
         print(table(compared), flush=True)
         rows += compared
         if args.json:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.workloads import Skip, Workload, create, fit, has_literal_form, is_guided
+from benchmarks.workloads import Skip, Workload, create, fit, function, has_literal_form, is_guided
 from resfu_jax.training.flops import count_flops
 
 DTYPES = ("float32", "bfloat16")
@@ -223,17 +223,8 @@ def _jax_call(up: nnx.Module, params: Any, inputs: list, cotangent: jax.Array | 
     graphdef, own = nnx.split(up)
     params = own if params is None else params
 
-    def forward(params, *inputs):
-        return nnx.merge(graphdef, params)(*inputs)
-
-    def forward_backward(params, cotangent, *inputs):
-        y, vjp = jax.vjp(forward, params, *inputs)
-        return y, *vjp(cotangent)
-
-    if cotangent is None:
-        f, args = forward, (params, *inputs)
-    else:
-        f, args = forward_backward, (params, cotangent, *inputs)
+    f = function(graphdef, "forward" if cotangent is None else "forward+backward")
+    args = (params, *inputs) if cotangent is None else (params, cotangent, *inputs)
     flops = count_flops(f, *args)
     start = time.perf_counter()
     compiled = jax.jit(f).lower(*args).compile()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +93,49 @@ def fit(name: str, workload: Workload) -> tuple[Workload, str]:
     except ValueError:
         raise Skip(reason) from None
     return wide, " (as wide as the features, which it needs)"
+
+
+def function(graphdef: nnx.GraphDef, direction: str) -> Callable[..., Any]:
+    """An upsampler as a function of its parameters and inputs.
+
+    Forward it is `(params, *inputs) -> y`, with backward `(params, cotangent, *inputs) -> (y,
+    gradient to params, *gradients to inputs)`.
+    """
+
+    def forward(params, *inputs):
+        return nnx.merge(graphdef, params)(*inputs)
+
+    def forward_backward(params, cotangent, *inputs):
+        y, vjp = jax.vjp(forward, params, *inputs)
+        return y, *vjp(cotangent)
+
+    return forward if direction == "forward" else forward_backward
+
+
+def abstract_call(
+    name: str, workload: Workload, direction: str, dtype: str, **options
+) -> tuple[Callable[..., Any], tuple]:
+    """A `function` and the shapes of its arguments, to compile: nothing is computed.
+
+    Args:
+      name: of the upsampler.
+      workload: sizes, which must fit it.
+      direction: "forward" or "forward+backward".
+      dtype: of inputs and computation; parameters are float32.
+      options: of the upsampler.
+    """
+    dtype = jnp.dtype(dtype)
+    module = nnx.eval_shape(lambda: create(name, workload, dtype=dtype, **options))
+    graphdef, params = nnx.split(module)
+
+    def array(size: tuple[int, int], channels: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *size, channels), dtype)
+
+    inputs = [array(workload.size, workload.channels)]
+    if is_guided(name):
+        inputs.append(array(workload.output_size, workload.guide))
+    cotangent = [] if direction == "forward" else [array(workload.output_size, workload.channels)]
+    return function(graphdef, direction), (params, *cotangent, *inputs)
 
 
 def _try(name: str, workload: Workload) -> None:

@@ -86,17 +86,18 @@ print(
 )
 
 # %% [markdown]
-# A `state_dict` that does not fit is refused, and the error names every entry that is wrong:
+# Files do as well (`.pth`, `.safetensors`), and what wrappers put before the names (`module.`) is found. A `state_dict`
+# that does not fit is refused; the error says the likely cause first, then what is wrong:
 
 # %%
 try:
     resfu_jax.from_torch(
         "zmhhmz/ReSFU:ReSFU",
         {f"module.{key}": value for key, value in arrays["param"].items()},
-        **meta["args"],
+        **meta["args"] | {"embedding_dim": 32},
     )
 except ValueError as error:
-    print(str(error)[:300], "...")
+    print(error)
 
 # %% [markdown]
 # ## Parity
@@ -192,28 +193,18 @@ plt.show()
 # ## Your own `.pth`
 #
 # A checkpoint of a whole network has the upsampler under a prefix. Name the file, the prefix, the class
-# and its arguments (they are in your network's code). Without a file, the arrays from above stand in for one.
+# and its arguments (they are in your network's code; the official defaults apply to what is left out). The file is read
+# without PyTorch, and without executing what is in it. Without a file, the arrays from above stand in for one.
 
 # %%
 CHECKPOINT = ""  # for instance "segformer_b1_resfu.pth"; upload it in Colab's file browser
 PREFIX = "decode_head.upsampler."
 OFFICIAL, ARGUMENTS = "zmhhmz/ReSFU:ReSFU", meta["args"]
 
-if CHECKPOINT:
-    import torch
+stand_in = {PREFIX + key: value for key, value in arrays["param"].items()}
+stand_in["backbone.patch_embed1.proj.bias"] = np.zeros(64, np.float32)
 
-    entries = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)
-    entries = entries.get("state_dict", entries)
-else:
-    entries = {PREFIX + key: value for key, value in arrays["param"].items()}
-    entries["backbone.patch_embed1.proj.bias"] = np.zeros(64, np.float32)
-
-prefixes = sorted({key.rpartition(".")[0] for key in entries})
-print(*prefixes[:20], sep="\n")
-state_dict = {
-    key.removeprefix(PREFIX): value for key, value in entries.items() if key.startswith(PREFIX)
-}
-up = resfu_jax.from_torch(OFFICIAL, state_dict, **ARGUMENTS)
+up = resfu_jax.from_torch(OFFICIAL, CHECKPOINT or stand_in, prefix=PREFIX, **ARGUMENTS)
 
 # %% [markdown]
 # ## Export

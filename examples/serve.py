@@ -5,69 +5,291 @@
     curl --data-binary @street.jpg 'localhost:8000/?overlay=0.5' -o overlay.png
 
 POST an image; the answer is a PNG of its size: labels as palette indices, or the classes' colours
-over the image.
+over the image. Nothing that a client sends takes more than the limits below: docs/export.md.
 """
 
 import argparse
+import collections
 import contextlib
+import http
 import io
+import json
+import math
+import os
+import queue
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from resfu_jax.serving import load_exported
+from resfu_jax.images import ImageError, image_size, read_image
 
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # not EPS: it starts Ghostscript
-MAX_BYTES, MAX_PIXELS, SECONDS = 16 << 20, 4 << 20, 30
+MAX_BYTES, MAX_PIXELS, MAX_RATIO = 16 << 20, 4 << 20, 16
+MAX_PADDED = 2 * MAX_PIXELS  # pixels that the model sees
+SECONDS = 30  # for a request to come, whole; for its turn; for its answer to go
+CONNECTIONS = 64  # at once, each a thread; what is beyond is told to come back
+DECODERS, DECODE_SECONDS, DECODE_BYTES = 2, 5, 512 << 20  # processes; limits of an image
 
 
 class Refused(Exception):  # noqa: N818
     """An error to answer: status and reason."""
 
 
+# ------------------------------------------------------------------------------------------ images
+class Decoder:
+    """A process that decodes images, ended if one takes too long, and then started again.
+
+    How much time and memory a small file takes is known only once it is decoded: thousands of scans
+    in one JPEG, a TIFF whose tiles are larger than the image. The server goes on meanwhile.
+    """
+
+    def __init__(self):
+        self.start()
+
+    def start(self):
+        """Returns when the process is ready."""
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--decode"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,  # Ctrl-C is for the server, which waits for answers under way
+        )
+        if self.process.stdout.readline() != b"ready\n":
+            self.close()
+            raise RuntimeError("the process that decodes images does not start")
+
+    def close(self):
+        """Ends the process."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+    def __call__(self, body, check):
+        """RGB pixels of an encoded image; `check(height, width)` comes before it is decoded."""
+        late = threading.Event()
+        timer = threading.Timer(DECODE_SECONDS, lambda: (late.set(), self.process.kill()))
+        timer.start()
+        broken = False
+        try:
+            self.send(len(body).to_bytes(8, "big") + body)
+            size = self.receive()
+            try:
+                check(*size)
+            except Refused:
+                self.send(b"n")
+                raise
+            self.send(b"y")
+            height, width = self.receive()
+            pixels = self.process.stdout.read(3 * height * width)
+            return np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
+        except (OSError, ValueError) as error:  # the process has ended
+            broken = True
+            if late.is_set():
+                reason = f"decoding the image takes more than {DECODE_SECONDS} s"
+                raise Refused(413, reason) from error
+            raise Refused(400, "the image cannot be decoded") from error
+        finally:
+            timer.cancel()
+            timer.join()
+            if broken or late.is_set():
+                self.close()
+                self.start()
+
+    def send(self, data):
+        """Writes to the process."""
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
+
+    def receive(self):
+        """Height and width, as the process says them, or what it says is wrong."""
+        said = json.loads(self.process.stdout.readline())
+        if "reason" in said:
+            raise Refused(said["status"], said["reason"])
+        return said["size"]
+
+
+def decode():
+    """What the process of `Decoder` does, until its input ends."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # where there are such limits
+        import resource
+
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + DECODE_BYTES,) * 2)
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+
+    def say(said):
+        sink.write(said if isinstance(said, bytes) else json.dumps(said).encode() + b"\n")
+        sink.flush()
+
+    say(b"ready\n")
+    while length := source.read(8):
+        body = source.read(int.from_bytes(length, "big"))
+        try:
+            say({"size": image_size(body, "the image", max_pixels=sys.maxsize)})
+            if source.read(1) == b"n":
+                continue
+            pixels = read_image(body, "the image", max_pixels=sys.maxsize)
+            say({"size": pixels.shape[:2]})
+            say(pixels.tobytes())
+        except (ImageError, MemoryError) as error:
+            status, reason = 400, str(error)
+            if MemoryError in (type(error), type(error.__cause__)):
+                status, reason = 413, "the image takes too much memory"
+            elif "it is none of" in reason:
+                status = 415
+            say({"status": status, "reason": reason})
+
+
+# ------------------------------------------------------------------------------------------ server
 class Server(ThreadingHTTPServer):
-    """A thread for each request; one at a time uses the model."""
+    """A thread for each of so many connections; one request at a time uses the model."""
 
     daemon_threads = False  # closing waits for answers under way
+    request_queue_size = 128  # connections that the system keeps until they are accepted
 
     def __init__(self, address, model):
-        if model.meta["output"] != "labels" or not model.meta["outputs"][0].startswith("uint8"):
+        if model.meta["output"] != "labels":
             raise ValueError("the model must be exported with output='labels', up to 256 classes")
-        model(np.zeros((1, 64, 64, 3), np.uint8))  # it runs here, one image at a time
+        # It runs here, one image at a time.
+        if model(np.zeros((1, 1, 1, 3), np.uint8)).dtype != np.uint8:
+            raise ValueError("the model must be exported with output='labels', up to 256 classes")
+        if math.prod(smallest := model.padded_size(1, 1)) > MAX_PADDED:
+            raise ValueError(f"the model pads images to {smallest}, beyond {MAX_PADDED} pixels")
         self.model, self.lock = model, threading.Lock()
+        self.slots = threading.BoundedSemaphore(CONNECTIONS)
+        self.leaving = collections.deque()  # connections told to come back, and until when
+        self.decoders = queue.Queue()
         super().__init__(address, Handler)
+        try:
+            for _ in range(DECODERS):
+                self.decoders.put(Decoder())
+        except BaseException:
+            self.server_close()
+            raise
 
     def answer(self, body, overlay):
         """An encoded image to an encoded label map."""
         try:
-            image = Image.open(io.BytesIO(body), formats=FORMATS)
-            fits = image.width * image.height <= MAX_PIXELS  # known before it is decoded
-            image = ImageOps.exif_transpose(image).convert("RGB") if fits else None
-        except Image.UnidentifiedImageError:
-            raise Refused(415, f"the body is none of {', '.join(FORMATS)}") from None
-        except Exception as error:  # Pillow raises many kinds for broken files
-            raise Refused(400, f"the image cannot be read: {error}") from None
-        if not fits:
-            raise Refused(413, f"an image may have {MAX_PIXELS} pixels")
-        with self.lock:
-            labels = Image.fromarray(self.model(np.asarray(image)[None])[0])
+            decoder = self.decoders.get(timeout=SECONDS)
+        except queue.Empty:
+            raise Refused(503, "too many images at once") from None
+        try:
+            image = decoder(body, self.check)
+        finally:
+            self.decoders.put(decoder)
+        if not self.lock.acquire(timeout=SECONDS):
+            raise Refused(503, "too many images at once")
+        try:
+            labels = Image.fromarray(self.model(image[None])[0])
+        finally:
+            self.lock.release()
         labels.putpalette([v for color in self.model.meta["palette"] for v in color] or range(256))
-        png = io.BytesIO()
-        (Image.blend(image, labels.convert("RGB"), overlay) if overlay else labels).save(png, "PNG")
+        if overlay:
+            labels = Image.blend(Image.fromarray(image), labels.convert("RGB"), overlay)
+        labels.save(png := io.BytesIO(), "PNG")
         return png.getvalue()
+
+    def check(self, height, width):
+        """Refuses sizes for which there would be too much to do, known before it is done."""
+        if height * width > MAX_PIXELS:
+            raise Refused(413, f"an image may have {MAX_PIXELS} pixels")
+        if max(height, width) > MAX_RATIO * min(height, width):
+            raise Refused(413, f"an image may be {MAX_RATIO} times as long as wide")
+        try:
+            padded = self.model.padded_size(height, width)
+        except ValueError as error:  # a model of a fixed size
+            raise Refused(413, str(error)) from None
+        if math.prod(padded) > MAX_PADDED:
+            raise Refused(413, f"an image may have {MAX_PADDED} pixels with padding")
+
+    # ------------------------------------------------------------------------------- connections
+    def process_request(self, request, client_address):
+        """Starts a thread, or says that there are too many."""
+        if self.slots.acquire(blocking=False):
+            super().process_request(request, client_address)
+            return
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            request.send(
+                b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
+                b"Content-Type: text/plain\r\nContent-Length: 21\r\n\r\ntoo many connections\n"
+            )
+            request.shutdown(socket.SHUT_WR)
+        self.leaving.append((time.monotonic() + 2, request))
+
+    def process_request_thread(self, request, client_address):
+        """The thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.slots.release()
+
+    def service_actions(self):
+        """Reads what those send who were told to come back: closing at once takes the answer back.
+
+        `serve_forever` calls it between connections.
+        """
+        for _ in range(len(self.leaving)):
+            until, connection = self.leaving.popleft()
+            try:
+                there = connection.recv(1 << 16) != b""
+            except BlockingIOError:
+                there = True
+            except OSError:
+                there = False
+            if there and time.monotonic() < until and len(self.leaving) < 4 * CONNECTIONS:
+                self.leaving.append((until, connection))
+            else:
+                connection.close()
+
+    def server_close(self):
+        """Waits for the answers under way."""
+        super().server_close()
+        for _, connection in self.leaving:
+            connection.close()
+        while not self.decoders.empty():
+            self.decoders.get().close()
+
+
+class Until(io.RawIOBase):
+    """What comes through a connection up to a moment, however slowly."""
+
+    def __init__(self, connection, moment):
+        self.connection, self.moment = connection, moment
+
+    def readable(self):
+        """It is."""
+        return True
+
+    def readinto(self, buffer):
+        """Raises `TimeoutError` from that moment on."""
+        if (left := self.moment - time.monotonic()) <= 0:
+            raise TimeoutError
+        self.connection.settimeout(left)
+        return self.connection.recv_into(buffer)
 
 
 class Handler(BaseHTTPRequestHandler):
     """Answers one request; nothing that a client sends ends the server."""
 
     protocol_version = "HTTP/1.1"
-    timeout = SECONDS  # of a client that sends nothing
+
+    def setup(self):
+        """One deadline for all of the request: line, headers, and body."""
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(Until(self.connection, time.monotonic() + SECONDS), 1 << 16)
 
     def do_POST(self):
         """Answers an image, or why there is no answer."""
@@ -85,9 +307,9 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(500, "internal error")
 
     def pieces(self):
-        """The body as it comes, by its length or in chunks, up to the limits of size and time."""
+        """The body as it comes, by its length or in chunks, up to the limit of its size."""
         chunked = self.headers.get("Transfer-Encoding", "").lower() == "chunked"
-        deadline, total, more = time.monotonic() + SECONDS, 0, True
+        total, more = 0, True
         while more:
             size = self.rfile.readline(64) if chunked else self.headers.get("Content-Length", "")
             try:
@@ -96,12 +318,11 @@ class Handler(BaseHTTPRequestHandler):
                 n = -1
             if n < 0 or total + n == 0:
                 raise Refused(400, "the body is empty, or its length is missing")
-            if (total := total + n) > MAX_BYTES:
+            total += n + (8 if total and chunked else 0)  # or tiny chunks would cost nothing
+            if total > MAX_BYTES:
                 raise Refused(413, f"a body may have {MAX_BYTES} bytes")
             more = chunked and n > 0
             while n:
-                if time.monotonic() > deadline:
-                    raise TimeoutError
                 if not (piece := self.rfile.read1(min(n, 1 << 16))):
                     raise Refused(400, "the body ended early")
                 n -= len(piece)
@@ -111,37 +332,54 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, status, body):
         """Sends a PNG, or the reason of an error, and ends the connection."""
-        self.send_response(status)
-        self.send_header("Content-Type", "text/plain" if status >= 400 else "image/png")
-        body = f"{body}\n".encode() if status >= 400 else body
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(body)
-        # Reads on for a while if the body was refused: closing now would take the answer back.
-        until = time.monotonic() + (2 if status >= 400 else 0)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a client that has gone
+            self.connection.settimeout(SECONDS)
+            self.send_response(status)
+            self.send_header("Content-Type", "text/plain" if status >= 400 else "image/png")
+            body = f"{body}\n".encode() if status >= 400 else body
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Connection", "close")
+            if status == 503:
+                self.send_header("Retry-After", "1")
+            self.end_headers()
+            self.wfile.write(body)
+            # Reads on for a while if the body was refused: closing now would take the answer back.
+            until = time.monotonic() + (2 if status >= 400 else 0)
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(1)
             while time.monotonic() < until and self.connection.recv(1 << 16):
                 pass
 
+    def send_error(self, code, message=None, explain=None):
+        """What the base class says of a request that it does not understand."""
+        self.request_version = self.protocol_version  # of 0.9, answers would have no status
+        self.reply(int(code), message or http.HTTPStatus(code).phrase)
+
+    def version_string(self):
+        """For the header `Server`: nobody needs to know which versions run here."""
+        return "resfu"
+
 
 def main():
     """Serves until SIGINT or SIGTERM, and then ends what is under way."""
+    from resfu_jax.serving import load_exported  # here, since processes that decode need no JAX
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="a file of resfu_jax.export.export_model")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--multiple", type=int, help="pad sides to it: fewer shapes to compile")
     args = parser.parse_args()
-    model = load_exported(args.model, multiple=args.multiple)
-    with Server((args.host, args.port), model) as server:
+    try:
+        server = Server((args.host, args.port), load_exported(args.model, multiple=args.multiple))
+    except (OSError, OverflowError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    with server:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
         print(f"serving {args.model} on http://{args.host}:{server.server_port}", flush=True)
-        server.serve_forever()
+        server.serve_forever(0.1)
 
 
 if __name__ == "__main__":
-    main()
+    decode() if sys.argv[1:] == ["--decode"] else main()

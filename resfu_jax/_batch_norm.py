@@ -33,7 +33,7 @@ class BatchNorm(nnx.Module):
         """(x - mean) / sqrt(variance + 1e-5) * scale + bias, and an update of the running ones."""
         wide = at_least_float32(x.dtype)
         y = x.astype(wide)
-        if self.use_running_average or self.frozen:
+        if self.use_running_average or self.frozen or y.shape[0] == 0:  # no image, no statistics
             mean, var = self.mean[...].astype(wide), self.var[...].astype(wide)
         else:
             mean = jnp.mean(y, axis=(0, 1, 2))

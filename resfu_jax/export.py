@@ -8,8 +8,8 @@ lowered for all platforms at once, by default for any batch and size. Weights ar
 constants would be there for the compiler to fold, and for no other tool to read.
 """
 
+import dataclasses
 import json
-import math
 import os
 import pathlib
 import re
@@ -25,6 +25,8 @@ from flax import nnx
 
 import resfu_jax
 from resfu_jax.model import SegmentationModel, evaluating
+from resfu_jax.predictor import check_classes
+from resfu_jax.preprocess import Preprocess, check_preprocess, is_integer, preprocess_of
 from resfu_jax.serving import FORMAT, META, PROGRAM, WEIGHTS
 
 Output = Literal["labels", "probabilities", "logits"]
@@ -39,25 +41,31 @@ def export_model(
     batch: int | None = None,
     size: tuple[int, int] | None = None,
     multiple: int | None = None,
+    preprocess: Preprocess | None = None,
     platforms: Sequence[str] = PLATFORMS,
     class_names: Sequence[str] = (),
     palette: Sequence[tuple[int, int, int]] = (),
 ) -> pathlib.Path:
     """Writes a model, uint8 images `(b, h, w, 3)` to one of `output`, as a file.
 
-    The colours' mean and deviation are inside. Where `size` is None, sides are multiples of
-    `multiple`; the loader pads other images with the mean colour, and crops the outputs.
+    The colours' mean and deviation are inside, and the file says the rest of the preprocessing: the
+    loader resizes and pads images as `Predictor` does, and brings the outputs back to their size.
+    The file makes one pass over the whole image, as `Inference()` does, without windows or views.
 
     Args:
       model: the model; it is exported as in evaluation.
-      path: the file to write; its folder is made if needed.
+      path: the file to write; its folder is made if needed, and `~` is the home folder.
       output: `"labels"`, `(b, h, w)`, uint8 up to 256 classes, else int32; `"probabilities"` or
         `"logits"`, `(b, h, w, k)`, float32.
       batch: number of images; None is any.
       size: height and width of the images; None is any. A fixed size lets the compiler, and
         ReSFU's blocks of rows, know it.
-      multiple: what sides are multiples of where `size` is None. By default, the least number
-        that all strides of the backbone divide: 32 for MiT, 16 or 14 for a ViT.
+      multiple: what sides are multiples of where `size` is None, instead of the number in
+        `preprocess`. All strides of the backbone divide it: 32 for MiT, 16 or 14 for a ViT.
+      preprocess: how images are resized and padded, as in `Predictor`: give `predictor.preprocess`
+        or `training.create_preprocess(config)`. None: they are not resized. Where it resizes, the
+        program for `"labels"` returns probabilities, from which the loader decides the labels at
+        the size of the image.
       platforms: what it can run on: "cpu", "cuda", "rocm" or "tpu".
       class_names: names of the classes.
       palette: their colours.
@@ -70,14 +78,23 @@ def export_model(
     """
     if output not in get_args(Output):
         raise ValueError(f"output must be one of {', '.join(get_args(Output))}, got {output!r}")
-    strides = getattr(model.backbone, "strides", (32,))
-    if multiple is None:
-        multiple = math.lcm(*strides)
-    if multiple < 1 or any(multiple % stride for stride in strides):
-        raise ValueError(
-            f"multiple must be a multiple of the backbone's strides {strides}, got {multiple}"
-        )
-    height, width = (f"{multiple}*h", f"{multiple}*w") if size is None else size
+    path = _checked_path(path)
+    if batch is not None and (not is_integer(batch) or batch < 1):
+        raise ValueError(f"batch must be a whole number, at least 1, or None, got {batch!r}")
+    if size is not None:
+        two = isinstance(size, Sequence) and len(size) == 2
+        if not two or not all(is_integer(side) and side >= 1 for side in size):
+            raise ValueError(f"size must be (height, width), at least 1, or None, got {size!r}")
+    check_classes(class_names, palette)
+    changes = {} if multiple is None else {"multiple": multiple}
+    if preprocess is None:
+        preprocess = preprocess_of(model, **changes)
+    elif not isinstance(preprocess, Preprocess):
+        raise ValueError(f"preprocess must be a Preprocess or None, got {preprocess!r}")
+    else:
+        preprocess = check_preprocess(dataclasses.replace(preprocess, **changes), model)
+    m = preprocess.multiple
+    height, width = (f"{m}*h", f"{m}*w") if size is None else size
     inputs = {"images": f"uint8[{'b' if batch is None else batch}, {height}, {width}, 3]"}
 
     def finish(logits: jax.Array) -> jax.Array:
@@ -87,15 +104,15 @@ def export_model(
                 raise ValueError(
                     f"{name} must have the model's {classes} entries, got {len(given)}"
                 )
-        if output == "labels":
+        if output == "labels" and not preprocess.resizes:
             labels = jnp.argmax(logits, axis=-1)
             return labels.astype(jnp.uint8 if classes <= 256 else jnp.int32)
         logits = logits.astype(jnp.float32)
-        return jax.nn.softmax(logits) if output == "probabilities" else logits
+        return logits if output == "logits" else jax.nn.softmax(logits)
 
     meta = {
         "output": output,
-        "pad": {"multiple": multiple, "color": [round(c) for c in model.mean]},
+        "preprocess": dataclasses.asdict(preprocess),
         "class_names": list(class_names),
         "palette": [[int(c) for c in color] for color in palette],
     }
@@ -133,21 +150,22 @@ def export_module(
     Raises:
       ValueError: an argument is wrong, or the module cannot be traced for such sizes.
     """
-    meta = {"output": None, "pad": None, "class_names": [], "palette": []}
-    return _write(module, lambda y: y, path, inputs, constraints, platforms, meta)
+    meta = {"output": None, "preprocess": None, "class_names": [], "palette": []}
+    return _write(module, lambda y: y, _checked_path(path), inputs, constraints, platforms, meta)
 
 
 def _write(
     module: nnx.Module,
     finish: Callable[[Any], Any],
-    path: str | os.PathLike[str],
+    path: pathlib.Path,
     inputs: Mapping[str, str],
     constraints: Sequence[str],
     platforms: Sequence[str],
     meta: dict[str, Any],
 ) -> pathlib.Path:
-    if not platforms or set(platforms) - {*PLATFORMS, "rocm"}:
-        raise ValueError(f"platforms must be of cpu, cuda, rocm and tpu, got {tuple(platforms)}")
+    listed = isinstance(platforms, Sequence) and not isinstance(platforms, str)
+    if not listed or not platforms or set(platforms) - {*PLATFORMS, "rocm"}:
+        raise ValueError(f"platforms must be of cpu, cuda, rocm and tpu, got {platforms!r}")
     specs = _specs(inputs, constraints)
     # Evaluation draws no random numbers: the shapes of the random state are enough.
     graphdef, state, random = nnx.split(evaluating(module), nnx.Not(nnx.RngState), ...)
@@ -178,7 +196,6 @@ def _write(
         "jax": jax.__version__,
         "resfu_jax": resfu_jax.__version__,
     }
-    path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written beside it and renamed, so that no server ever reads half a file.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -191,6 +208,18 @@ def _write(
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    return path
+
+
+def _checked_path(path: Any) -> pathlib.Path:
+    """Where to write, known before the work starts."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path must be that of the file to write, got {path!r}")
+    if re.match(r"[a-z][a-z0-9+]+://", os.fspath(path)):
+        raise ValueError(f"path must be local, got {path}: write it here, and copy it there")
+    path = pathlib.Path(os.path.expanduser(path))
+    if path.is_dir():
+        raise ValueError(f"path must be that of the file to write, got the folder {path}")
     return path
 
 

@@ -11,9 +11,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer, Num
 
-from resfu_jax.model import IMAGENET_MEAN
+from resfu_jax.ops.checks import check_not_empty, check_real
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
+from resfu_jax.preprocess import Preprocess, is_integer, is_real, preprocess_of
 
 Apply = Callable[[Array], Array]  # images (b, h, w, 3) to logits (b, h, w, k), as a model does
 Mode = Literal["whole", "slide"]
@@ -34,9 +35,10 @@ class Inference:
 
     A single view returns its logits as they are, hence the defaults are `apply(images)`.
 
-    Scaled images have sides round(scale * side / multiple) * multiple. They are resampled
-    bilinearly, antialiased when shrinking like the images of `resfu_jax.data` (MMSegmentation's are
-    not); logits are resampled bilinearly.
+    Scaled images have sides round(scale * side / m) * m, with m the multiple of `Preprocess`, for
+    the backbone's sake; scale 1 keeps the size of the image. They are resampled bilinearly,
+    antialiased when shrinking like the images of `resfu_jax.data` (MMSegmentation's are not);
+    logits are resampled bilinearly.
 
     Args:
       mode: `"whole"` or `"slide"`.
@@ -44,8 +46,6 @@ class Inference:
       stride: pixels between windows, down and across; at most `crop`. As `crop`.
       scales: sizes of the views over the size of the image.
       flip: also a mirrored view (left-right) at every scale.
-      multiple: sides of scaled images are multiples of this, for the backbone's sake. Scale 1 keeps
-        the size of the image.
       windows_per_step: windows of each image that pass through the model at once. More keep a
         large device busy when the batch is small; memory grows with them.
 
@@ -58,11 +58,10 @@ class Inference:
     stride: tuple[int, int] | None = None
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
-    multiple: int = 32
     windows_per_step: int = 1
 
     def __post_init__(self):
-        if self.mode not in get_args(Mode):
+        if self.mode not in list(get_args(Mode)):
             raise ValueError(f"mode must be 'whole' or 'slide', got {self.mode!r}")
         for name in ("crop", "stride"):
             if getattr(self, name) is None and self.mode == "slide":
@@ -71,11 +70,15 @@ class Inference:
             _check_pair("crop", self.crop)
         if self.stride is not None:
             _check_pair("stride", self.stride, self.crop)
-        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
-            raise ValueError(f"scales must be positive, at least one, got {self.scales}")
-        for name in ("multiple", "windows_per_step"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if (
+            not isinstance(self.scales, tuple | list)
+            or not self.scales
+            or not all(is_real(scale) and scale > 0 for scale in self.scales)
+        ):
+            raise ValueError(f"scales must be positive, at least one, got {self.scales!r}")
+        if not isinstance(self.flip, bool | np.bool_):
+            raise ValueError(f"flip must be True or False, got {self.flip!r}")
+        _check_count("windows_per_step", self.windows_per_step)
 
     @property
     def plain(self) -> bool:
@@ -88,6 +91,7 @@ class Inference:
         images: Num[Array, "b h w 3"],
         *,
         sizes: Integer[Array, "b 2"] | None = None,
+        preprocess: Preprocess | None = None,
     ) -> Float[Array, "b h w k"]:
         """Logits of every pixel, or log-probabilities if there are several views.
 
@@ -102,30 +106,34 @@ class Inference:
             them, windows and mirroring follow the image: at scale 1, images not smaller than
             `crop` get the logits that they get alone, whatever the padding. The result means
             nothing in the padding. None: the arrays hold nothing but the images.
+          preprocess: what images smaller than a window are padded with, and what sides of scaled
+            images are multiples of. None: as the model `apply` needs it, see `preprocess_of`.
 
         Raises:
           ValueError: shapes that do not fit.
         """
         _check_images(images, sizes)
+        preprocess = preprocess or preprocess_of(apply)
         views = [(s, mirrored) for s in self.scales for mirrored in (False, True)[: 1 + self.flip]]
         if len(views) == 1:
-            return self._view(apply, images, sizes, *views[0])
+            return self._view(apply, images, sizes, preprocess, *views[0])
         total = None
         for view in views:
-            logits = self._view(apply, images, sizes, *view)
+            logits = self._view(apply, images, sizes, preprocess, *view)
             if logits.shape[3] < 2:
                 raise ValueError("averaging views takes logits of 2 or more classes, got 1")
             logits = jax.nn.log_softmax(logits.astype(at_least_float32(logits.dtype)))
             total = logits if total is None else jnp.logaddexp(total, logits)
         return total - math.log(len(views))
 
-    def _view(self, apply, images, sizes, scale: float, mirrored: bool) -> Array:
+    def _view(self, apply, images, sizes, preprocess, scale: float, mirrored: bool) -> Array:
         if mirrored:
             images = _mirror(images, sizes)
         size = images.shape[1:3]
         scaled, scaled_sizes = size, sizes
         if scale != 1:
-            scaled = tuple(max(1, round(scale * n / self.multiple)) * self.multiple for n in size)
+            m = preprocess.multiple
+            scaled = tuple(max(1, round(scale * n / m)) * m for n in size)
             images = resize(
                 images.astype(at_least_float32(images.dtype)), scaled, antialias=scale < 1
             )
@@ -140,6 +148,7 @@ class Inference:
                 stride=self.stride,
                 windows_per_step=self.windows_per_step,
                 sizes=scaled_sizes,
+                preprocess=preprocess,
             )
         else:
             logits = apply(images)
@@ -157,6 +166,7 @@ def slide(
     stride: tuple[int, int],
     windows_per_step: int = 1,
     sizes: Integer[Array, "b 2"] | None = None,
+    preprocess: Preprocess | None = None,
 ) -> Float[Array, "b h w k"]:
     """Logits from overlapping windows: the mean of all windows that cover a pixel.
 
@@ -176,10 +186,12 @@ def slide(
       windows_per_step: windows of each image that pass through `apply` at once.
       sizes: height and width of each image before it was padded at the bottom and right: each has
         windows of its own, and padding beyond all of them gets zeros. None: no padding.
+      preprocess: has the mean colour. None: that of the model `apply`, see `preprocess_of`.
 
     Raises:
       ValueError: shapes or options that do not fit.
     """
+    color = (preprocess or preprocess_of(apply)).pad_color
     if isinstance(apply, nnx.Module):
         # Modules are bound to the trace they are in: `nnx.remat` updates them, and could not in a
         # scan. So a copy is made there.
@@ -188,12 +200,11 @@ def slide(
     _check_images(images, sizes)
     _check_pair("crop", crop)
     _check_pair("stride", stride, crop)
-    if windows_per_step < 1:
-        raise ValueError(f"windows_per_step must be at least 1, got {windows_per_step}")
+    _check_count("windows_per_step", windows_per_step)
     batch, height, width, _ = images.shape
     if sizes is None:
         sizes = jnp.broadcast_to(jnp.array([[height, width]]), (batch, 2))
-    images = _pad(images, crop)
+    images = _pad(images, crop, color)
     (y, y_used), (x, x_used) = (
         _starts(sizes[:, a], images.shape[a + 1], crop[a], stride[a]) for a in (0, 1)
     )
@@ -254,23 +265,24 @@ def _coverage(
 
 
 def _cut(image: Array, top: Array, left: Array, crop: tuple[int, int]) -> Array:
-    return jax.lax.dynamic_slice(image, (top, left, 0), (*crop, image.shape[2]))
+    start = (top, left, jnp.zeros_like(top))  # of one dtype, whatever that of a literal is
+    return jax.lax.dynamic_slice(image, start, (*crop, image.shape[2]))
 
 
 def _add(total: Array, window: Array, top: Array, left: Array) -> Array:
     """`total` with `window` added at (top, left)."""
     there = _cut(total, top, left, window.shape[:2])
-    return jax.lax.dynamic_update_slice(total, there + window, (top, left, 0))
+    return jax.lax.dynamic_update_slice(total, there + window, (top, left, jnp.zeros_like(top)))
 
 
-def _pad(images: Array, size: tuple[int, int]) -> Array:
+def _pad(images: Array, size: tuple[int, int], color: tuple[int, int, int]) -> Array:
     """Images that are smaller get the mean colour at the bottom and right, as in training."""
     batch, height, width, _ = images.shape
     if height >= size[0] and width >= size[1]:
         return images
-    colour = jnp.asarray(np.round(IMAGENET_MEAN), images.dtype)
+    padding = jnp.asarray(color, images.dtype)
     size = max(height, size[0]), max(width, size[1])
-    return jnp.broadcast_to(colour, (batch, *size, 3)).at[:, :height, :width].set(images)
+    return jnp.broadcast_to(padding, (batch, *size, 3)).at[:, :height, :width].set(images)
 
 
 def _mirror(x: Array, sizes: Array | None) -> Array:
@@ -284,20 +296,36 @@ def _mirror(x: Array, sizes: Array | None) -> Array:
 
 
 def _check_pair(name: str, value: tuple[int, int], largest: tuple[int, int] | None = None) -> None:
-    if len(value) != 2 or min(value) < 1:
-        raise ValueError(f"{name} must be (height, width), at least 1, got {value}")
+    two = isinstance(value, tuple | list) and len(value) == 2
+    if not two or not all(is_integer(n) and n >= 1 for n in value):
+        raise ValueError(f"{name} must be (height, width), at least 1, got {value!r}")
     if largest is not None and (value[0] > largest[0] or value[1] > largest[1]):
         raise ValueError(f"{name} must be at most the crop {largest}, got {value}")
 
 
+def _check_count(name: str, value: int) -> None:
+    if not is_integer(value) or value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
+
+
 def _check_images(images: Array, sizes: Array | None) -> None:
+    if images.dtype != np.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
     if images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"images must be (batch, height, width, 3), got {images.shape}")
+    if images.dtype != jnp.uint8:
+        check_real("images", images)
+    check_not_empty("images", images)
+    if sizes is not None and not jnp.issubdtype(sizes.dtype, jnp.integer):
+        raise ValueError(f"sizes must be whole numbers of pixels, got {sizes.dtype}")
     if sizes is not None and sizes.shape != (images.shape[0], 2):
         raise ValueError(f"sizes must be ({images.shape[0]}, 2), got {sizes.shape}")
+    if sizes is not None and not jnp.issubdtype(sizes.dtype, jnp.integer):
+        raise ValueError(f"sizes must be whole numbers of pixels, got {sizes.dtype}")
 
 
 def _check_logits(logits: Array | jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> None:
+    check_real("what apply returns", logits)
     if len(logits.shape) != 4 or logits.shape[:3] != shape[:3]:
         raise ValueError(
             f"apply must return logits {(*shape[:3], 'k')} for images {shape}, got {logits.shape}"

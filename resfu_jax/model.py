@@ -12,13 +12,12 @@ from jaxtyping import Array, Float, Num
 from resfu_jax._checks import check_flag, is_number
 from resfu_jax.backbones import create_backbone
 from resfu_jax.heads import create_head
+from resfu_jax.ops.checks import check_not_empty
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
+from resfu_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 Features = tuple[Float[Array, "b _h _w _c"], ...]
-
-IMAGENET_MEAN = (123.675, 116.28, 103.53)
-IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
 def evaluating(module: nnx.Module) -> nnx.Module:
@@ -106,6 +105,7 @@ def normalise(
         raise ValueError(f"images must be (batch, height, width, 3), got {images.shape}")
     if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
+    check_not_empty("images", images)
     x = images.astype(at_least_float32(images.dtype))
     mean, std = (jnp.asarray(v, x.dtype).reshape(1, 1, 1, 3) for v in (mean, std))
     return (x - mean) / std

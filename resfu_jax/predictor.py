@@ -5,12 +5,8 @@
         print(result.id, predictor.class_names[result.labels[0, 0]])
 
 XLA compiles a program for every shape, so images are padded at the bottom and right with the mean
-colour to a few sizes, each side to the next of
-
-    s_0 = m,    s_{i+1} = the multiple of m that is not smaller than growth * s_i, nor s_i + m
-
-with m the multiple that the backbone takes. The size of an image alone decides what it is padded
-to, and the batch always has the same number of rows, so an image gets the same result, up to
+colour to a few sizes, see `Preprocess.padded_side`. The size of an image alone decides what it is
+padded to, and the batch always has the same number of rows, so an image gets the same result, up to
 rounding, alone and among others. Padding does influence it a little: attention sees the padding.
 """
 
@@ -32,35 +28,20 @@ from flax import nnx
 from flax.typing import Dtype
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Integer, UInt8
-from PIL import Image
 
+from resfu_jax._names import lookup
+from resfu_jax.images import SUFFIXES, ImageError, read_image
 from resfu_jax.inference import Inference
-from resfu_jax.model import IMAGENET_MEAN, create_model, evaluating
+from resfu_jax.model import create_model, evaluating
+from resfu_jax.preprocess import Preprocess, check_preprocess, is_integer, preprocess_of
 
 if TYPE_CHECKING:
     from resfu_jax.data import DatasetInfo
     from resfu_jax.training import Config
 
-SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-)  # what a folder's images have
 Path = str | os.PathLike[str]
 Images = Path | np.ndarray | jax.Array | Sequence[Any]
 Shape = tuple[int, int, int]  # batch, height, width
-
-_PAD_COLOUR = np.round(IMAGENET_MEAN).astype(np.uint8)  # as in training
-# What PIL raises for broken files: beside OSError, its PNG reader raises the next two.
-_UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-
-class ImageError(ValueError):
-    """An image that could not be predicted. The message names it and says why."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,22 +95,20 @@ class Predictor:
       model: images `(B, H, W, 3)` to logits of the same height and width, as `SegmentationModel`.
       class_names: K names.
       palette: a colour for each.
-      inference: how images become logits; `inference.multiple` is what sides are padded to
-        multiples of. Windows ("slide") make the result independent of the padding for images that
-        are not smaller than a window.
-      scale: factor by which images are resized first. Probabilities are resized back, bilinearly;
-        classes are decided at the size of the image.
-      resize_to: (short, long): before that, to `short` pixels of the shorter side, or fewer where
-        the longer would exceed `long`.
+      inference: how images become logits. Windows ("slide") make the result independent of the
+        padding for images that are not smaller than a window.
+      preprocess: how images are resized and padded. Where it resizes, probabilities are resized
+        back, bilinearly; classes are decided at the size of the image. None: no resizing, and the
+        model's colours and strides (`preprocess_of`).
       batch_size: images in a batch, a multiple of the number of devices; None: one per device.
         Missing rows are filled with blank images, which cost as much as others.
-      growth: ratio of a padded side to the next smaller one; larger means fewer programs and more
-        padding. 1 pads to the next multiple only: as in the evaluation of equally large images.
       max_compilations: most programs compiled. Images for which there would be another one go into
         the smallest size compiled so far that holds them. Only then does a result depend on what
         was predicted before; without such a size it is an `ImageError`.
       devices: which share a batch; None: all of this process.
       on_compile: called with (batch, height, width) before a program is compiled.
+      **changes: fields of `preprocess` to change: `growth=1` pads to the next multiple only, as in
+        the evaluation of equally large images; `scale=0.5`.
 
     Attributes:
       config, step: of the run, if made by `from_checkpoint`; else None.
@@ -145,42 +124,43 @@ class Predictor:
         class_names: Sequence[str],
         palette: Sequence[tuple[int, int, int]],
         inference: Inference | None = None,
-        scale: float = 1.0,
-        resize_to: tuple[int, int] | None = None,
+        preprocess: Preprocess | None = None,
         batch_size: int | None = None,
-        growth: float = 1.25,
         max_compilations: int = 32,
         devices: Sequence[jax.Device] | None = None,
         on_compile: Callable[[Shape], None] | None = None,
+        **changes: Any,
     ):
-        devices = list(jax.local_devices() if devices is None else devices)
-        batch_size = len(devices) if batch_size is None else batch_size
-        if len(class_names) != len(palette) or not 1 <= len(class_names) <= 256:
+        if not isinstance(model, nnx.Module):
+            raise ValueError(f"model must be a Flax NNX module, got {type(model).__name__}")
+        check_classes(class_names, palette)
+        if not 1 <= len(class_names) == len(palette) <= 256:
             raise ValueError(
                 "class_names and palette must be equally long, 1 to 256, got "
                 f"{len(class_names)} and {len(palette)}"
             )
-        if not 0 < scale < math.inf:
-            raise ValueError(f"scale must be positive, got {scale}")
-        if resize_to is not None and not 0 < resize_to[0] <= resize_to[1]:
+        if not isinstance(inference, Inference | None):
+            raise ValueError(f"inference must be an Inference or None, got {inference!r}")
+        if not isinstance(preprocess, Preprocess | None):
+            raise ValueError(f"preprocess must be a Preprocess or None, got {preprocess!r}")
+        _check_fields(Preprocess, changes, "an option of Predictor")
+        if preprocess is None:
+            preprocess = preprocess_of(model, **changes)
+        else:
+            preprocess = check_preprocess(dataclasses.replace(preprocess, **changes), model)
+        devices = _devices(devices)
+        batch_size = len(devices) if batch_size is None else batch_size
+        if not is_integer(batch_size) or batch_size < 1 or batch_size % len(devices):
             raise ValueError(
-                f"resize_to must be (short, long) with 0 < short <= long, got {resize_to}"
+                f"batch_size must be a multiple of {len(devices)} (the devices), got {batch_size!r}"
             )
-        if batch_size < 1 or batch_size % len(devices):
-            raise ValueError(
-                f"batch_size must be a multiple of {len(devices)} (the devices), got {batch_size}"
-            )
-        if not 1 <= growth < math.inf:
-            raise ValueError(f"growth must be at least 1, got {growth}")
-        if max_compilations < 1:
-            raise ValueError(f"max_compilations must be at least 1, got {max_compilations}")
+        if not is_integer(max_compilations) or max_compilations < 1:
+            raise ValueError(f"max_compilations must be at least 1, got {max_compilations!r}")
         self.class_names = tuple(class_names)
         self.palette = tuple(palette)
         self.inference = inference or Inference()
-        self.scale = scale
-        self.resize_to = resize_to
+        self.preprocess = preprocess
         self.batch_size = batch_size
-        self.growth = growth
         self.max_compilations = max_compilations
         self.on_compile = on_compile
         self.config: Config | None = None
@@ -213,27 +193,37 @@ class Predictor:
         Args:
           path: the workdir, or one checkpoint in it, `WORKDIR/checkpoints/STEP`.
           which: "best" by mIoU, "latest", or a step.
-          dtype: compute type, for instance `jnp.bfloat16`; None: that of the run. Weights, norms
-            and probabilities are float32.
+          dtype: compute type, a floating-point one such as `jnp.bfloat16`; None: that of the run.
+            Weights, norms and probabilities are float32.
           inference: how images become logits; a dictionary changes single options of the run's
             evaluation: `{"flip": True}`. None: as in the run's evaluation.
           info: classes and colours; None: those of the dataset that the run was trained on.
           data_dir: where that dataset was prepared, if it is an `image_folder/NAME`.
           devices: as for `Predictor`.
-          **options: further arguments of `Predictor`.
+          **options: further arguments of `Predictor`. Images are resized and padded as in the run,
+            but for the fields given here.
 
         Raises:
-          ValueError: the folder does not hold a run, or its config is not one of this version.
+          ValueError: the folder does not hold a run, its config is not one of this version, or an
+            argument is out of range.
           CheckpointError: there is no such checkpoint, or it is of another architecture.
           DatasetNotPrepared: the classes of an `image_folder/NAME` are not known here: give `info`.
         """
         from resfu_jax import data, training
 
-        workdir, which = _find_run(pathlib.Path(path).expanduser().resolve(), str(which))
+        compute = None if dtype is None else _floating(dtype)
+        if not isinstance(inference, Inference | Mapping | None):
+            raise ValueError(
+                f"inference must be an Inference, a dictionary or None, got {inference!r}"
+            )
+        if isinstance(inference, Mapping):
+            _check_fields(Inference, inference, "an option in inference")
+        devices = _devices(devices)
+        workdir, which = _find_run(_folder(path), str(which))
         config = training.read_config(workdir)
-        if dtype is not None:
-            config.model.dtype = jnp.dtype(dtype).name
+        config.model.dtype = compute or config.model.dtype
         if info is None:
+            data_dir = None if data_dir is None else os.path.expanduser(data_dir)
             info = data.dataset_info(config.data.name, data_dir or config.data.dir)
         if not isinstance(inference, Inference):
             inference = dataclasses.replace(training.create_inference(config), **(inference or {}))
@@ -247,7 +237,6 @@ class Predictor:
             graphdef, params, rest = nnx.split(model, model.trainable, ...)
             return graphdef, {"params": nnx.as_pure(params), "rest": nnx.as_pure(rest)}
 
-        devices = list(jax.local_devices() if devices is None else devices)
         layout = training.Layout(training.ParallelConfig(), devices)
         graphdef, wanted = jax.eval_shape(weights)
         checkpoints = training.Checkpoints(workdir / "checkpoints", read_only=True)
@@ -264,7 +253,7 @@ class Predictor:
             palette=info.palette,
             inference=inference,
             devices=devices,
-            **dict(scale=config.data.resize_scale, resize_to=config.data.resize_to) | options,
+            **dict(preprocess=training.create_preprocess(config)) | options,
         )
         predictor.config, predictor.step = config, step
         return predictor
@@ -294,9 +283,8 @@ class Predictor:
 
         Args:
           images: a file, a folder (its images, sorted by name, without subfolders), an array
-            (H, W, 3) or (B, H, W, 3) of uint8, RGB, or a list of these. Files of grey values,
-            palettes and with transparency become RGB, transparency ignored, and so is a rotation
-            noted in EXIF, as in `resfu_jax.data`.
+            (H, W, 3) or (B, H, W, 3) of uint8, RGB, or a list of these. Files are read by
+            `resfu_jax.images.read_image`, as in training: turned as their EXIF data say.
           probabilities: also the probabilities of all classes.
           features: also the map that the classifier sees. It comes from one pass over the padded
             image, whatever `inference` is.
@@ -333,24 +321,7 @@ class Predictor:
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """What images of this height and width (after resizing) are padded to."""
-        return self._next_side(height), self._next_side(width)
-
-    def resized(self, pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "_ _ 3"]:
-        """An image at the size at which the model sees it, before the padding."""
-        size, scale = pixels.shape[:2], self.scale
-        if self.resize_to is not None:
-            scale *= min(self.resize_to[0] / min(size), self.resize_to[1] / max(size))
-        height, width = (max(1, round(scale * n)) for n in size)
-        if (height, width) == size:
-            return pixels
-        image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
-        return np.asarray(image)
-
-    def _next_side(self, n: int) -> int:
-        m = side = self.inference.multiple
-        while side < n:
-            side = m * max(side // m + 1, math.ceil(side * self.growth / m))
-        return side
+        return self.preprocess.padded_size(height, width)
 
     # ----------------------------------------------------------------------------------- pipeline
     def _stream(
@@ -358,8 +329,7 @@ class Predictor:
     ) -> Iterator[tuple[int, Prediction | ImageError]]:
         items = _items(images)
         # Resizing needs the probabilities, not the classes.
-        resizes = self.scale != 1 or self.resize_to is not None
-        outputs = (probabilities or resizes, features)
+        outputs = (probabilities or self.preprocess.resizes, features)
         waiting: dict[tuple[int, int], list[_Item]] = {}
         running: deque[tuple[list[_Item], Any]] = deque()
 
@@ -411,11 +381,13 @@ class Predictor:
             pixels = read_image(item.path) if item.pixels is None else item.pixels
         except ImageError as error:
             return dataclasses.replace(item, error=error)
-        return dataclasses.replace(item, pixels=self.resized(pixels), size=pixels.shape[:2])
+        return dataclasses.replace(
+            item, pixels=self.preprocess.resize(pixels), size=pixels.shape[:2]
+        )
 
     def _batch(self, rows: list[_Item], size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
         images = np.empty((self.batch_size, *size, 3), np.uint8)
-        images[:] = _PAD_COLOUR
+        images[:] = self.preprocess.pad_color
         sizes = np.zeros((self.batch_size, 2), np.int32)
         for i, item in enumerate(rows):
             sizes[i] = height, width = item.pixels.shape[:2]
@@ -439,7 +411,7 @@ class Predictor:
         if "probabilities" in result:
             every = result["probabilities"][:height, :width]
             if every.shape[:2] != item.size:
-                every = _resize(every, item.size)
+                every = self.preprocess.resize_back(every, item.size)
                 labels = every.argmax(axis=-1).astype(np.uint8)
             every = np.array(every) if probabilities else None
         else:
@@ -495,7 +467,7 @@ class Predictor:
         features: bool,
     ) -> dict[str, Array]:
         model = nnx.merge(self._graphdef, weights)
-        logits = self.inference(model, images, sizes=sizes)
+        logits = self.inference(model, images, sizes=sizes, preprocess=self.preprocess)
         if logits.shape[-1] != len(self.class_names):
             raise ValueError(
                 f"class_names must have an entry for each of the {logits.shape[-1]} logits, got "
@@ -509,6 +481,50 @@ class Predictor:
             model.head.classify = lambda x: x
             results["features"] = model.logits(images).astype(jnp.float32)
         return results
+
+
+def check_classes(class_names: Any, palette: Any) -> None:
+    """Raises a `ValueError` unless they are names and 8-bit colours."""
+    names = isinstance(class_names, Sequence) and not isinstance(class_names, str)
+    if not names or not all(isinstance(name, str) for name in class_names):
+        raise ValueError(f"class_names must be a list of names, got {class_names!r}")
+    for color in palette if isinstance(palette, Sequence | np.ndarray) else [palette]:
+        three = isinstance(color, Sequence | np.ndarray) and len(color) == 3
+        if not three or not all(is_integer(part) and 0 <= part <= 255 for part in color):
+            raise ValueError(f"palette must be colours of three integers 0 .. 255, got {color!r}")
+
+
+def _check_fields(cls: type, given: Mapping[str, Any], kind: str) -> None:
+    """Raises a `ValueError` for names that are no fields; near matches are named."""
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    for name in given:
+        lookup(kind, known, name)
+
+
+def _devices(devices: Any) -> list[jax.Device]:
+    devices = jax.local_devices() if devices is None else devices
+    listed = isinstance(devices, Sequence) and not isinstance(devices, str)
+    if not listed or not devices or not all(isinstance(d, jax.Device) for d in devices):
+        raise ValueError(f"devices must be a list of devices, at least one, got {devices!r}")
+    return list(devices)
+
+
+def _floating(dtype: Any) -> str:
+    """The name of a type to compute in."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    known = ("float32", "bfloat16", "float16", *["float64"] * jax.config.jax_enable_x64)
+    if name not in known:
+        raise ValueError(f"dtype must be one of {', '.join(known)}, or None, got {name}")
+    return name
+
+
+def _folder(path: Any) -> pathlib.Path:
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path must be the workdir of a run of train.py, got {path!r}")
+    return pathlib.Path(os.path.expanduser(path)).resolve()
 
 
 def _find_run(path: pathlib.Path, which: str) -> tuple[pathlib.Path, str]:
@@ -541,7 +557,7 @@ def _items(images: Images) -> list[_Item]:
 
     def visit(source: Any, name: str) -> None:
         if isinstance(source, str | os.PathLike):
-            path = pathlib.Path(source).expanduser()
+            path = pathlib.Path(os.path.expanduser(source))
             if not path.is_dir():
                 add(path)
                 return
@@ -579,38 +595,6 @@ def _items(images: Images) -> list[_Item]:
 def count_images(images: Images) -> int:
     """Number of results and errors that `Predictor.predict` has for them."""
     return len(_items(images))
-
-
-def read_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB pixels of a file, without transparency and without the rotation that EXIF may note.
-
-    Raises:
-      ImageError: there is none, it cannot be decoded, or its values are not 8-bit.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if image.mode.startswith(("I", "F")):
-                raise ImageError(f"{path}: pixels of PIL mode {image.mode!r}; it has to be 8-bit")
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except FileNotFoundError:
-        raise ImageError(f"{path}: no such file") from None
-    except ImageError:
-        raise
-    except _UNDECODABLE as error:
-        raise ImageError(f"{path}: cannot be read as an image: {error}") from error
-
-
-def _resize(maps: Float[np.ndarray, "h w k"], size: tuple[int, int]) -> Float[np.ndarray, "H W k"]:
-    """Bilinear, antialiased when shrinking, as images are resized."""
-    height, width = size
-    planes = [
-        Image.fromarray(np.ascontiguousarray(maps[..., k])).resize(
-            (width, height), Image.Resampling.BILINEAR
-        )
-        for k in range(maps.shape[-1])
-    ]
-    return np.stack([np.asarray(plane) for plane in planes], axis=-1)
 
 
 def _failed(item: _Item, error: Exception) -> ImageError:

@@ -114,7 +114,7 @@ def save_grid(
             axes = figure.add_axes([a / b for a, b in zip(box, whole * 2, strict=True)])
             axes.imshow(picture, aspect="auto")
             axes.axis("off")
-            axes.set_title(title, fontsize=9, pad=3)
+            axes.set_title(title, fontsize=9, pad=3, parse_math=False)
         top += space
     _make_parent(path)
     figure.savefig(path)

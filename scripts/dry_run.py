@@ -61,9 +61,10 @@ def dry_run(experiment: str) -> tuple[str, str, str]:
         with (
             contextlib.redirect_stdout(printed),
             contextlib.redirect_stderr(printed),
+            contextlib.closing(training.StopSignals()) as stop,
             training.dry_run(config) as (small, workdir),
         ):
-            train.run(small, workdir, "train", "latest")
+            train.run(small, workdir, "train", "latest", stop)
             history = training.read_metrics(workdir / "metrics.jsonl")
     except (Exception, SystemExit):
         return experiment, "FAILED", printed.getvalue() + traceback.format_exc()

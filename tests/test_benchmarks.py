@@ -1,12 +1,13 @@
 import importlib.util
 import json
+from concurrent.futures.process import BrokenProcessPool
 
 import jax
 import numpy as np
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks import measure, plot
+from benchmarks import measure, plot, targets
 from benchmarks.overhead import overhead
 from benchmarks.workloads import GROUPS, WORKLOADS, Skip, Workload, fit
 from resfu_jax import list_upsamplers
@@ -143,6 +144,77 @@ def test_markdown(tmp_path, capsys):
     )
 
 
+FIGURES = dict(temporary_mb=4.0, hbm_mb=5.0, gflop=1.5, kernels=7, loops=[2, 8], compile_s=3.0)
+TARGET_ROWS = [
+    targets.head("v5e", "carafe", "tiny", dtype, "forward", form)
+    | dict(FIGURES, output_mb=2.0, xla_mb=xla_mb, estimate_ms=0.25)
+    for dtype, form, xla_mb in (
+        ("bfloat16", "ours", 40.0),
+        ("bfloat16", "literal", 60.0),
+        ("float32", "ours", None),
+    )
+]
+
+
+def test_table_of_a_target():
+    head, titles, ours, literal, _ = cli.table(TARGET_ROWS).splitlines()
+    assert head == "v5e carafe tiny bfloat16 forward"
+    assert titles.split()[:4] == ["temp.", "hbm", "xla", "GFLOP"]
+    assert ours.split() == "ours 2.00 2.5 20 1.50 0.25 7 2 (2, 8) 3.0".split()
+    assert literal.split()[:4] == ["literal", "2.00", "2.5", "30"]
+
+
+def test_markdown_of_a_target():
+    skipped = targets.head("v5e", "fade", "tiny", "float32", "forward+backward", "ours")
+    lines = cli.markdown([*TARGET_ROWS, skipped | dict(skipped="too much")]).splitlines()
+    assert len(lines) == 5
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[2][:4] == ["`carafe`", "v5e", "`tiny`", "forward, bfloat16"]
+    assert cells[2][4:] == "2.00|2.5|20|1.50|0.25|7|2 (2, 8)|3.0|2.00|2.5|30".split("|")
+    assert cells[3][3:7] == ["forward", "2.00", "2.5", "-"] and cells[3][-3:] == ["-"] * 3
+    assert cells[4] == ["`fade`", "v5e", "`tiny`", "with backward", "too much"]
+
+
+def test_defaults_of_a_target():
+    args = cli.arguments(["--target", "v5e", "h100"])
+    assert args.target == ["v5e", "h100"] and set(args.upsamplers) == set(list_upsamplers())
+    assert "dino" in args.workloads and "bfloat16" in args.dtypes
+    here = cli.arguments([])
+    assert here.target is None and here.upsamplers == cli.UPSAMPLERS
+    assert here.dtypes == ("float32",) and here.directions == measure.DIRECTIONS
+    assert cli.arguments(["--target", "v6e", "--upsampler", "fade"]).upsamplers == ["fade"]
+
+
+def test_command_with_a_target(tiny, tmp_path, capsys, monkeypatch):
+    def process(f, target, up, name, sizes, *, dtype, direction, form):
+        assert f is targets.measure and sizes == TINY
+        if up == "fade":
+            raise BrokenProcessPool
+        row = targets.head(target, up, name, dtype, direction, form)
+        return row | dict(FIGURES, output_mb=2.0, xla_mb=None, estimate_ms=None)
+
+    monkeypatch.setattr(cli, "_in_a_process", process)
+    monkeypatch.setattr(targets, "device", lambda target: None)
+    file = tmp_path / "results.json"
+    command = "--target v6e --workloads tiny --upsamplers fade carafe --dtypes float32"
+    command += f" --directions forward --no-literal --json {file}"
+    assert cli.main(command.split()) == 0
+    out = capsys.readouterr().out
+    assert "compiled for v6e, nothing ran" in out and "skipped: the compiler broke down" in out
+    results = json.loads(file.read_text())
+    assert "nothing ran" in results["machine"]["device"]
+    assert [row["upsampler"] for row in results["rows"]] == ["fade", "carafe"]
+
+
+def test_a_target_whose_compiler_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    targets.device.cache_clear()
+    assert cli.main(["--target", "v5e"]) == 1
+    shown = capsys.readouterr()
+    assert shown.err == "error: compiling for v5e needs libtpu: pip install -e '.[tpu]'\n"
+    assert not shown.out
+
+
 def test_overhead():
     ways = overhead("carafe", calls=20)
     assert len(ways) == 5 and all(us > 0 for us in ways.values())
@@ -155,6 +227,9 @@ def test_overhead():
         ("--runs 0", "at least 1"),
         ("--workloads nowhere", "nowhere"),
         ("--peer-root peers", "needs PyTorch"),
+        ("--target v5e --overhead", "compiles only"),
+        ("--target v5e --plot file.png", "compiles only"),
+        ("--target v7", "v5e"),
     ],
 )
 def test_wrong_commands(command, why, monkeypatch, capsys):

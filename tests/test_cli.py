@@ -2,6 +2,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -156,6 +157,60 @@ def test_mistakes_end_in_one_line(run, tmp_path, monkeypatch, capsys, arguments,
     (line,) = capsys.readouterr().err.rstrip().split("\n    ")[0].splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+@pytest.mark.parametrize("verb", ["predict", "evaluate", "export", "visualize"])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"", "config.json cannot be read (it is empty): put back"),
+        ("config.json", b'{"steps": 8, "mo', "config.json cannot be read (not JSON"),
+        ("config.json", b"[]", "config.json cannot be read (all of it is '[]'"),
+        ("config.json", b'{"flux": 3}', "does not know: flux; another version of resfu_jax"),
+        ("checkpoints/5/state/_METADATA", b"{", "intact is 7: evaluate it with --checkpoint 7"),
+        ("checkpoints/5/metrics/metrics", b"", "metrics/metrics is damaged; without the folder"),
+    ],
+)
+def test_damaged_workdirs_end_in_one_line(
+    run, photos, tmp_path, capsys, verb, name, content, message
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(run, workdir)
+    (workdir / name).write_bytes(content)
+    what = {"export": str(tmp_path / "x.zip"), "evaluate": None}.get(verb, str(photos / "a.png"))
+    assert main([verb, *([what] if what else []), "--checkpoint", str(workdir)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize("value", ["gs://bucket/x", "s3://bucket/x"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "predict x.png --checkpoint RUN --out VALUE",
+        "predict x.png --checkpoint VALUE",
+        "evaluate --checkpoint RUN --out VALUE",
+        "export VALUE --checkpoint RUN",
+        "visualize x.png --checkpoint RUN --out VALUE",
+        "visualize x.png --checkpoint RUN --panels VALUE",
+    ],
+)
+def test_addresses_are_no_folders(run, tmp_path, monkeypatch, capsys, command, value):
+    monkeypatch.chdir(tmp_path)
+    words = command.replace("VALUE", value).replace("RUN", str(run)).split()
+    assert main(words) == 1
+    assert "has to be a folder or file of this machine" in capsys.readouterr().err
+    assert not [path for path in tmp_path.iterdir() if ":" in path.name]
+
+
+def test_home_in_options(run, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(run)
+    photo = str(photos / "a.png")
+    assert main(["predict", photo, "--checkpoint=~/link", "--out=~/[o] u:t"]) == 0
+    assert (tmp_path / "[o] u:t" / "labels" / "a.png").exists()
+    assert not (tmp_path / "~").exists()
 
 
 def test_flags_that_are_none_are_refused(capsys):
@@ -356,6 +411,7 @@ def test_export(run, tmp_path, capsys):
     exported = load_exported(path)
     predictor = Predictor.from_checkpoint(run)
     assert exported.meta["class_names"] == list(predictor.class_names)
+    assert exported.preprocess == predictor.preprocess
     image = RNG.integers(0, 256, (1, 32, 64, 3), np.uint8)
     expected = jnp.argmax(jax.jit(lambda m, x: m(x))(predictor.model, jnp.asarray(image)), axis=-1)
     np.testing.assert_array_equal(exported(image), expected)

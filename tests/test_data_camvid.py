@@ -77,7 +77,7 @@ def test_a_label_outside_the_classes_stops_the_build(tmp_path, value):
 def test_a_broken_label_file_stops_the_build(tmp_path):
     raw = _fabricate(tmp_path / "raw")
     (raw / "valannot" / "0016E5_8.png").write_bytes(b"not a png")
-    with pytest.raises(DataError, match=r"Cannot decode the label map .*0016E5_8\.png"):
+    with pytest.raises(DataError, match=r"the label map .*0016E5_8\.png: cannot be read"):
         prepare("camvid", tmp_path, raw)
     assert not is_prepared("camvid", tmp_path)
 

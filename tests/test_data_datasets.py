@@ -2,9 +2,12 @@
 
 import fcntl
 import gzip
+import hashlib
+import http.server
 import io
 import logging
 import pickle
+import re
 import shutil
 import tarfile
 import threading
@@ -13,21 +16,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from resfu_jax.data import (
     DataError,
+    ade20k,
     coco_stuff,
     dataset_info,
     eval_batches,
     is_prepared,
+    label_pixels,
     load,
     open_source,
     prepare,
     train_batches,
 )
+from resfu_jax.data import raw as raw_files
 from resfu_jax.data.fabricate import fabricate
-from resfu_jax.data.raw import RawFiles, TarPath, map_label, open_archive
+from resfu_jax.data.raw import RawFiles, TarPath, map_label, open_archive, read_file
 
 NAMES = [name for name in load._DATASETS if not name.startswith("shapes")]
 DOWNLOADED = [name for name in NAMES if name != "cityscapes"]
@@ -100,6 +107,27 @@ def test_batches_and_classes(name, prepared):
     assert classes.size > 0.8 * info.num_classes
     assert (255 in classes) == (name != "oxford_pet")
     next(train_batches(source, info, batch_size=1, crop_size=(16, 16), seed=0)).keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pixels_of_the_classes_are_counted(name, prepared):
+    labels = [
+        _pixels(e["label"]) for split in _splits(name, prepared).values() for e in split.values()
+    ]
+    expected = np.bincount(np.concatenate(labels, axis=None), minlength=256)
+    np.testing.assert_array_equal(label_pixels(name, prepared), expected)
+
+
+def test_a_dataset_of_an_earlier_version_has_no_count(raw, tmp_path):
+    folder = prepare("ade20k", tmp_path, raw["ade20k"])
+    (folder / "metadata.json").unlink()
+    assert label_pixels("ade20k", tmp_path) is None and is_prepared("ade20k", tmp_path)
+    assert len(open_source("ade20k", "train", tmp_path)) == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_datasets_are_where_tfds_looks_for_them(name, prepared):
+    assert load._place(name, prepared)[2] == Path(_builder(name, prepared).data_path)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -184,7 +212,7 @@ def test_a_damaged_archive_is_named(kind, tmp_path):
     data = b"no archive" if kind != ".tar.gz" else gzip.compress(buffer.getvalue())[:-20]
     path.write_bytes(data)
     with pytest.raises(DataError, match=rf"archive{kind} cannot be read .*; download it again"):
-        RawFiles([tmp_path])
+        RawFiles([tmp_path]).find("images")
 
 
 def test_a_tar_archive_reads_like_a_folder(tmp_path):
@@ -208,6 +236,194 @@ def test_a_tar_archive_reads_like_a_folder(tmp_path):
     assert (file.name, file.stem, file.suffix) == ("one.txt", "one", ".txt")
     assert str(file) == f"{tmp_path}/x.tgz/a/b/one.txt"
     assert (top / "a" / "two.txt").read_bytes() == b"22"
+
+
+def _tar(path, members, mode="w"):
+    """Members are (name, content), or (name, type, target) of links."""
+    with tarfile.open(path, mode) as archive:
+        for name, *content in members:
+            member = tarfile.TarInfo(name)
+            if len(content) == 2:
+                member.type, member.linkname = content
+                archive.addfile(member)
+            else:
+                member.size = len(content[0])
+                archive.addfile(member, io.BytesIO(content[0]))
+    return path
+
+
+def _zip(path, members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["../x.png", "a/../../x.png", "/etc/x.png", "a\\..\\..\\x.png"])
+@pytest.mark.parametrize("kind", [".tar", ".zip"])
+def test_archives_that_lead_out_of_themselves_are_refused(kind, name, tmp_path):
+    write = _zip if kind == ".zip" else _tar
+    path = write(tmp_path / f"x{kind}", [("a/y.png", b"1"), (name, b"2")])
+    with pytest.raises(DataError, match=rf"x{kind} holds the path .*x.png', which leads out of it"):
+        open_archive(path)
+
+
+def test_an_encrypted_archive_is_named(tmp_path):
+    path = _zip(tmp_path / "x.zip", [("a.png", b"1")])
+    data = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # of the file, of the directory
+        data[data.index(signature) + offset] |= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        DataError, match=r"x.zip is encrypted \(a.png needs a password\): unpack it"
+    ):
+        open_archive(path)
+
+
+def test_a_damaged_file_of_an_archive_is_named(tmp_path):
+    content = np.random.default_rng(0).bytes(2000)
+    path = _zip(tmp_path / "x.zip", [("a/b.png", content)])
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"x.zip/a/b.png cannot be read \(.*download .* again"):
+        read_file(open_archive(path) / "a/b.png")
+
+
+def test_an_unknown_compression_is_named(tmp_path):
+    path = _zip(tmp_path / "x.zip", [("a.png", b"1" * 99)])
+    data = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\3\4", 8), (b"PK\1\2", 10)):
+        data[data.index(signature) + offset] = 9  # Deflate64
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"x.zip/a.png cannot be read \(.*compression"):
+        read_file(open_archive(path) / "a.png")
+
+
+def test_a_tar_archive_that_ends_early_is_named(tmp_path):
+    path = _tar(tmp_path / "x.tar", [("a.png", b"1" * 3000)])
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(DataError, match=r"x.tar"):
+        read_file(open_archive(path) / "a.png")
+
+
+@pytest.mark.parametrize("kind", [".zip", ".tgz"])
+def test_archives_that_unpack_to_far_more_than_their_size_are_refused(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(raw_files, "MAX_UNPACKED", 1 << 20)
+    path = tmp_path / f"x{kind}"
+    few, many = [("a.png", bytes(1 << 19))], [(f"{k}.png", bytes(1 << 20)) for k in range(8)]
+    for members, fits in ((few, True), (many, False)):
+        _zip(path, members) if kind == ".zip" else _tar(path, members, "w:gz")
+        if fits:
+            assert read_file(open_archive(path) / "a.png") == members[0][1]
+        else:
+            with pytest.raises(DataError, match=f"x{kind} unpacks to .* 200 times its size"):
+                open_archive(path)
+
+
+@pytest.mark.parametrize("kind", [".zip", ".tar"])
+def test_a_huge_file_in_an_archive_is_refused(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(raw_files, "MAX_MEMBER", 1000)
+    write = _zip if kind == ".zip" else _tar
+    archive = open_archive(write(tmp_path / f"x{kind}", [("a", b"1" * 1000), ("b", b"1" * 1001)]))
+    assert len(read_file(archive / "a")) == 1000
+    with pytest.raises(
+        DataError, match=f"x{kind}/b has 1001 bytes; no raw file has more than 1000"
+    ):
+        read_file(archive / "b")
+
+
+def test_links_in_archives(tmp_path):
+    members = [
+        ("a/one.png", b"1"),
+        ("b/hard.png", tarfile.LNKTYPE, "a/one.png"),
+        ("b/soft.png", tarfile.SYMTYPE, "../a/one.png"),
+        ("b/out.png", tarfile.SYMTYPE, "../../etc/passwd"),
+    ]
+    top = open_archive(_tar(tmp_path / "x.tar", members))
+    for name in ("hard.png", "soft.png"):
+        assert (top / "b" / name).is_file() and read_file(top / "b" / name) == b"1"
+    with pytest.raises(
+        DataError, match=r"x.tar/b/out.png is a link to ../etc/passwd, which is not"
+    ):
+        (top / "b/out.png").is_file()
+    link = zipfile.ZipInfo("out.png")
+    link.external_attr = 0o120777 << 16
+    zipped = open_archive(_zip(tmp_path / "x.zip", [(link, "/etc/passwd")]))
+    with pytest.raises(DataError, match="x.zip/out.png is a symbolic link"):
+        read_file(zipped / "out.png")
+
+
+# -------------------------------------------------------------------------------------- downloads
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The address of a server without https that has x.zip."""
+    _zip(tmp_path / "x.zip", [("a.png", b"1")])
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/x.zip"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("known", ["right", "wrong", "none"])
+def test_downloads_are_compared_with_what_was_published(known, server, tmp_path, caplog):
+    data = (tmp_path / "x.zip").read_bytes()
+    checksum = hashlib.sha256(data if known == "right" else b"").hexdigest()
+
+    class Local(ade20k.Ade20k):
+        URLS = (server,)
+        SHA256 = {} if known == "none" else {server: (len(data), checksum)}
+
+    builder = Local(data_dir=tmp_path / "data")
+    manager = builder._make_download_manager(
+        download_dir=None, download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+    )
+    if known == "wrong":
+        with pytest.raises(DataError, match=f"(?s)from {server} is not the file .*SHA-256"):
+            builder._download(manager)
+    else:
+        (archive,) = builder._download(manager)
+        assert read_file(archive / "a.png") == b"1"
+    unprotected = f"{server}: nothing protects this transfer" in caplog.text
+    assert unprotected == (known == "none")
+
+
+def test_https_is_taken_where_it_answers(monkeypatch):
+    asked = []
+
+    def urlopen(request, timeout):
+        asked.append(request.full_url)
+        return io.BytesIO()
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    builder = _builder("ade20k")
+    assert builder._reachable("http://x.org/a.zip") == "https://x.org/a.zip"
+    known = next(iter(_builder("voc").SHA256))
+    assert _builder("voc")._reachable(known) == known
+    assert asked == ["https://x.org/a.zip", known]
+
+
+@pytest.mark.parametrize("name", ["voc", "coco_stuff", "oxford_pet"])
+def test_published_checksums(name):
+    builder = _builder(name)
+    assert builder.SHA256.keys() <= set(builder.urls)
+    for url, (size, checksum) in builder.SHA256.items():
+        assert builder.url_infos[url].size == size
+        assert (
+            re.fullmatch("[0-9a-f]{64}", checksum) and builder.url_infos[url].checksum == checksum
+        )
 
 
 # ----------------------------------------------------------------------------------------- labels

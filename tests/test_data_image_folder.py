@@ -1,21 +1,29 @@
 """`image_folder/NAME`: one's own images."""
 
+import os
 import pickle
+import re
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from resfu_jax.data import (
     DataError,
     DatasetNotPrepared,
+    Source,
+    damaged_datasets,
     dataset_info,
     eval_batches,
     is_prepared,
+    label_pixels,
     list_datasets,
+    load,
     open_source,
     prepare,
+    transforms,
 )
 from resfu_jax.data.__main__ import main
 from resfu_jax.data.fabricate import fabricate
@@ -102,6 +110,332 @@ def test_one_image_is_not_enough(tmp_path):
         prepare(NAME, tmp_path, _flat(tmp_path / "raw", ["x"]))
 
 
+# ------------------------------------------------------------------------- files of many kinds
+
+
+def _save(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array)).save(path, **options)
+
+
+def _examples(folder, name=NAME):
+    sources = (open_source(name, split, folder) for split in ("train", "validation"))
+    return {e["id"].decode(): e for source in sources for e in source}
+
+
+def _decoded(folder, example_id, name=NAME):
+    example, info = _examples(folder, name)[example_id], dataset_info(name, folder)
+    image, label = transforms.decode(example, info, example_id)
+    return np.asarray(image), np.asarray(label)
+
+
+def test_subfolders_and_other_kinds_of_files_are_used(tmp_path):
+    raw = _flat(tmp_path / "raw", ["top"])
+    rng = np.random.default_rng(0)
+    colours = {}
+    for name in ("day/0.jpg", "day/1.PNG", "night/0.webp", "b.bmp", "c.tif", "d.TIFF", "e.gif"):
+        colours[name.partition(".")[0]] = colour = rng.integers(0, 256, 3)
+        _save(raw / "images" / name, np.broadcast_to(colour.astype(np.uint8), (8, 12, 3)))
+        _save((raw / "labels" / name).with_suffix(".PNG"), np.eye(8, 12, dtype=np.uint8))
+    prepare(NAME, tmp_path, raw)
+    assert set(_examples(tmp_path)) == {"top", *colours}
+    for example_id, colour in colours.items():
+        image, label = _decoded(tmp_path, example_id)
+        assert np.abs(image.astype(int) - colour).max() <= 4, example_id
+        np.testing.assert_array_equal(label, np.eye(8, 12))
+
+
+def test_what_is_left_out_is_named_and_counted(tmp_path, caplog):
+    raw = _flat(tmp_path / "raw", "ab")
+    for name in ("notes.txt", "scan.heic", ".hidden"):
+        (raw / "images" / name).touch()
+    _save(raw / "labels" / "c.png", np.zeros((8, 12), np.uint8))
+    prepare(NAME, tmp_path, raw)
+    assert "left out 2 files of " in caplog.text and "notes.txt, scan.heic" in caplog.text
+    assert "left out 1 files of " in caplog.text and "without an image: c.png" in caplog.text
+
+
+def test_images_outside_of_the_splits_are_named(raw, tmp_path, caplog):
+    _save(raw / "images" / "test" / "x.png", np.zeros((8, 12, 3), np.uint8))
+    prepare(NAME, tmp_path, raw)
+    assert "left out 1 files outside of" in caplog.text and ": x.png" in caplog.text
+
+
+def test_a_link_in_a_circle_ends(tmp_path):
+    raw = _flat(tmp_path / "raw", "ab")
+    (raw / "images" / "again").symlink_to(raw / "images")
+    prepare(NAME, tmp_path, raw)
+    assert set(_examples(tmp_path)) == {"a", "b"}
+
+
+def test_names_in_other_normal_forms_and_encodings(tmp_path):
+    raw = _flat(tmp_path / "raw", ["a"])
+    grey, label = np.zeros((8, 12, 3), np.uint8), np.zeros((8, 12), np.uint8)
+    _save(raw / "images" / unicodedata.normalize("NFD", "café.jpg"), grey)
+    _save(raw / "labels" / unicodedata.normalize("NFC", "café.png"), label)
+    for kind, array in (("images", grey), ("labels", label)):
+        _save(raw / "x.png", array)
+        os.rename(raw / "x.png", os.path.join(os.fsencode(raw / kind), b"caf\xe9.png"))
+    prepare(NAME, tmp_path, raw)
+    assert set(_examples(tmp_path)) == {"a", unicodedata.normalize("NFC", "café"), "caf\\xe9"}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_masks_are_of_what_viewers_show(orientation, tmp_path):
+    raw = _flat(tmp_path / "raw", "ab")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.zeros((24, 32, 3), np.uint8)
+    stored[:9, :20] = 255
+    _save(raw / "images" / "phone.png", stored, exif=exif)
+    shown = ImageOps.exif_transpose(Image.open(raw / "images" / "phone.png"))
+    _save(raw / "labels" / "phone.png", np.asarray(shown)[..., 0] // 255)
+    prepare(NAME, tmp_path, raw)
+    image, label = _decoded(tmp_path, "phone")
+    np.testing.assert_array_equal(image[..., 0] == 255, label == 1)
+    info, source = (
+        dataset_info(NAME, tmp_path),
+        Source(NAME, "train", [*_examples(tmp_path).values()]),
+    )
+    batches = eval_batches(source, info, batch_size=1, pad_to=1, group_sizes=True)
+    shapes = {b["id"][0]: b["label"].shape[1:] for b in batches}
+    assert shapes[b"phone"] == ((32, 24) if orientation > 4 else (24, 32))
+
+
+def test_a_mask_of_the_image_as_it_is_stored_is_named(tmp_path):
+    raw = _flat(tmp_path / "raw", "ab")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    _save(raw / "images" / "phone.jpg", np.zeros((24, 32, 3), np.uint8), exif=exif)
+    _save(raw / "labels" / "phone.png", np.zeros((24, 32), np.uint8))
+    with pytest.raises(DataError, match="phone.* differ in size: 24x32 against 32x24.*EXIF"):
+        prepare(NAME, tmp_path, raw)
+
+
+def test_16_bit_images_keep_their_values(tmp_path):
+    raw = _flat(tmp_path / "raw", "ab")
+    values = np.linspace(0, 65535, 8 * 12).reshape(8, 12).astype(np.uint16)
+    _save(raw / "images" / "xray.png", values)
+    _save(raw / "labels" / "xray.png", np.zeros((8, 12), np.uint8))
+    prepare(NAME, tmp_path, raw)
+    np.testing.assert_array_equal(_decoded(tmp_path, "xray")[0][..., 1], np.rint(values / 257))
+
+
+# ------------------------------------------------------------------------- what the labels mean
+
+
+def _masks(folder, values, classes="background\nobject\n"):
+    _flat(folder, "abcde")
+    rng = np.random.default_rng(0)
+    for name in "abcde":
+        _save(folder / "labels" / f"{name}.png", rng.choice(np.array(values, np.uint8), (8, 12)))
+    (folder / "classes.txt").write_text(classes)
+    return folder
+
+
+def test_masks_of_0_and_255_stop(tmp_path):
+    raw = _masks(tmp_path / "raw", [0, 255])
+    message = (
+        "(?s)object never occurs, and [3456][0-9].[0-9]% of .*labels.txt.*255 = object.*ignore"
+    )
+    with pytest.raises(DataError, match=message):
+        prepare(NAME, tmp_path, raw)
+    assert not is_prepared(NAME, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, values",
+    [
+        ("0 = background\n255 = object", {0: 0, 255: 1}),
+        ("# mine\n\n255=background\r\n0 =ignore\r\n", {0: 255, 255: 0}),
+    ],
+)
+def test_labels_txt_says_what_numbers_mean(text, values, tmp_path):
+    raw = _masks(tmp_path / "raw", [0, 255])
+    (raw / "labels.txt").write_bytes(text.encode())
+    prepare(NAME, tmp_path, raw)
+    for name in "abcde":
+        before = np.asarray(Image.open(raw / "labels" / f"{name}.png"))
+        expected = np.vectorize(values.get)(before)
+        np.testing.assert_array_equal(_decoded(tmp_path, name)[1], expected)
+
+
+def test_numbers_that_labels_txt_lacks_stop(tmp_path):
+    raw = _masks(tmp_path / "raw", [0, 7, 255])
+    (raw / "labels.txt").write_text("0 = background\n255 = object")
+    with pytest.raises(DataError, match="holds the label 7; those of image_folder are 0 and 255"):
+        prepare(NAME, tmp_path, raw)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("255 = car", "line 1: '255 = car' is not 'NUMBER = NAME'.*background, object"),
+        ("0 = object\n256 = object", "line 2"),
+        ("0 object", "line 1"),
+        ("0 = object\n0 = background", "line 2: the number 0 is there twice"),
+        ("# nothing\n", "is empty"),
+    ],
+)
+def test_labels_txt_that_cannot_be_used(text, message, tmp_path):
+    raw = _masks(tmp_path / "raw", [0, 255])
+    (raw / "labels.txt").write_text(text)
+    with pytest.raises(DataError, match=f"labels.txt.*{message}"):
+        prepare(NAME, tmp_path, raw)
+
+
+@pytest.mark.parametrize("values", [[0, 1, 255], [0, 1], [0]])
+def test_other_masks_do_not_stop(values, tmp_path):
+    prepare(NAME, tmp_path, _masks(tmp_path / "raw", values))
+    assert is_prepared(NAME, tmp_path)
+
+
+def test_shares_of_the_classes_are_counted_and_told(tmp_path, capsys):
+    raw = _masks(tmp_path / "raw", [0, 0, 2, 255], "a\nb\nc\n")
+    main(["prepare", NAME, "--manual-dir", str(raw), "--data-dir", str(tmp_path)])
+    labels = np.stack([np.asarray(Image.open(p)) for p in (raw / "labels").iterdir()])
+    np.testing.assert_array_equal(
+        label_pixels(NAME, tmp_path), np.bincount(labels.ravel(), minlength=256)
+    )
+    out = capsys.readouterr().out
+    labelled = (labels != 255).sum()
+    shares = [f"{name} {(labels == k).sum() / labelled:.1%}" for k, name in enumerate("abc")]
+    assert f"of the labelled pixels: {', '.join(shares)}\n" in out
+    assert f"ignored: {np.mean(labels == 255):.1%} of all pixels\n" in out
+    assert "warning: of the classes, never occurs: b\n" in out
+
+
+# ------------------------------------------------------------------- damaged datasets, odd places
+
+
+@pytest.fixture
+def two(raw, tmp_path):
+    """A folder with two prepared datasets, NAME and `image_folder/other`."""
+    for name in (NAME, "image_folder/other"):
+        prepare(name, tmp_path / "data", raw)
+    return tmp_path / "data"
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _shard(folder):
+    (shard,) = folder.glob("*train*")
+    return shard
+
+
+DAMAGE = {
+    "no dataset_info.json": lambda folder: (folder / "dataset_info.json").unlink(),
+    "dataset_info.json cannot be read": lambda folder: _cut(folder / "dataset_info.json"),
+    "dataset_info.json is no JSON object": lambda folder: (folder / "dataset_info.json").write_text(
+        "[]"
+    ),
+    "dataset_info.json cannot be used": lambda folder: (folder / "dataset_info.json").write_text(
+        "{}"
+    ),
+    "no features.json": lambda folder: (folder / "features.json").unlink(),
+    "metadata.json cannot be read": lambda folder: _cut(folder / "metadata.json"),
+    "no image_folder-train": lambda folder: _shard(folder).unlink(),
+    "00001 is empty": lambda folder: _shard(folder).write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damaged_datasets_are_named_and_built_anew(what, two, raw, capsys):
+    folder = two / NAME / "1.0.0"
+    DAMAGE[what](folder)
+    advice = f"prepare {NAME} --manual-dir DIR --data-dir {two} --overwrite"
+    message = f"(?s){folder}, is damaged: .*{re.escape(what)}.*{advice}"
+    for function in (dataset_info, lambda *a: open_source(a[0], "train", a[1]), prepare):
+        with pytest.raises(DataError, match=message):
+            function(NAME, two)
+    assert NAME not in list_datasets(two) and "image_folder/other" in list_datasets(two)
+    assert list(damaged_datasets(two)) == [NAME]
+    main(["--data-dir", str(two), "list"])
+    out = capsys.readouterr().out
+    assert f"warning: {NAME} is damaged: " in out and "image_folder/other  " in out
+    main(["prepare", NAME, "--manual-dir", str(raw), "--data-dir", str(two), "--overwrite"])
+    assert _ids("train", two) == ["train_0", "train_1"] and not damaged_datasets(two)
+
+
+@pytest.mark.parametrize("at", [70, 300, 700])
+def test_a_damaged_shard_is_named(at, two):
+    shard = _shard(two / NAME / "1.0.0")
+    content = bytearray(shard.read_bytes())
+    content[at] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=f"(?s)example [01] cannot.* {shard} is .*--overwrite"):
+        list(open_source(NAME, "train", two))
+
+
+def test_the_right_one_of_several_shards_is_named():
+    def broken(index):
+        raise RuntimeError("hash mismatch\nand more")
+
+    examples = type("", (), {"__getitem__": lambda self, index: broken(index)})()
+    records = load._Records(examples, "x", (("a", 2), ("b", 1), ("c", 3)), "Do.")
+    for index, name in enumerate("aabccc"):
+        with pytest.raises(DataError, match=rf"example {index} .* {name} is .*mismatch\). Do.$"):
+            records[index]
+    with pytest.raises(IndexError):
+        records[6]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.9])
+def test_a_truncated_shard_is_named(share, two):
+    shard = _shard(two / NAME / "1.0.0")
+    shard.write_bytes(shard.read_bytes()[: int(share * shard.stat().st_size)])
+    with pytest.raises(DataError, match=f"(?s)example [01] cannot.* {shard} is .*--overwrite"):
+        open_source(NAME, "train", two)
+
+
+def test_overwriting_that_fails_keeps_what_was_there(two, raw, tmp_path):
+    before = _examples(two)
+    (raw / "labels/train/train_0.png").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="train_0.png"):
+        prepare(NAME, two, raw, overwrite=True)
+    assert _examples(two) == before
+
+
+def test_overwriting_takes_the_new_files(two, raw):
+    (raw / "classes.txt").write_text("x\ny\nz\n")
+    prepare(NAME, two, raw, overwrite=True)
+    assert dataset_info(NAME, two).class_names == ("x", "y", "z")
+    assert not [path for path in (two / NAME).iterdir() if path.name.startswith(".replaced")]
+
+
+def test_odd_folders_do_not_hide_the_others(two, capsys):
+    for name in ("my pictures", "ä", "a.b", "new"):
+        (two / "image_folder" / name).mkdir()
+    (two / "image_folder" / "file").touch()
+    own = [name for name in list_datasets(two) if name.startswith("image_folder")]
+    assert own == [NAME, "image_folder/other"]
+    main(["--data-dir", str(two), "list"])
+    assert "image_folder/other" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["a [b] c", "x:y@3", "tölt, 'q' {z}", "a*?[0:1]", "[link=x]"])
+def test_data_directories_with_odd_names(place, raw, tmp_path, capsys):
+    moved = raw.rename(tmp_path / f"raw {place}")
+    main(["prepare", NAME, "--manual-dir", str(moved), "--data-dir", str(tmp_path / place)])
+    assert _ids("train", tmp_path / place) == ["train_0", "train_1"]
+    assert dataset_info(NAME, tmp_path / place).num_classes == 3
+    assert NAME in list_datasets(tmp_path / place)
+
+
+def test_a_tilde_is_the_home_folder(raw, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert prepare(NAME, "~/data", f"~/{raw.name}") == tmp_path / "data" / NAME / "1.0.0"
+    assert dataset_info(NAME, "~/data").num_classes == 3 and is_prepared(NAME, "~/data")
+
+
+def test_a_place_that_cannot_be_written(raw, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Cannot write to .*/file/image_folder.*--data-dir"):
+        prepare(NAME, tmp_path / "file", raw)
+
+
 # ------------------------------------------------------------------------------------- bad input
 
 
@@ -133,7 +467,10 @@ def test_a_missing_label_map(raw, tmp_path):
             "holds the label 3; those of image_folder are 0 to 2 and",
         ),
         (Image.new("RGB", (24, 16)), "has PIL mode 'RGB'"),
-        (Image.new("I;16", (24, 16)), "has PIL mode 'I;16'"),
+        (Image.new("I;16", (24, 16), 300), "is a 16-bit file .* with numbers up to 300"),
+        (Image.new("LA", (24, 16)), "has PIL mode 'LA'.*keep the first channel"),
+        (Image.linear_gradient("L").convert("RGB"), "has PIL mode 'RGB'.*keep the first channel"),
+        (Image.new("RGB", (24, 16), (9, 0, 0)), "has PIL mode 'RGB'.*looks coloured"),
     ],
 )
 def test_label_maps_that_cannot_be_used(label, message, raw, tmp_path):
@@ -146,7 +483,9 @@ def test_label_maps_that_cannot_be_used(label, message, raw, tmp_path):
 @pytest.mark.parametrize("file", ["images/train/train_0.jpg", "labels/train/train_0.png"])
 def test_files_that_cannot_be_decoded(file, raw, tmp_path):
     (raw / file).write_bytes(b"nothing")
-    with pytest.raises(DataError, match=f"Cannot decode the (image|label map) .*{file}"):
+    with pytest.raises(
+        DataError, match=f"the (image|label map) .*{file}: cannot be read as an image"
+    ):
         prepare(NAME, tmp_path, raw)
 
 
@@ -181,6 +520,43 @@ def test_class_files(tmp_path):
     assert names == ["far away", "near"] and colours == [(1, 2, 3), (128, 0, 0)]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_class_files_in_other_encodings(encoding, newline, tmp_path):
+    (tmp_path / "classes.txt").write_bytes(f"Straße{newline}{newline}Bäume".encode(encoding))
+    assert read_classes(tmp_path / "classes.txt")[0] == ["Straße", "Bäume"]
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ("a\nStraße\n".encode("latin-1"), "line 2: this is not UTF-8.*Save the file as UTF-8"),
+        ("a\nb\n".encode("utf-16-le"), "null characters, as UTF-16 without"),
+        (b"\xff\xfea\0b", "is not UTF-16"),
+        ("café\ncafe\u0301\n".encode(), "line 2: the class 'café' is there twice"),
+    ],
+)
+def test_class_files_in_unknown_encodings_are_named(data, message, tmp_path):
+    (tmp_path / "classes.txt").write_bytes(data)
+    with pytest.raises(DataError, match=f"classes.txt.*{message}"):
+        read_classes(tmp_path / "classes.txt")
+
+
+def test_a_label_map_that_is_no_png_file_is_told(tmp_path):
+    raw = _flat(tmp_path / "raw", "ab")
+    (raw / "labels" / "a.png").rename(raw / "labels" / "a.bmp")
+    message = "(?s)lacks 1 label maps of images.*: a.png.*a.bmp, but a label map has to be a PNG"
+    with pytest.raises(FileNotFoundError, match=message):
+        prepare(NAME, tmp_path, raw)
+
+
+def test_two_label_maps_of_one_image(tmp_path):
+    raw = _flat(tmp_path / "raw", "ab")
+    shutil.copy(raw / "labels" / "a.png", raw / "labels" / "a.PNG")
+    with pytest.raises(DataError, match="a.PNG and .*a.png are both label maps of .*a.jpg"):
+        prepare(NAME, tmp_path, raw)
+
+
 @pytest.mark.parametrize(
     "name", ["image_folder", "image_folder/", "image_folder/a/b", "image_folder/ä"]
 )
@@ -210,3 +586,27 @@ def test_command_line(raw, tmp_path, monkeypatch, capsys):
     (raw / "classes.txt").unlink()
     with pytest.raises(SystemExit, match="(?s)^error: .*no file classes.txt"):
         run("prepare", "image_folder/new", "--manual-dir", str(raw))
+
+
+@pytest.mark.parametrize("place", ["gs://bucket", "~nobody-here/x"])
+def test_an_unusable_default_is_told(place, monkeypatch):
+    monkeypatch.setenv("RESFU_DATA_DIR", place)
+    for arguments in (["list"], ["prepare", NAME]):
+        with pytest.raises(SystemExit, match="error: RESFU_DATA_DIR .*" + re.escape(place)):
+            main(arguments)
+
+
+def test_help_in_a_folder_with_a_percent_sign(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RESFU_DATA_DIR", str(tmp_path / "50%s"))
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert done.value.code == 0 and "50%s" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_an_interruption_ends_in_one_line(raw, tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(load, "_build", interrupted)
+    with pytest.raises(SystemExit, match="^interrupted; the same command starts again"):
+        main(["prepare", NAME, "--manual-dir", str(raw), "--data-dir", str(tmp_path)])

@@ -22,6 +22,7 @@ from resfu_jax.data import (
     train_batches,
     transforms,
 )
+from resfu_jax.preprocess import Preprocess
 
 INFO = DatasetInfo("toy", tuple("abcdef"), ((0, 0, 0),) * 6)
 BANDS = DatasetInfo("bands", tuple(map(str, range(64))), ((0, 0, 0),) * 64)
@@ -152,7 +153,7 @@ def test_labels_stay_aligned_with_the_image(scale_range, resize_scale):
         batch_size=40,
         crop_size=(48, 80),
         scale_range=scale_range,
-        resize_scale=resize_scale,
+        preprocess=Preprocess(scale=resize_scale, mean=(1, 2.5, 3.5)),
         photometric=False,
         seed=1,
     )
@@ -173,7 +174,7 @@ def test_labels_stay_aligned_with_the_image(scale_range, resize_scale):
         assert np.abs(offset[inside]).max() <= 2.0 + 1.6  # half a band + a step at scale 1/4
         offsets.append(offset[inside].mean())
         flips += image[6, 12, 0] < image[6, 4, 0]
-        assert np.all(image[~valid] == transforms.PAD_COLOUR)
+        assert np.all(image[~valid] == (1, 2, 4))
     # A shift by one source pixel would be 1. At exactly half size every nearest position is a tie
     # between two columns, which shifts labels by half a source pixel.
     assert np.abs(np.mean(offsets)) < (0.15 if resize_scale == 1 else 0.6)
@@ -209,7 +210,7 @@ def test_small_images_are_padded_and_never_cropped_below_the_crop_size():
     (batch,) = _take(_train(crop_size=(32, 48), scale_range=(1.0, 1.0), photometric=False), 1)
     assert np.all(batch["label"][:, :20, :28] < 6)
     assert np.all(batch["label"][:, 20:] == 255) and np.all(batch["label"][:, :, 28:] == 255)
-    assert np.all(batch["image"][:, 20:] == transforms.PAD_COLOUR)
+    assert np.all(batch["image"][:, 20:] == (124, 116, 104))
 
 
 def test_without_any_augmentation_the_picture_is_unchanged():
@@ -253,10 +254,11 @@ def test_crops_reach_every_corner():
 )
 def test_resizing_to_a_short_side(size, resized):
     source = _toy(1, size=size)
-    options = {"batch_size": 1, "resize_to": (30, 60)}
+    options = {"batch_size": 1, "preprocess": Preprocess(resize_to=(30, 60))}
     (batch,) = eval_batches(source, INFO, pad_to=1, **options)
     assert batch["image"].shape[1:3] == resized and batch["size"].tolist() == [list(resized)]
-    (half,) = eval_batches(source, INFO, pad_to=(64, 64), resize_scale=0.5, **options)
+    half = Preprocess(resize_to=(30, 60), scale=0.5)
+    (half,) = eval_batches(source, INFO, pad_to=(64, 64), batch_size=1, preprocess=half)
     assert np.abs(2 * half["size"][0] - resized).max() <= 1
     options |= {"flip": False, "photometric": False, "crop_size": resized}
     (same,) = _take(_train(source, scale_range=(1.0, 1.0), **options), 1)
@@ -296,7 +298,7 @@ def test_crops_of_one_class_are_drawn_anew():
 
 
 def test_a_class_share_ignores_what_is_ignored():
-    augment = transforms.Augment((4, 4), 1.0, None, (1.0, 1.0), 0.75, False, False, 255)
+    augment = transforms.Augment((4, 4), Preprocess(), (1.0, 1.0), 0.75, False, False, 255)
     label = np.full((4, 4), 255, np.uint8)
     for first, second, mixed in ((3, 1, False), (2, 1, True), (4, 0, False), (0, 0, False)):
         label[0], label[1] = [0] * first + [255] * (4 - first), [1] * second + [255] * (4 - second)
@@ -359,9 +361,11 @@ def test_pad_to_a_multiple_fits_the_largest_image():
     (batch,) = eval_batches(source, INFO, batch_size=4, pad_to=16)
     assert batch["image"].shape == (4, 48, 64, 3)
     assert batch["size"].tolist() == 2 * [[20, 50]] + 2 * [[40, 10]]
-    (batch,) = eval_batches(source, INFO, batch_size=4, pad_to=16, resize_scale=0.5)
+    half = Preprocess(scale=0.5, mean=(127.5,) * 3, multiple=16)
+    (batch,) = eval_batches(source, INFO, batch_size=4, preprocess=half)
     assert batch["image"].shape == (4, 32, 32, 3)
     assert batch["size"].tolist() == 2 * [[10, 25]] + 2 * [[20, 5]]
+    assert (batch["image"][0, 10:] == 128).all() and (batch["image"][:, :, 25:] == 128).all()
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -395,7 +399,8 @@ def test_images_of_like_sizes_are_evaluated_together(count):
 
 def test_evaluation_at_half_resolution():
     source, image = _bands()
-    (batch,) = eval_batches(source, BANDS, batch_size=1, pad_to=(32, 120), resize_scale=0.5)
+    half = Preprocess(scale=0.5)
+    (batch,) = eval_batches(source, BANDS, batch_size=1, pad_to=(32, 120), preprocess=half)
     inner = batch["image"][0, 4:-4, 4:-4, 0].astype(float) + 0.5
     assert np.abs(inner - 4.0 * batch["label"][0, 4:-4, 4:-4] - 2).max() <= 2.5
     assert image.shape == (64, 240, 3)
@@ -426,9 +431,18 @@ def _broken_record(**changes):
     [
         ({"label": _png(np.full((20, 28), 6, np.uint8))}, r"holds the values \[6\]; toy has .* 5"),
         ({"label": _png(np.zeros((20, 27), np.uint8))}, r"differ in size: 28x20 against 27x20"),
-        ({"label": _png(np.zeros((20, 28, 3), np.uint8))}, r"PIL mode 'RGB'; it needs one 8-bit"),
-        ({"image": b"no picture"}, r"Cannot decode the image of toy"),
-        ({"label": _png(np.zeros((20, 28), np.uint8))[:40]}, r"Cannot decode the label map of toy"),
+        (
+            {"label": _png(np.zeros((20, 28, 3), np.uint8))},
+            r"PIL mode 'RGB'; class indices need one",
+        ),
+        (
+            {"image": b"no picture"},
+            r"the image of toy.*: cannot be read as an image: it is none of BMP",
+        ),
+        (
+            {"label": _png(np.zeros((20, 28), np.uint8))[:40]},
+            r"the label map of toy.*: cannot be read as an image",
+        ),
     ],
 )
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -445,14 +459,14 @@ def test_unusable_examples_are_named(mode, changes, message):
 @pytest.mark.slow
 def test_an_unusable_example_is_named_by_a_worker_process_too():
     iterator = _train(_broken_record(image=b"no picture"), num_workers=1)
-    with pytest.raises(Exception, match="Cannot decode the image of toy, split 'train'"):
+    with pytest.raises(Exception, match="the image of toy, split 'train'.*cannot be read"):
         next(iterator)
     iterator.close()
 
 
 def test_corrupt_examples_are_skipped_and_counted_only_on_request(caplog):
     source = _toy(broken=(1, 4))
-    with pytest.raises(DataError, match="Cannot decode"):
+    with pytest.raises(DataError, match="the image of toy.*cannot be read as an image"):
         _take(_train(source), 3)
     with caplog.at_level(logging.WARNING):
         checked = skip_corrupt(source, INFO)
@@ -481,13 +495,11 @@ def test_nothing_left_to_decode():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number, at least 1, got 0"),
         ({"crop_size": (0, 4)}, r"crop_size must be positive \(height, width\), got \(0, 4\)"),
         ({"scale_range": (2.0, 0.5)}, r"0 < low <= high, got \(2.0, 0.5\)"),
-        ({"resize_scale": 0.0}, "resize_scale must be positive"),
-        ({"resize_to": (64, 32)}, r"0 < short <= long, got \(64, 32\)"),
         ({"max_class_share": 0.0}, "max_class_share must be above 0, at most 1"),
-        ({"num_workers": -1}, "num_workers must not be negative"),
+        ({"num_workers": -1}, "num_workers must be a whole number from 0, got -1"),
         ({"shard": (2, 2)}, r"0 <= index < count, got \(2, 2\)"),
     ],
 )

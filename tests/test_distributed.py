@@ -131,6 +131,20 @@ def test_two_processes_train_stop_and_hand_over(data_dir, tmp_path):
     assert {f"val/{k}": v for k, v in again.items() if k != "step"} == last
 
 
+def test_a_signal_to_one_process_while_they_start_ends_both(data_dir, tmp_path):
+    workdir = tmp_path / "run"
+    processes = start_two(data_dir, workdir)
+    while not workdir.exists():  # they have met
+        assert all(process.poll() is None for process in processes), end(*processes)
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGINT)
+    codes, (output, silent) = end(*processes)
+    assert codes == [128 + signal.SIGINT] * 2, (output, silent)
+    told = [line for line in (output + silent).splitlines() if not line.startswith("[Gloo]")]
+    assert told == ["stopped; the same command continues"]
+    assert lines(workdir) == []
+
+
 def test_another_config_in_one_process_is_told_by_all(data_dir, tmp_path):
     processes = start_two(data_dir, tmp_path, each=("--config.seed=0", "--config.seed=1"))
     codes, outputs = end(*processes)

@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 
 import jax
@@ -17,6 +18,7 @@ from resfu_jax import create_upsampler, serving
 from resfu_jax.backbones import create_backbone
 from resfu_jax.export import PLATFORMS, export_model, export_module
 from resfu_jax.model import SegmentationModel, create_model, evaluating
+from resfu_jax.predictor import Predictor
 from resfu_jax.serving import load_exported
 
 VIT = dict(name="vit", width=16, depth=1, heads=2, patch_size=16, image_size=32)
@@ -26,6 +28,8 @@ NAMES, COLORS = ("sky", "road", "car"), ((1, 2, 3), (40, 50, 60), (7, 80, 9))
 
 def tiny(backbone=VIT, upsampler="bilinear", **options):
     head = dict(name="linear", upsampler=upsampler, width=8, stem_width=8)
+    if backbone["name"] == "mit":
+        head = dict(name="segformer", upsampler=upsampler, width=8)
     rngs = nnx.Rngs(0)
     return create_model(backbone=backbone, head=head, num_classes=3, rngs=rngs, **options)
 
@@ -96,8 +100,12 @@ def test_other_sizes_are_padded_with_the_mean_colour_and_cropped(path, loaded):
     np.testing.assert_array_equal(loaded(x), loaded(padded)[:, :21, :39])
     # To fewer shapes.
     coarse = load_exported(path, multiple=64)
-    np.testing.assert_array_equal(coarse._padded(x)[:, :32, :48], padded)
-    assert coarse._padded(x).shape == (2, 64, 64, 3)
+    assert coarse.padded_size(21, 39) == (64, 64)
+    wide = np.full((2, 64, 64, 3), (124, 116, 104), np.uint8)
+    wide[:, :21, :39] = x
+    np.testing.assert_array_equal(coarse(x), coarse(wide)[:, :21, :39])
+    assert loaded.padded_size(100, 97) == (112, 112)
+    assert load_exported(path, growth=1.0).padded_size(300, 97) == (304, 112)
 
 
 def test_the_file_says_what_it_is(path, loaded, model):
@@ -214,6 +222,50 @@ def test_bfloat16_and_vit(tmp_path):
     np.testing.assert_allclose(loaded(x), expected, atol=0.02 * np.abs(expected).max())
 
 
+HALF = dict(mean=(127.5,) * 3, std=(127.5,) * 3)
+RUNS = {
+    "mit": (dict(name="mit", **MIT), {}, {}),
+    "vit": (VIT, HALF, {}),
+    "vit of patches of 14, resized": (
+        VIT | dict(patch_size=14, image_size=28),
+        HALF,
+        dict(scale=0.75, resize_to=(60, 90)),
+    ),
+}
+
+
+@pytest.mark.parametrize("backbone, colours, resizing", RUNS.values(), ids=RUNS)
+def test_a_photo_gets_the_labels_that_predictor_gives_it(backbone, colours, resizing, tmp_path):
+    model = tiny(backbone, **colours)
+    for path, kernel in nnx.iter_graph(model):  # untrained, it would see one class everywhere
+        if path[-2:] == ("classify", "kernel"):
+            kernel[...] = 10 * kernel[...]
+    predictor = Predictor(
+        model, class_names=NAMES, palette=COLORS, devices=jax.devices()[:1], **resizing
+    )
+    files = {}
+    for output in ("labels", "probabilities"):
+        path = tmp_path / f"{output}.zip"
+        export_model(
+            model, path, output=output, preprocess=predictor.preprocess, platforms=("cpu",)
+        )
+        files[output] = load_exported(path)
+        assert files[output].preprocess == predictor.preprocess
+    labels, probabilities = files.values()
+    for size in ((37, 101), (150, 61)):
+        photo = images(1, *size)
+        (expected,) = predictor.predict(photo[0], probabilities=True)
+        assert len(np.unique(expected.labels)) > 1
+        got = labels(photo)
+        assert got.dtype == np.uint8
+        np.testing.assert_allclose(probabilities(photo)[0], expected.probabilities, atol=1e-4)
+        two = np.sort(expected.probabilities, axis=-1)[..., -2:]
+        clear = two[..., 1] - two[..., 0] > 2e-4  # not a tie up to rounding
+        assert clear.mean() > 0.98
+        np.testing.assert_array_equal(got[0][clear], expected.labels[clear])
+        assert (labels.padded_size(*size),) == tuple(s[1:] for s in predictor.compiled_shapes[-1:])
+
+
 @pytest.mark.parametrize("name", ["resfu", "carafe"])
 def test_upsampler_by_itself(name, tmp_path):
     up = create_upsampler(name, features=16, guide_features=8, scale=2, rngs=nnx.Rngs(0))
@@ -296,7 +348,7 @@ def test_wrong_files_and_inputs(path, loaded, tmp_path, monkeypatch):
         load_exported(wrong)
     with zipfile.ZipFile(wrong, "w") as archive:
         archive.writestr("meta.json", json.dumps({"format": 7}))
-    with pytest.raises(ValueError, match="has format 7, this loader reads 1"):
+    with pytest.raises(ValueError, match="has format 7, this loader reads 2"):
         load_exported(wrong)
     with zipfile.ZipFile(wrong, "w") as archive:
         archive.writestr("meta.json", json.dumps(loaded.meta | {"jax": "0.3"}))
@@ -312,3 +364,160 @@ def test_wrong_files_and_inputs(path, loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(jax.export, "default_export_platform", lambda: "rocm")
     with pytest.raises(ValueError, match="exported for cpu, cuda, tpu, and JAX runs on rocm"):
         load_exported(path)
+
+
+def members(path):
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def write(path, contents, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in contents.items():
+            archive.writestr(name, data)
+    return path
+
+
+def weights_with(change):
+    """A change of the header of weights.safetensors, in whose place the data stay as they are."""
+
+    def changed(data):
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        header = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        change(header)
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+    return lambda contents: (
+        contents | {"weights.safetensors": changed(contents["weights.safetensors"])}
+    )
+
+
+def other_type(header):
+    header["head.classify.bias"]["dtype"] = "I32"
+
+
+def other_shape(header):
+    header["head.classify.kernel"]["shape"] = header["head.classify.kernel"]["shape"][::-1]
+
+
+def other_name(header):
+    header["head.classify.weight"] = header.pop("head.classify.kernel")
+
+
+def meta_with(**changes):
+    def change(contents):
+        meta = json.loads(contents["meta.json"])
+        for name, value in changes.items():
+            if isinstance(value, dict):
+                meta[name] |= value
+            else:
+                meta[name] = value
+        return contents | {"meta.json": json.dumps(meta)}
+
+    return change
+
+
+def without(name):
+    return lambda contents: {n: data for n, data in contents.items() if n != name}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            weights_with(other_type),
+            r"weights.safetensors: head.classify.bias is I32\[3\], the program takes float32\[3\]",
+        ),
+        (
+            weights_with(other_shape),
+            r"head.classify.kernel is F32\[3, 16\], the program takes float32\[16,3\]",
+        ),
+        (
+            weights_with(other_name),
+            r"kernel is missing; head.classify.weight is in it, not in the program",
+        ),
+        (weights_with(lambda header: header.clear()), "cannot be read|and [0-9]+ more"),
+        (without("weights.safetensors"), "there is no weights.safetensors in it"),
+        (without("model.stablehlo"), "there is no model.stablehlo in it"),
+        (without("meta.json"), "there is no meta.json in it"),
+        (
+            lambda c: c | {"weights.safetensors": c["weights.safetensors"][:-5]},
+            "weights.safetensors cannot be read",
+        ),
+        (
+            lambda c: c | {"weights.safetensors": b"\xff" * 100},
+            "weights.safetensors cannot be read",
+        ),
+        (lambda c: c | {"model.stablehlo": c["model.stablehlo"][:40]}, "does not read"),
+        (lambda c: c | {"meta.json": b"[1]"}, "meta.json says no format"),
+        (lambda c: c | {"meta.json": b"[" * 100_000}, "is not a file of resfu_jax.export"),
+        (lambda c: c | {"meta.json": b"\xff\xfe"}, "is not a file of resfu_jax.export"),
+        (meta_with(palette=[[1, 2, 300]]), r"meta.json: palette is \[\[1, 2, 300\]\]"),
+        (meta_with(palette=[[1, 2, 3]]), "meta.json: palette has 1 entries for 3 classes"),
+        (meta_with(class_names=["a"] * 4), "meta.json: class_names has 4 entries for 3 classes"),
+        (meta_with(class_names="abc"), "meta.json: class_names is abc"),
+        (meta_with(output="masks"), "meta.json: output is masks"),
+        (meta_with(inputs=3), "meta.json: inputs is 3"),
+        (meta_with(preprocess={"multiple": 0}), "preprocess: multiple must be at least 1"),
+        (meta_with(preprocess={"multiple": 8}), "does not take images as meta.json says"),
+        (meta_with(preprocess={"mean": [0, 0]}), "preprocess: mean must be three real numbers"),
+        (meta_with(preprocess={"colour": 1}), "preprocess: .*colour"),
+        (meta_with(preprocess=7), "meta.json: preprocess is 7"),
+    ],
+)
+def test_files_are_checked_against_what_they_say(path, change, message, tmp_path):
+    wrong = write(tmp_path / "wrong.zip", change(members(path)))
+    with pytest.raises(ValueError, match=message) as raised:
+        load_exported(wrong)
+    assert str(wrong) in str(raised.value) and len(str(raised.value)) < 2000
+
+
+@pytest.mark.parametrize("name", ["meta.json", "model.stablehlo", "weights.safetensors"])
+def test_what_unpacks_to_far_more_than_it_is(path, name, tmp_path):
+    bomb = write(
+        tmp_path / "bomb.zip", members(path) | {name: bytes(300 << 20)}, zipfile.ZIP_DEFLATED
+    )
+    assert bomb.stat().st_size < 1 << 20
+    with pytest.raises(ValueError, match=rf"bomb.zip .*{name} would unpack from \d+ to 314572800"):
+        load_exported(bomb)
+    # Nor if the size that it unpacks to is said to be less.
+    data = bomb.read_bytes().replace((300 << 20).to_bytes(4, "little"), (900).to_bytes(4, "little"))
+    bomb.write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="bomb.zip is not a file of resfu_jax.export"):
+        load_exported(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.9, 0.999])
+def test_a_cut_file_is_named(path, share, tmp_path):
+    cut = tmp_path / "cut.zip"
+    cut.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match="cut.zip is not a file of resfu_jax.export"):
+        load_exported(cut)
+
+
+def test_a_flipped_bit_is_named(path, tmp_path):
+    flipped = tmp_path / "flipped.zip"
+    with zipfile.ZipFile(path) as archive:
+        offset = archive.getinfo("weights.safetensors").header_offset
+    data = bytearray(path.read_bytes())
+    data[offset + 5000] ^= 1
+    flipped.write_bytes(data)
+    with pytest.raises(ValueError, match="flipped.zip is not a file .*Bad CRC"):
+        load_exported(flipped)
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    written = export_model(pixels(16), "~/models [1]: a/m.zip", platforms=("cpu",))
+    assert written == tmp_path / "home" / "models [1]: a" / "m.zip" and written.exists()
+    x = images(1, 16, 16)
+    assert load_exported("~/models [1]: a/m.zip")(x).shape == (1, 16, 16)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path / 'home' / 'none.zip'}: no such file"):
+        load_exported("~/none.zip")
+    assert [p.name for p in tmp_path.iterdir()] == ["home"]

@@ -83,3 +83,40 @@ def test_the_models_arrays_may_be_donated(tmp_path):
 def test_a_backbone_that_learns_is_refused(tmp_path):
     with pytest.raises(ValueError, match="model.frozen must be True"):
         FeatureCache(tmp_path, model(frozen=False))
+
+
+def _cut(content):
+    return content[: len(content) // 2]
+
+
+def _flip(at):
+    def flip(content):
+        i = int(at * (len(content) - 1))
+        return content[:i] + bytes([content[i] ^ 4]) + content[i + 1 :]
+
+    return flip
+
+
+DAMAGE = [lambda _: b"", _cut, lambda x: b"\0" * len(x), *map(_flip, np.linspace(0, 1, 24))]
+
+
+def test_a_damaged_file_is_computed_again(tmp_path):
+    x = images(1)
+    cache = FeatureCache(tmp_path, model(), batch_size=1)
+    expected = cache(x)
+    (path,) = tmp_path.rglob("*.npz")
+    content = path.read_bytes()
+    for i, damage in enumerate(DAMAGE):
+        path.write_bytes(damage(content))
+        for _ in range(2):  # computed, and read back
+            for a, b in zip(cache(x), expected, strict=True):
+                np.testing.assert_array_equal(a, b, err_msg=str(i))
+    assert list(tmp_path.rglob("*.npz")) == [path]
+
+
+def test_home_and_addresses(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    FeatureCache("~/features", model())(images(1))
+    assert len(list((tmp_path / "features").rglob("*.npz"))) == 1
+    with pytest.raises(ValueError, match="directory is gs://bucket/x; .* this machine"):
+        FeatureCache("gs://bucket/x", model())

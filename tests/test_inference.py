@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from resfu_jax.inference import Inference, slide
 from resfu_jax.model import SegmentationModel
 from resfu_jax.ops.resize import resize
+from resfu_jax.preprocess import Preprocess
 
 WEIGHTS = np.random.default_rng(0).integers(-3, 4, (3, 4)).astype(np.float32)
 
@@ -178,8 +179,8 @@ def test_the_probabilities_of_views_are_averaged():
         seen.append(images.shape[1:3])
         return per_window(images)
 
-    infer = Inference(scales=(1.0, 0.6, 1.7), flip=True, multiple=4)
-    logits = jax.jit(lambda images: infer(apply, images))(images)
+    infer = Inference(scales=(1.0, 0.6, 1.7), flip=True)
+    logits = jax.jit(lambda images: infer(apply, images, preprocess=Preprocess(multiple=4)))(images)
     assert seen == [s for s in ((16, 24), (8, 16), (28, 40)) for _ in range(2)]
 
     def view(images, size):
@@ -197,15 +198,66 @@ def test_the_probabilities_of_views_are_averaged():
 def test_every_view_of_a_constant_image_agrees(mode):
     images = jnp.broadcast_to(jnp.array([200, 7, 90], jnp.uint8), (2, 21, 18, 3))
     few = lambda images: per_pixel(images) / 255  # noqa: E731
-    infer = Inference(
-        mode, crop=(16, 16), stride=(9, 16), scales=(0.5, 1.0, 1.75), flip=True, multiple=16
-    )
+    infer = Inference(mode, crop=(16, 16), stride=(9, 16), scales=(0.5, 1.0, 1.75), flip=True)
     sizes = jnp.array([[21, 18], [20, 11]])
-    logits = jax.jit(lambda x: infer(few, x, sizes=sizes))(images)
+    logits = jax.jit(lambda x: infer(few, x, sizes=sizes, preprocess=Preprocess(multiple=16)))(
+        images
+    )
     expected = np.log(softmax(few(images)))
     np.testing.assert_allclose(logits[0], expected[0], atol=1e-5)
     # At the right of this image windows see no padding, where they would give zeros.
     np.testing.assert_allclose(logits[1, :20, :11], expected[1, :20, :11], atol=1e-5)
+
+
+class Stored(nnx.Module):
+    """Logits that are its images; colours and strides are its own, as `SegmentationModel`'s."""
+
+    def __init__(self):
+        self.mean, self.std, self.backbone = (127.5, 0.0, 255.0), (1.0,) * 3, Pyramid()
+
+    def __call__(self, images):
+        return images.astype(jnp.float32)
+
+
+class Pyramid(nnx.Module):
+    strides = (2, 6)
+
+
+def test_windows_are_padded_and_views_scaled_as_the_model_needs():
+    model = Stored()
+    seen = []
+
+    def apply(images):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), images)
+        return model(images)
+
+    apply.mean, apply.std, apply.backbone = model.mean, model.std, model.backbone
+    images = jnp.full((1, 5, 4, 3), 7, jnp.uint8)
+    slide(apply, images, crop=(6, 8), stride=(6, 8))
+    jax.effects_barrier()
+    (window,) = {x.tobytes() for x in seen}
+    window = np.frombuffer(window, np.uint8).reshape(6, 8, 3)
+    assert (window[:5, :4] == 7).all()
+    assert (window[5:] == (128, 0, 255)).all() and (window[:, 4:] == (128, 0, 255)).all()
+    shapes = []
+
+    class Watched(Stored):
+        def __call__(self, images):
+            shapes.append(images.shape)
+            return super().__call__(images)
+
+    Inference(scales=(2.0,))(Watched(), jnp.zeros((1, 7, 10, 3)))
+    assert shapes == [(1, 12, 18, 3)]  # 14 and 20 to the nearest multiple of 6
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+def test_images_are_bytes_or_real_numbers(as_users_call, dtype):
+    images = jnp.zeros((1, 8, 8, 3), dtype)
+    for infer in (Inference(), Inference("slide", (4, 4), (4, 4))):
+        with pytest.raises(
+            ValueError, match=f"images must be uint8 or floating point, got {dtype}"
+        ):
+            infer(per_pixel, images)
 
 
 def test_jit_equals_eager():
@@ -280,7 +332,6 @@ def test_a_model_in_windows_that_do_not_overlap():
         (dict(scales=()), "scales must be positive, at least one"),
         (dict(scales=(1.0, 0.0)), "scales must be positive"),
         (dict(scales=(float("nan"),)), "scales must be positive"),
-        (dict(multiple=0), "multiple must be at least 1, got 0"),
         (dict(windows_per_step=0), "windows_per_step must be at least 1, got 0"),
     ],
 )

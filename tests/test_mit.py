@@ -285,7 +285,9 @@ def test_names_all_that_does_not_fit_and_leaves_the_model_alone(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, before, nnx.as_pure(nnx.state(mit, nnx.Param)))
 
 
-def test_missing_file_says_how_to_convert(tmp_path):
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(FileNotFoundError, match=r"there is pytorch_model\.bin.*save_pretrained"):
+def test_missing_file_says_what_is_there(tmp_path):
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(
+        FileNotFoundError, match=r"safetensors does not exist \(there is weights.bin"
+    ):
         load_pretrained(tmp_path, small())

@@ -13,6 +13,7 @@ import resfu_jax
 from resfu_jax import data, training
 from resfu_jax.inference import Inference
 from resfu_jax.predictor import ImageError, Predictor
+from resfu_jax.preprocess import Preprocess
 
 MEAN = (124, 116, 104)
 RNG = np.random.default_rng(0)
@@ -50,7 +51,7 @@ def toy(**options):
     defaults = dict(
         class_names=tuple("abc"),
         palette=((0, 0, 0), (255, 0, 0), (0, 255, 0)),
-        inference=Inference(multiple=8),
+        multiple=8,
         devices=jax.devices()[:1],
     )
     return Predictor(Toy(), **defaults | options)
@@ -261,7 +262,7 @@ def test_scaled_images_get_results_of_their_own_size():
     [((12, 100), 1.0, (12, 18)), ((40, 48), 0.5, (16, 24)), ((20, 30), 1.0, (20, 30))],
 )
 def test_images_brought_to_a_short_side(resize_to, scale, size):
-    predictor = toy(resize_to=resize_to, scale=scale, inference=Inference(multiple=2), growth=1)
+    predictor = toy(resize_to=resize_to, scale=scale, multiple=2, growth=1)
     (result,) = predictor.predict(picture(20, 30))
     assert predictor.compiled_shapes == ((1, *size),)
     assert result.labels.shape == (20, 30)
@@ -273,15 +274,16 @@ def test_the_protocol_of_the_run_and_changes_of_it(run, tmp_path):
         tmp_path, tiny_config_of(0.25, mode="slide", crop=(32, 32), stride=(16, 16))
     )
     predictor = one_device(tmp_path)
-    assert predictor.inference == Inference("slide", (32, 32), (16, 16), multiple=32)
-    assert predictor.scale == 0.25
+    assert predictor.inference == Inference("slide", (32, 32), (16, 16))
+    assert predictor.preprocess == training.create_preprocess(predictor.config)
+    assert predictor.preprocess == Preprocess(scale=0.25)
     flipped = one_device(tmp_path, inference={"mode": "whole", "flip": True}, scale=1.0)
-    assert flipped.inference == Inference("whole", (32, 32), (16, 16), flip=True, multiple=32)
-    assert flipped.scale == 1
+    assert flipped.inference == Inference("whole", (32, 32), (16, 16), flip=True)
+    assert flipped.preprocess == Preprocess()
 
 
 def test_windows_do_not_see_the_padding():
-    infer = Inference("slide", (16, 16), (8, 8), flip=True, multiple=8)
+    infer = Inference("slide", (16, 16), (8, 8), flip=True)
     predictor = toy(inference=infer)
     image = picture(17, 25)
     (result,) = predictor.predict(image, probabilities=True)
@@ -308,11 +310,11 @@ def folder(tmp_path):
     image.quantize(16).save(folder / "d.png")
     (folder / "e.jpg").write_bytes(b"no image")
     (folder / "f.png").write_bytes((folder / "a.png").read_bytes()[:100])
-    Image.fromarray(np.zeros((8, 8), np.uint16)).save(folder / "g.tif")
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(folder / "g.tif")
     (folder / "notes.txt").write_text("no image either")
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by a quarter turn
-    image.save(folder / "h.jpg", exif=exif)
+    exif[0x0112] = 6  # stored turned by a quarter
+    image.transpose(Image.Transpose.ROTATE_90).save(folder / "h.png", exif=exif)
     return folder
 
 
@@ -322,11 +324,12 @@ def test_a_folder_with_bad_files(small, folder):
     assert all(r.labels.shape == (24, 30) for r in results)
     assert results[0].path == folder / "a.png"
     np.testing.assert_array_equal(results[2].labels, results[0].labels)
+    np.testing.assert_array_equal(results[4].labels, results[0].labels)  # as viewers show it
     messages = [str(error) for error in results.errors]
     assert [m.split(":")[0] for m in messages] == [
         str(folder / n) for n in ("e.jpg", "f.png", "g.tif")
     ]
-    assert "cannot be read as an image" in messages[0] and "8-bit" in messages[2]
+    assert "cannot be read as an image" in messages[0] and "floating-point" in messages[2]
 
 
 def test_a_list_of_everything(small, folder, tmp_path):
@@ -389,6 +392,41 @@ def test_what_the_device_refuses_is_an_error_of_those_images(monkeypatch):
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         toy(**dict(devices=None) | options)
+
+
+class Coloured(Toy):
+    """A model with colours and strides of its own, as `SegmentationModel` has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.std, self.backbone = (127.5,) * 3, (127.5,) * 3, Strides()
+
+
+class Strides(nnx.Module):
+    strides = (14, 28)
+
+
+def test_padding_is_the_models_own(monkeypatch):
+    options = dict(class_names=tuple("abc"), palette=((0, 0, 0),) * 3, devices=jax.devices()[:1])
+    predictor = Predictor(Coloured(), **options)
+    assert predictor.preprocess == Preprocess(mean=(127.5,) * 3, std=(127.5,) * 3, multiple=28)
+    assert predictor.padded_size(29, 5) == (56, 28)
+    seen = []
+    put = jax.device_put
+    monkeypatch.setattr(jax, "device_put", lambda x, to: seen.append(x) or put(x, to))
+    image = picture(5, 20)
+    predictor.predict(image)
+    (batch, sizes), *_ = seen
+    assert sizes.tolist() == [[5, 20]] and batch.shape == (1, 28, 28, 3)
+    np.testing.assert_array_equal(batch[0, :5, :20], image)
+    assert (batch[0, 5:] == 128).all() and (batch[0, :, 20:] == 128).all()
+    for wrong, message in (
+        (dict(multiple=14), r"multiple must be a multiple of the backbone's strides \(14, 28\)"),
+        (dict(mean=(1, 2, 3)), "mean must be the model's"),
+        (dict(preprocess=Preprocess()), "mean must be the model's"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Predictor(Coloured(), **options | wrong)
 
 
 def test_too_few_names():

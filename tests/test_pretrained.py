@@ -91,8 +91,6 @@ def test_without_the_package(monkeypatch):
         "'owner/net' is no path here",
         "pip install 'resfu_jax[hub]'",
         "https://huggingface.co/owner/net/resolve/v2/a.safetensors",
-        "torch.load(",
-        "safetensors.torch.save_file(",
     ):
         assert part in str(error.value)
 
@@ -105,26 +103,28 @@ def test_unknown_repository_or_offline(hub):
         "HF_HUB_OFFLINE=1",
         "https://huggingface.co/owner/nte/resolve/main/model.safetensors by hand",
         "'owner/nte:FILE'",
-        "torch.load(",
     ):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["{}/net.bin", "{}/net.pth", "owner/net.a1:pytorch_model.bin"])
-def test_pickles_are_not_read(hub, tmp_path, name):
-    for suffix in ("bin", "pth"):
-        (tmp_path / f"net.{suffix}").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"(?s)is not a safetensors file.*torch\.load\('\w+\.\w+'"):
-        load_pretrained(name.format(tmp_path), resnet())
-    assert not hub.calls
-
-
-def test_other_content(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"no such header")
-    with pytest.raises(
-        ValueError, match="(?s)model.safetensors is not a safetensors file .*torch.load"
-    ):
-        load_pretrained(tmp_path, resnet())
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is empty"),
+        (b"no such header", "is neither a safetensors file nor one of torch.save"),
+        (b"\xff" * 8 + b"{}", "is damaged or cut short, or no safetensors file"),
+        (FILE.read_bytes()[:-1], "is damaged or cut short, or no safetensors file"),
+        (b"<!DOCTYPE html><html>", "is a web page: download the file itself"),
+        (b"version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS: .* git lfs pull"),
+        (b"\x89HDF\r\n\x1a\n", "is neither a safetensors file nor one of torch.save"),
+    ],
+)
+def test_other_content(tmp_path, content, message):
+    for name in ("model.safetensors", "pytorch_model.bin", "net.pth"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} {message}") as error:
+            load_pretrained(tmp_path / name, resnet())
+        assert len(str(error.value)) < 1000
 
 
 def test_a_checkpoint_of_another_architecture():

@@ -1,4 +1,5 @@
 import json
+import logging
 
 import pytest
 
@@ -69,3 +70,60 @@ def test_table(capsys, missing):
     printed = capsys.readouterr().out
     assert "title" in printed and "0.5000" in printed and "parameters: 1,234" in printed
     assert ("│ b " in printed) == missing
+
+
+# ------------------------------------------------------------------------------------------ damage
+WHOLE = [b'{"step": 1, "loss": 2.0}', b'{"step": 2, "loss": NaN, "val/iou/\xc3\xa9": 1e-3}']
+
+
+@pytest.mark.parametrize(
+    ("before", "between", "after", "damaged"),
+    [
+        (b"", b"", b"", 0),
+        (b"", b"", b'{"step": 3, "lo', 1),  # killed
+        (b"", b"", b'{"step": 3, "lo\n', 1),
+        (b"", b"", b"\0" * 300 + b"\n", 1),  # a power loss
+        (b"", b"", b"\0" * 300, 1),
+        (b"", b"\n \n\r\n", b"\n\n", 0),  # blank lines
+        (b"", b'{"step": 1, "lo\n', b"", 1),
+        (b'{"step": 1\n', b"loss\n", b"\xff\xfe\n", 3),
+        (b"", b'[]\n{}\n3\n{"step": "x"}\n{"step": true}\n', b"", 5),
+        (b"[" * 100_000 + b"\n", b"", b"", 1),
+    ],
+)
+def test_whole_lines_are_kept_and_the_rest_moved_aside(
+    tmp_path, capsys, caplog, before, between, after, damaged
+):
+    path = tmp_path / "metrics.jsonl"
+    content = before + WHOLE[0] + b"\n" + between + WHOLE[1] + b"\n" + after
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    assert (f"{damaged} damaged lines are left out" in caplog.text) == (damaged > 0)
+    assert path.read_bytes() == content  # reading changes nothing
+
+    Reporter(tmp_path, steps=10, batch_size=2, start=2).close()
+    assert path.read_bytes() == b"".join(line + b"\n" for line in WHOLE)
+    aside = tmp_path / "metrics.jsonl.damaged"
+    said = f"metrics.jsonl had {damaged} damaged lines; they are in {aside}"
+    assert (said in capsys.readouterr().err) == aside.exists() == (damaged > 0)
+    if damaged:
+        kept = aside.read_bytes()
+        assert kept.count(b"\n") == damaged
+        assert all(part.strip(b"\n ") in kept for part in (before, after))
+
+
+def test_a_line_behind_zeros_is_whole(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(WHOLE[0] + b"\n\0\0\0" + WHOLE[1])
+    Reporter(tmp_path, steps=10, batch_size=2, start=2).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == WHOLE[0] + b"\n" + WHOLE[1] + b"\n"
+    assert not (tmp_path / "metrics.jsonl.damaged").exists()
+
+
+def test_names_are_no_markup(capsys):
+    scores = SCORES | {"iou/[bold]": 0.25, "iou/[/x]": 0.75}
+    names = ("[bold]", "[/x]", ":smile:")
+    print_table("[red]data[/red], [/]", scores, names, {"workdir": "/runs/[a]/:smile:/[/b]"})
+    printed = capsys.readouterr().out
+    for text in (*names, "[red]data[/red], [/]", "workdir: /runs/[a]/:smile:/[/b]", "0.2500"):
+        assert text in printed

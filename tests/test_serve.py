@@ -4,13 +4,17 @@ import contextlib
 import http.client
 import importlib.util
 import io
+import math
 import os
 import pathlib
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -57,14 +61,22 @@ def serve():
     return module
 
 
-@pytest.fixture(scope="module")
-def server(serve, path):
-    with serve.Server(("127.0.0.1", 0), load_exported(path, multiple=32)) as server:
+@contextlib.contextmanager
+def serving(server):
+    with server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(serve, path):
+    with serving(serve.Server(("127.0.0.1", 0), load_exported(path, multiple=32))) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -73,7 +85,6 @@ def limits(serve, monkeypatch):
     monkeypatch.setattr(serve, "MAX_BYTES", 100_000)
     monkeypatch.setattr(serve, "MAX_PIXELS", 1000)
     monkeypatch.setattr(serve, "SECONDS", 0.5)
-    monkeypatch.setattr(serve.Handler, "timeout", 0.5)
 
 
 def picture(seed, height=24, width=40):
@@ -153,6 +164,198 @@ def test_overlay(server):
         assert (status, reason) == (400, b"overlay must be a number from 0 to 1\n")
 
 
+def of_size(width, height):
+    """A PNG of few bytes, whose header says this."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+def of_scans(count, side=1024):
+    """A progressive JPEG whose last scan comes again and again."""
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), (7, 9, 200)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    start = data.rfind(b"\xff\xda")
+    return data[:start] + data[start:-2] * count + data[-2:]
+
+
+@pytest.mark.parametrize(
+    "size", [(65536, 1), (4194304, 1), (1, 2**31 - 1), (50000, 50000), (2**31 - 1, 2**31 - 1)]
+)
+def test_sizes_are_refused_before_there_is_anything_to_decode(server, size):
+    assert len(of_size(*size)) < 100
+    status, _, reason = post(server, of_size(*size))
+    assert status == 413 and reason.startswith(b"an image may"), reason
+    assert_answers(server)
+
+
+def test_padding_counts(serve, server, path, monkeypatch):
+    monkeypatch.setattr(serve, "MAX_PADDED", 3000)
+    assert_answers(server)  # 24 x 40 are 32 x 64
+    status, _, reason = post(server, encoded(picture(0, 40, 60)))
+    assert (status, reason) == (413, b"an image may have 3000 pixels with padding\n")
+    with pytest.raises(ValueError, match=r"pads images to \(64, 64\), beyond 3000 pixels"):
+        serve.Server(("127.0.0.1", 0), load_exported(path, multiple=64))
+
+
+def test_a_model_of_a_fixed_size_refuses_larger_images(serve, tmp_path):
+    model = SegmentationModel(Pixels(), Brightest(), mean=(0, 0, 0), std=(1, 1, 1))
+    options = dict(size=(32, 48), batch=1, platforms=("cpu",), palette=PALETTE)
+    path = export_model(model, tmp_path / "m.zip", **options)
+    with serving(serve.Server(("127.0.0.1", 0), load_exported(path))) as server:
+        assert_answers(server)
+        status, _, reason = post(server, encoded(picture(0, 33, 40)))
+        assert status == 413 and b"or smaller images, got 33x40" in reason
+
+
+def test_decoding_has_a_limit_of_time(serve, server, monkeypatch):
+    body = of_scans(5000)
+    assert len(body) < 250_000
+    monkeypatch.setattr(serve, "DECODE_SECONDS", 0.3)
+    start = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        answer = pool.submit(post, server, body)
+        status, _, reason = answer.result()
+    assert (status, reason) == (413, b"decoding the image takes more than 0.3 s\n")
+    assert time.monotonic() - start < 15
+    monkeypatch.undo()
+    for seed in range(4):  # both processes are there again
+        assert_answers(server, seed)
+    assert post(server, of_scans(10))[0] == 200
+
+
+def test_decoding_has_a_limit_of_memory(serve):
+    decoder = serve.Decoder()
+    with contextlib.closing(decoder):
+        with pytest.raises(serve.Refused) as refused:
+            decoder(of_size(40_000, 40_000), lambda height, width: None)
+        assert refused.value.args == (413, "the image takes too much memory")
+        image = picture(5)
+        np.testing.assert_array_equal(decoder(encoded(image), lambda *_: None), image)
+
+
+def test_a_decoder_that_dies_is_replaced(serve):
+    decoder = serve.Decoder()
+    with contextlib.closing(decoder):
+        decoder.process.kill()
+        decoder.process.wait()
+        with pytest.raises(serve.Refused, match="cannot be decoded"):
+            decoder(encoded(picture(5)), lambda *_: None)
+        assert decoder(encoded(picture(5)), lambda *_: None).shape == (24, 40, 3)
+
+
+def trickle(server, first, piece):
+    """Sends `piece` every 50 ms until the connection ends: its answer, and after how long."""
+    start, answer = time.monotonic(), b""
+    with socket.create_connection(server.server_address, timeout=20) as connection:
+        connection.sendall(first)
+        connection.settimeout(0.05)
+        while time.monotonic() - start < 20:
+            try:
+                connection.sendall(piece)
+                while data := connection.recv(1 << 16):
+                    answer += data
+                return answer, time.monotonic() - start
+            except TimeoutError:
+                pass
+            except OSError:
+                return answer, time.monotonic() - start
+    return answer, math.inf
+
+
+CHUNKED = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "first, piece, status",
+    [
+        (b"", b"P", None),  # the request's line
+        (b"POST / HTTP/1.1\r\nX: ", b"x", None),  # a header
+        (b"POST / HTTP/1.1\r\n", b"X: x\r\n", None),  # headers
+        (b"POST / HTTP/1.1\r\nContent-Length: 5000\r\n\r\n", b"x", 408),
+        (CHUNKED, b"0", 408),  # the line of a chunk
+        (CHUNKED + b"5;", b"x", 408),
+        (CHUNKED, b"1\r\nx\r\n", 408),  # chunks
+    ],
+)
+def test_slow_requests_are_cut_off_whatever_is_slow(server, limits, first, piece, status):
+    answer, seconds = trickle(server, first, piece)
+    assert seconds < 10
+    if status is not None and answer:  # what is sent on may take it back
+        assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert_answers(server)
+
+
+def test_tiny_chunks_cost_what_they_take(serve, server, monkeypatch):
+    monkeypatch.setattr(serve, "MAX_BYTES", 1000)
+    status, _, reason = post(server, iter([b"x"] * 200), encode_chunked=True)
+    assert (status, reason) == (413, b"a body may have 1000 bytes\n")
+
+
+def test_fifty_clients_at_once_are_answered(server):
+    barrier = threading.Barrier(50)
+
+    def client(seed):
+        barrier.wait()
+        assert_answers(server, seed)
+
+    with ThreadPoolExecutor(50) as pool:
+        list(pool.map(client, range(50)))
+
+
+def test_too_many_connections_are_told_to_come_back(serve, path, monkeypatch):
+    monkeypatch.setattr(serve, "CONNECTIONS", 2)
+    with serving(serve.Server(("127.0.0.1", 0), load_exported(path))) as server:
+        assert server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        held = [socket.create_connection(server.server_address) for _ in range(2)]
+        time.sleep(0.2)
+
+        def client(seed):
+            connection = http.client.HTTPConnection(*server.server_address, timeout=20)
+            with contextlib.closing(connection):
+                connection.request("POST", "/", encoded(picture(seed)))
+                answer = connection.getresponse()
+                answer.read()
+                return answer.status, answer.headers["Retry-After"]
+
+        with ThreadPoolExecutor(20) as pool:
+            assert set(pool.map(client, range(20))) == {(503, "1")}
+        for connection in held:
+            connection.close()
+        deadline = time.monotonic() + 20
+        while client(0)[0] == 503 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert_answers(server)
+
+
+def test_the_server_says_no_versions(server):
+    body = encoded(picture(0))
+    requests = (
+        b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body),
+        b"POST / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"nonsense\r\n\r\n",
+    )
+    for request, status in zip(requests, (200, 400, 501, 400), strict=True):
+        answer = raw(server, request)
+        head = answer.partition(b"\r\n\r\n")[0]
+        assert head.startswith(b"HTTP/1.1 %d " % status), head
+        assert b"\r\nServer: resfu\r\n" in head and b"Python" not in answer
+
+
+def test_a_photo_is_turned_as_viewers_show_it(server):
+    image = picture(6)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.fromarray(image).transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
+    np.testing.assert_array_equal(labels(post(server, file.getvalue())[2]), image.argmax(axis=-1))
+
+
 BIG = picture(3, 200, 200).tobytes()
 
 
@@ -164,11 +367,14 @@ BIG = picture(3, 200, 200).tobytes()
         (encoded(picture(0, 30, 40)), 413, "an image may have 1000 pixels"),
         (b"", 400, "the body is empty"),
         (iter([]), 400, "the body is empty"),
-        (b"no image at all", 415, "the body is none of JPEG, PNG"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 415, "the body is none of"),
-        (encoded(picture(0))[:900], 400, "the image cannot be read"),
-        (encoded(picture(0), "JPEG")[:500], 400, "the image cannot be read"),
-        (encoded(picture(0))[:60] + b"x" * 50, 400, "the image cannot be read"),
+        (b"no image at all", 415, "the image: cannot be read as an image: it is none of BMP, GIF"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 415, "the image: cannot be read"),
+        (encoded(picture(0))[:900], 400, "the image: cannot be read"),
+        (encoded(picture(0), "JPEG")[:500], 400, "the image: cannot be read"),
+        (encoded(picture(0))[:60] + b"x" * 50, 400, "the image: cannot be read"),
+        (of_size(65536, 1), 413, "an image may have 1000 pixels"),
+        (of_size(900, 1), 413, "an image may be 16 times as long as wide"),
+        (of_size(1, 900), 413, "an image may be 16 times as long as wide"),
     ],
 )
 def test_bad_bodies_are_refused(server, limits, body, status, reason):

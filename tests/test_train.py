@@ -131,6 +131,24 @@ def test_killed_and_stopped_runs_continue_bit_for_bit(whole, data_dir, tmp_path)
     assert "continuing from step" in output
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["imports", "start"])
+def test_a_signal_while_a_run_starts_ends_it_at_once(data_dir, tmp_path, number, moment):
+    workdir = tmp_path / "run"
+    process = start(data_dir, workdir)
+    if moment == "imports":
+        time.sleep(1)
+    else:
+        while not workdir.exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert output.splitlines()[-1].startswith("stopped") and "Traceback" not in output
+    assert losses(workdir) == []
+
+
 def test_eight_devices_and_two_workers_give_the_same_trajectory(data_dir, tmp_path):
     # Adam divides gradients that are all rounding by their own size; SGD leaves them small.
     sgd = ["--config.optimizer.name=sgd", "--config.optimizer.learning_rate=0.01"]

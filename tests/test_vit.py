@@ -415,7 +415,7 @@ def test_names_all_that_does_not_fit_and_leaves_the_model_alone():
     with pytest.raises(ValueError) as error:
         load_vit(entries, vit, "weights.safetensors")
     for part in (
-        "does not fit weights.safetensors",
+        "weights.safetensors does not fit ViT: it has 37 positions",
         "missing 'blocks.1.norm2.weight'",
         "unexpected 'something.else'",
         "unexpected 'blocks.0.ls1.gamma'",

@@ -41,4 +41,26 @@ def check_backbone_options(name: str, options: Iterable[str]) -> None:
         lookup(f"option of backbone {name!r}:", known, option)
 
 
-__all__ = ["BACKBONES", "MiT", "ResNet", "ViT", "check_backbone_options", "create_backbone"]
+def backbone_strides(name: str, **options: Any) -> tuple[int, ...]:
+    """The strides of a backbone's maps, without building it.
+
+    Args:
+      name: one of `BACKBONES`. A class without `strides_of` has those of a pyramid, up to 32.
+      **options: arguments of the class.
+
+    Raises:
+      ValueError: unknown name, or options that no strides follow from.
+    """
+    family = lookup("backbone", BACKBONES, name)
+    return family.strides_of(**options) if hasattr(family, "strides_of") else (4, 8, 16, 32)
+
+
+__all__ = [
+    "BACKBONES",
+    "MiT",
+    "ResNet",
+    "ViT",
+    "backbone_strides",
+    "check_backbone_options",
+    "create_backbone",
+]

@@ -6,7 +6,17 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
+from resfu_jax.ops.checks import check_not_empty
 from resfu_jax.ops.dtypes import at_least_float32
+
+
+def check_images(images: Array, channels: int) -> None:
+    """A `ValueError` unless these are normalised images, any number of them."""
+    if images.ndim != 4 or images.shape[3] != channels:
+        raise ValueError(f"images must be (batch, height, width, {channels}), got {images.shape}")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images must be normalised floating point, got {images.dtype}")
+    check_not_empty("images", images)
 
 
 class PatchConv(nnx.Module):

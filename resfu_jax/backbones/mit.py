@@ -23,7 +23,8 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_flag, check_rate, check_sizes, check_whole
-from resfu_jax.backbones._layers import LayerNorm, PatchConv
+from resfu_jax.backbones._layers import LayerNorm, PatchConv, check_images
+from resfu_jax.ops.checks import check_floating
 from resfu_jax.ops.depthwise_conv import depthwise_conv
 from resfu_jax.ops.dtypes import at_least_float32
 
@@ -94,6 +95,7 @@ class MiT(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         if variant not in tuple(VARIANTS):
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         given = dict(
@@ -154,10 +156,7 @@ class MiT(nnx.Module):
         Raises:
           ValueError: images that are not `(B, H, W, in_channels)`, or too small for `sr_ratios`.
         """
-        if images.ndim != 4 or images.shape[3] != self.in_channels:
-            raise ValueError(
-                f"images must be (batch, height, width, {self.in_channels}), got {images.shape}"
-            )
+        check_images(images, self.in_channels)
         self._check_size(images.shape[1:3])
         x = images if self.dtype is None else images.astype(self.dtype)
         pyramid = []

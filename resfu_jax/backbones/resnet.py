@@ -21,6 +21,8 @@ MMSegmentation calls ResNet-50 with it R50-V1c, timm `resnet50c`.
 """
 
 import dataclasses
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -32,6 +34,8 @@ from jaxtyping import Array, Float
 
 from resfu_jax._batch_norm import BatchNorm
 from resfu_jax._checks import check_choice, check_flag, check_sizes, check_whole
+from resfu_jax.backbones._layers import check_images
+from resfu_jax.ops.checks import check_floating
 
 Stem = Literal["standard", "deep"]
 
@@ -104,6 +108,7 @@ class ResNet(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         if variant not in tuple(VARIANTS):
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         sizes = VARIANTS[variant]
@@ -138,9 +143,8 @@ class ResNet(nnx.Module):
             ]
         self.stem = nnx.List(layers)
 
-        stages, maps, stride, in_features, before = [], [], 4, stem_width, 1
+        stages, in_features, before = [], stem_width, 1
         for i, features in enumerate(self.features):
-            stride *= strides[i]
             blocks = []
             for j in range(depths[i]):
                 blocks.append(
@@ -155,9 +159,16 @@ class ResNet(nnx.Module):
                 )
                 in_features, before = features, dilations[i]
             stages.append(nnx.List(blocks))
-            maps.append(stride)
         self.stages = nnx.List(stages)
-        self.strides = tuple(maps)
+        self.strides = self.strides_of(strides=strides)
+
+    @staticmethod
+    def strides_of(
+        variant: str = "50", *, strides: Sequence[int] = (1, 2, 2, 2), **_: Any
+    ) -> tuple[int, ...]:
+        """The strides of the maps of one built with these arguments."""
+        steps = itertools.accumulate(_four_positive("strides", strides), operator.mul)
+        return tuple(4 * step for step in steps)
 
     def __call__(
         self, images: Float[Array, "b h w c"]
@@ -172,10 +183,7 @@ class ResNet(nnx.Module):
         Raises:
           ValueError: images that are not `(B, H, W, in_channels)`.
         """
-        if images.ndim != 4 or images.shape[3] != self.in_channels:
-            raise ValueError(
-                f"images must be (batch, height, width, {self.in_channels}), got {images.shape}"
-            )
+        check_images(images, self.in_channels)
         x = images if self.dtype is None else images.astype(self.dtype)
         for layer in self.stem:
             x = jax.nn.relu(layer(x))

@@ -22,7 +22,7 @@ Values equal timm's `VisionTransformer` and the models of Hugging Face transform
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +41,11 @@ from resfu_jax._checks import (
     is_whole,
     need,
 )
-from resfu_jax.backbones._layers import LayerNorm, PatchConv
+from resfu_jax.backbones._layers import LayerNorm, PatchConv, check_images
+from resfu_jax.ops.checks import check_floating
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
+from resfu_jax.preprocess import is_integer
 
 Positions = Literal["learned", "rope"]
 
@@ -155,6 +157,7 @@ class ViT(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         if variant not in tuple(VARIANTS):
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         given = dict(
@@ -180,7 +183,7 @@ class ViT(nnx.Module):
 
         width, patch = sizes.width, sizes.patch_size
         self.features = (width,) * len(layers)
-        self.strides = (patch,) * len(layers)
+        self.strides = self.strides_of(patch_size=patch, layers=layers)
         self.layers = layers
         self.heads = sizes.heads
         self.antialias = sizes.antialias
@@ -219,6 +222,23 @@ class ViT(nnx.Module):
         self.head = (
             nnx.Linear(width, num_classes, kernel_init=zeros, **types) if num_classes else None
         )
+
+    @staticmethod
+    def strides_of(
+        variant: str = "tiny",
+        *,
+        patch_size: int | None = None,
+        layers: Sequence[int] | None = None,
+        **_: Any,
+    ) -> tuple[int, ...]:
+        """The strides of one built with these arguments."""
+        if patch_size is None:
+            if variant not in VARIANTS:
+                raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+            patch_size = VARIANTS[variant].patch_size
+        if not is_integer(patch_size) or patch_size < 1:
+            raise ValueError(f"patch_size must be a whole number, at least 1, got {patch_size!r}")
+        return (patch_size,) * (1 if layers is None else len(layers))
 
     def __call__(self, images: Float[Array, "b H W c"]) -> tuple[Float[Array, "b h w d"], ...]:
         """Feature maps of the patches, one per entry of `layers`, each after the final LayerNorm.
@@ -284,12 +304,7 @@ class ViT(nnx.Module):
         return 1 if self.registers is None else 1 + self.registers.shape[0]
 
     def _check_images(self, images: Array) -> None:
-        if images.ndim != 4 or images.shape[3] != self.in_channels:
-            raise ValueError(
-                f"images must be (batch, height, width, {self.in_channels}), got {images.shape}"
-            )
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"images must be normalised floating point, got {images.dtype}")
+        check_images(images, self.in_channels)
         h, w = images.shape[1:3]
         patch = self.strides[0]
         if any(isinstance(n, int) and (n % patch or n < 1) for n in (h, w)):

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from resfu_jax._files import local_path
+
 if TYPE_CHECKING:
     from resfu_jax.predictor import Predictor
 
@@ -43,7 +45,7 @@ class Run:
         names = ("mode", "crop", "stride", "scales", "flip")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return Predictor.from_checkpoint(
-            self.checkpoint,
+            local_path(self.checkpoint, "--checkpoint"),
             self.which,
             dtype=self.dtype,
             inference=given,

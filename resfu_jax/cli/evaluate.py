@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from resfu_jax._files import local_path, write_whole
 from resfu_jax.cli._run import RunOptions
 
 
@@ -30,6 +31,7 @@ def evaluate(
       batch_size: images at once; by default as in the run.
       out: a JSON file for the numbers.
     """
+    out = None if out is None else local_path(out, "--out")
     predictor = run.load()
 
     import jax
@@ -52,9 +54,8 @@ def evaluate(
         data.open_source(name, split, directory),
         info,
         batch_size=batch_size or -(-config.eval.batch_size // devices) * devices,
-        resize_scale=config.data.resize_scale,
-        resize_to=config.data.resize_to,
-        pad_to=pad_to or predictor.inference.multiple,
+        preprocess=predictor.preprocess,
+        pad_to=pad_to,
         group_sizes=config.eval.group_sizes,
         on_corrupt=config.data.on_corrupt,
     )
@@ -80,4 +81,4 @@ def evaluate(
     title = f"{name}, {split}: checkpoint {predictor.step}"
     training.print_table(title, metrics, info.class_names, {})
     if out is not None:
-        out.write_text(json.dumps({"step": predictor.step} | metrics, indent=2) + "\n")
+        write_whole(out, json.dumps({"step": predictor.step} | metrics, indent=2) + "\n")

@@ -1,10 +1,12 @@
 """`resfu export`."""
 
+import sys
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from resfu_jax._files import local_path
 from resfu_jax.cli._run import Run
 
 
@@ -39,6 +41,7 @@ def export(
       dtype: compute type; by default as in the run.
       data_dir: where the dataset was prepared, for the names of its classes.
     """
+    path = local_path(path, "the file to write")
     predictor = Run(checkpoint, which, dtype=dtype, data_dir=data_dir).load()
     from resfu_jax.export import export_model
 
@@ -51,5 +54,12 @@ def export(
         platforms=platforms,
         class_names=predictor.class_names,
         palette=predictor.palette,
+        preprocess=predictor.preprocess,
     )
+    if not predictor.inference.plain:
+        print(
+            "the file makes one pass over the whole image; the run's windows or views "
+            f"({predictor.inference}) are not in it",
+            file=sys.stderr,
+        )
     print(f"{written}: {written.stat().st_size / 1e6:.1f} MB, for {', '.join(platforms)}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tyro
 
+from resfu_jax._files import local_path
 from resfu_jax.cli._run import RunOptions
 
 
@@ -44,6 +45,7 @@ def predict(
         raise ValueError("no images: give files or folders, for instance: resfu predict photo.jpg")
     if not 0 <= opacity <= 1:
         raise ValueError(f"--opacity must be between 0 and 1, got {opacity}")
+    out = local_path(out, "--out")
     for kind in ("labels", "overlays"):
         (out / kind).mkdir(parents=True, exist_ok=True)
 
@@ -57,7 +59,8 @@ def predict(
         on_compile=compiling,
     )
     from resfu_jax import visualize
-    from resfu_jax.predictor import ImageError, count_images, read_image
+    from resfu_jax.images import ImageError, read_image
+    from resfu_jax.predictor import count_images
 
     start, written, failed = time.perf_counter(), {}, 0
     with tqdm(total=count_images(images), unit="image", disable=None) as bar:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from resfu_jax._files import local_path
 from resfu_jax.cli._run import Run, start_jax
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def visualize(
       steps: of the fit.
       seed: of the initial weights.
     """
-    from resfu_jax.predictor import read_image
+    from resfu_jax.images import read_image
     from resfu_jax.upsamplers import upsampler_entry
     from resfu_jax.visualize import save_grid, save_png
 
@@ -78,6 +79,8 @@ def visualize(
         raise ValueError("give either --checkpoint RUN ... or --pretrained FILE")
     if columns < 1:
         raise ValueError(f"--columns must be at least 1, got {columns}")
+    out = local_path(out, "--out")
+    panels = None if panels is None else local_path(panels, "--panels")
     image = read_image(photo)
     if click:
         pixel += _clicked(image)
@@ -137,8 +140,8 @@ def _trained(run: Run, image: Any, pixels: Pixels) -> "list[Panel]":
             f"{type(predictor.model.head).__name__}"
         )
     labels = predictor.predict(image)[0].labels
-    seen = predictor.resized(image)
-    multiple = predictor.inference.multiple
+    seen = predictor.preprocess.resize(image)
+    multiple = predictor.preprocess.multiple
     seen = fitted(seen, side=max(*seen.shape, multiple), multiple=multiple)
 
     @jax.jit

@@ -1,11 +1,16 @@
 """Official PyTorch modules -> modules of this library, weights included. Needs no PyTorch."""
 
+import inspect
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
 
 from resfu_jax._names import lookup
+from resfu_jax.convert._files import read_weights
+from resfu_jax.convert._places import load_from
+from resfu_jax.convert._state import Misfit, entries_of, has_entries
 from resfu_jax.convert.carafe import carafe_pack
 from resfu_jax.convert.classic import conv_pixel_shuffle, conv_transpose
 from resfu_jax.convert.dysample import dysample
@@ -35,24 +40,77 @@ _CONVERTERS: dict[str, Callable[..., nnx.Module]] = {
 }
 
 
-def from_torch(official_class: str, state_dict: Mapping[str, Any], **arguments: Any) -> nnx.Module:
+# Arguments of ours that a converter passes on: its `**ours`.
+_OURS = ("implementation", "dtype", "param_dtype")
+
+
+def from_torch(
+    official_class: str, state_dict: Any, *, prefix: str | None = None, **arguments: Any
+) -> nnx.Module:
     """Build the module that equals an official one, from its weights.
 
     Args:
       official_class: `"owner/repo:Class"` as the official repository spells it, or the class name
         alone where only one repository has it.
-      state_dict: the official module's `state_dict()`; values may be anything that `np.asarray`
-        reads. Strip a wrapper's prefix from the keys first.
-      **arguments: the official constructor's keyword arguments.
+      state_dict: the official module's `state_dict()`, as
+
+        - a mapping of names to arrays: NumPy's, JAX's, or PyTorch's tensors of any floating-point
+          type (bfloat16 is read exactly), on any device, also parameters that require gradients;
+        - a checkpoint with such a mapping in it, `{"state_dict": ..., "epoch": ...}`;
+        - the module itself, of which `state_dict()` is taken;
+        - a path, or a repository of Hugging Face, as `load_pretrained` takes: `.safetensors`, an
+          index of shards, or `.pth`, `.pt`, `.bin` and `.ckpt`, of which nothing is executed.
+
+      prefix: what the names begin with, such as `"decode_head.up1."`; needed where the module is a
+        part of a larger one. A prefix that all names have (`module.`, `_orig_mod.`), or all of one
+        dictionary of a checkpoint, is found, also in front of `prefix`. `""` takes the names as
+        they are.
+      **arguments: the official constructor's arguments, with the official defaults for those left
+        out; and `implementation`, `dtype` and `param_dtype` of our module (ReSFU: `dilation` and
+        `tile`, too; FADE: `scrambled_phases`).
 
     Raises:
-      ValueError: unknown class (near matches are named); missing, unexpected or misshapen entries
-        (all are named).
+      ValueError: unknown class or argument (near matches are named); a `state_dict` of another type
+        or a file that is not read; missing, unexpected or misshapen entries. The likely cause comes
+        first, then counts and names: all of them up to a screen, else the first of each kind.
+      FileNotFoundError: no such file.
     """
-    matches = [n for n in _CONVERTERS if official_class in (n, n.partition(":")[2])]
-    if not matches:
+    names = [n for n in _CONVERTERS if official_class in (n, n.partition(":")[2])]
+    if not names:
         full = {n.partition(":")[2]: n for n in _CONVERTERS} | {n: n for n in _CONVERTERS}
         lookup("official class", full, official_class)
-    if len(matches) > 1:
-        raise ValueError(f"{official_class!r} is in several repositories: {', '.join(matches)}")
-    return _CONVERTERS[matches[0]](state_dict, **arguments)
+    if len(names) > 1:
+        raise ValueError(f"{official_class!r} is in several repositories: {', '.join(names)}")
+    converter = _CONVERTERS[names[0]]
+    _check_arguments(names[0], converter, arguments)
+    source = "state_dict"
+    if isinstance(state_dict, str | os.PathLike):
+        source, state_dict = os.fspath(state_dict), read_weights(state_dict)
+    entries = entries_of(state_dict)
+    items = state_dict.items() if isinstance(state_dict, Mapping) else ()
+    sections = [f"{name}." for name, value in items if has_entries(value)]
+
+    def convert(own: Mapping[str, Any]) -> nnx.Module:
+        try:
+            return converter(own, **arguments)
+        except Misfit as error:
+            error.source = source
+            raise
+
+    module, _ = load_from(entries, convert, prefix=prefix, sections=sections)
+    return module
+
+
+def _check_arguments(name: str, converter: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    """Refuses arguments that the official constructor has not, and asks for those it needs."""
+    parameters = list(inspect.signature(converter).parameters.values())[1:]
+    named = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    known = [p.name for p in named] + [*(_OURS if len(named) < len(parameters) else ())]
+    for argument in arguments:
+        lookup(f"argument of {name}", dict.fromkeys(known), argument)
+    missing = [p.name for p in named if p.default is p.empty and p.name not in arguments]
+    if missing:
+        raise ValueError(
+            f"{name} needs {' and '.join(missing)}, as its constructor does; its arguments are "
+            f"{', '.join(known)}"
+        )

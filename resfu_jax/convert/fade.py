@@ -7,16 +7,32 @@ from resfu_jax.convert._state import StateDict, unfilled
 from resfu_jax.upsamplers.fade import FADE
 
 
-def fade(state: Mapping[str, Any], *, scrambled_phases: bool = False, **arguments: Any) -> FADE:
+def fade(
+    state: Mapping[str, Any],
+    *,
+    in_channels_en: int,
+    in_channels_de: int | None = None,
+    scale: int = 2,
+    up_kernel_size: int = 5,
+    scrambled_phases: bool = False,
+    **ours: Any,
+) -> FADE:
     """The official FADE of `FADE_L2H.py` or, told apart by its keys, of `FADE_H2L.py`.
 
     Both are the same function, except that the plain PyTorch H2L file mixes up the phases of its
     convolution. `scrambled_phases=True` reproduces that, for weights trained with it.
     """
-    high_to_low = "kernel_generator.conv2_kernels" in state
+    high_to_low = any(name.endswith("kernel_generator.conv2_kernels") for name in state)
     if scrambled_phases and not high_to_low:
         raise ValueError("scrambled_phases is for weights of FADE_H2L.py; these are of FADE_L2H.py")
-    up = _module(**arguments, scrambled_phases=scrambled_phases)
+    up = _module(
+        in_channels_en,
+        in_channels_de,
+        scale,
+        up_kernel_size,
+        scrambled_phases=scrambled_phases,
+        **ours,
+    )
     s = StateDict(state, "FADE")
     s.set_layer(up.gate, "gate_generator.conv", layout="OI11")
     if high_to_low:
@@ -30,9 +46,17 @@ def fade(state: Mapping[str, Any], *, scrambled_phases: bool = False, **argument
     return up
 
 
-def fade_lite(state: Mapping[str, Any], **arguments: Any) -> FADE:
+def fade_lite(
+    state: Mapping[str, Any],
+    *,
+    in_channels_en: int,
+    in_channels_de: int | None = None,
+    scale: int = 2,
+    up_kernel_size: int = 5,
+    **ours: Any,
+) -> FADE:
     """The official FADELite."""
-    up = _module(**arguments, lite=True)
+    up = _module(in_channels_en, in_channels_de, scale, up_kernel_size, lite=True, **ours)
     s = StateDict(state, "FADELite")
     s.set_layer(up.gate, "gate_generator.conv", layout="OI11")
     _semi_shift(s, up, "C1HW")
@@ -40,9 +64,17 @@ def fade_lite(state: Mapping[str, Any], **arguments: Any) -> FADE:
     return up
 
 
-def semi_shift_up(state: Mapping[str, Any], **arguments: Any) -> FADE:
+def semi_shift_up(
+    state: Mapping[str, Any],
+    *,
+    in_channels_en: int,
+    in_channels_de: int | None = None,
+    scale: int = 2,
+    up_kernel_size: int = 5,
+    **ours: Any,
+) -> FADE:
     """The official SemiShiftUp: FADE without the gate."""
-    up = _module(**arguments, gate=False)
+    up = _module(in_channels_en, in_channels_de, scale, up_kernel_size, gate=False, **ours)
     s = StateDict(state, "SemiShiftUp")
     _semi_shift(s, up, "OIHW")
     s.done()
@@ -50,12 +82,11 @@ def semi_shift_up(state: Mapping[str, Any], **arguments: Any) -> FADE:
 
 
 def _module(
-    *,
     in_channels_en: int,
-    in_channels_de: int | None = None,
-    scale: int = 2,
-    up_kernel_size: int = 5,
-    **kind: bool,
+    in_channels_de: int | None,
+    scale: int,
+    up_kernel_size: int,
+    **options: Any,
 ) -> FADE:
     """Our module from the official arguments; `in_channels_de` defaults to `in_channels_en`."""
     return unfilled(
@@ -64,7 +95,7 @@ def _module(
         in_channels_en,
         scale=scale,
         up_kernel_size=up_kernel_size,
-        **kind,
+        **options,
     )
 
 

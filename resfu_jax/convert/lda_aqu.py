@@ -8,10 +8,33 @@ from resfu_jax.upsamplers.lda_aqu import LDAAQU
 
 
 def lda_aqu(
-    state: Mapping[str, Any], *, in_channels: int, scale_factor: float = 2.0, **options: Any
+    state: Mapping[str, Any],
+    *,
+    in_channels: int,
+    reduction_factor: int = 4,
+    nh: int = 1,
+    scale_factor: float = 2.0,
+    k_e: int = 3,
+    k_u: int = 3,
+    n_groups: int = 2,
+    range_factor: float = 11,
+    rpb: bool = True,
+    **ours: Any,
 ) -> LDAAQU:
-    """The official LDA_AQU; other options are named as ours."""
-    up = unfilled(LDAAQU, in_channels, scale=scale_factor, **options)
+    """The official LDA_AQU."""
+    up = unfilled(
+        LDAAQU,
+        in_channels,
+        scale=scale_factor,
+        reduction_factor=reduction_factor,
+        nh=nh,
+        k_e=k_e,
+        k_u=k_u,
+        n_groups=n_groups,
+        range_factor=range_factor,
+        rpb=rpb,
+        **ours,
+    )
     s = StateDict(state, "LDA_AQU")
     s.set_layer(up.norm, "layer_norm.norm")
     s.set_layer(up.q, "proj_q", layout="OI11")

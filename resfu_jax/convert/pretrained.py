@@ -1,48 +1,44 @@
 """Published checkpoints, by path or Hugging Face repository, -> models of this library."""
 
 import os
-import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-import numpy as np
-import safetensors.numpy
 from flax import nnx
 
 from resfu_jax.backbones.mit import MiT
 from resfu_jax.backbones.resnet import ResNet
 from resfu_jax.backbones.vit import ViT
-from resfu_jax.convert.resnet import load_resnet
-from resfu_jax.convert.segformer import check_segformer, load_mit, load_segformer
-from resfu_jax.convert.vit import load_vit
+from resfu_jax.convert import resnet, segformer, vit
+from resfu_jax.convert._files import read_weights
+from resfu_jax.convert._places import below, load_from
+from resfu_jax.convert._state import Misfit, entries_of, shape_of
 from resfu_jax.model import SegmentationModel
 
-Loader = Callable[[dict[str, np.ndarray], nnx.Module, str], list[str]]
+Loader = Callable[[Mapping[str, Any], nnx.Module, str], list[str]]
 
-# Each sets the entries of a file in a module in place, or raises an error that names all that does
-# not fit, and returns the names of the entries it has not used.
-_LOADERS: tuple[tuple[type[nnx.Module], Loader], ...] = (
-    (MiT, load_mit),
-    (ResNet, load_resnet),
-    (ViT, load_vit),
-    (SegmentationModel, load_segformer),
-)
 
-_REPOSITORY = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
-    r"(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+))?"
-)
-_PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pth.tar")
-_CONVERT = (
-    "A checkpoint in PyTorch's format becomes safetensors with transformers, "
-    "AutoModel.from_pretrained(...).save_pretrained(...), or with torch:\n"
-    "    import torch, safetensors.torch; state = torch.load({0!r}, map_location='cpu')\n"
-    "    safetensors.torch.save_file({{k: v.contiguous().clone() for k, v in "
-    "state.get('state_dict', state).items()}}, 'model.safetensors')"
+class _Family(NamedTuple):
+    model: type[nnx.Module]
+    # Sets the entries of a file in a module in place, or raises a `Misfit`, and returns the names
+    # of the entries it has not used.
+    load: Loader
+    # Our names and the shapes of a file -> which network it is, or None.
+    describe: Callable[[Mapping[str, tuple[int, ...]]], str | None]
+
+
+_FAMILIES = (
+    _Family(MiT, segformer.load_mit, segformer.describe),
+    _Family(ResNet, resnet.load_resnet, resnet.describe),
+    _Family(ViT, vit.load_vit, vit.describe),
+    _Family(SegmentationModel, segformer.load_segformer, segformer.describe),
 )
 
 
-def load_pretrained(path_or_repo: str | os.PathLike, model: nnx.Module) -> list[str]:
+def load_pretrained(
+    path_or_repo: str | os.PathLike[str], model: nnx.Module, *, prefix: str | None = None
+) -> list[str]:
     """Load a published checkpoint into a model, in place.
 
     What the file must hold depends on the model:
@@ -58,100 +54,80 @@ def load_pretrained(path_or_repo: str | os.PathLike, model: nnx.Module) -> list[
     - `ViT`: a plain ViT or DINO of timm or transformers, a DINOv2 of transformers, timm or its
       authors, or a DINOv3 of transformers. A classifier is left out unless the model has one.
 
+    The entries may have a prefix, of a wrapper (`module.`, `_orig_mod.`), of a trainer's checkpoint
+    (`state_dict.`, `teacher.backbone.`) or of a larger model (`backbone.`): the one place that has
+    all of them, with their shapes, is taken, and what is not below its prefix is left out.
+
     To start from a pretrained backbone with another head, pass `model.backbone`.
 
         load_pretrained("nvidia/mit-b1", model.backbone)
         load_pretrained("timm/resnet50.a1_in1k", ResNet("50", rngs=nnx.Rngs(0)))
+        load_pretrained("~/dino_checkpoint.pth", ViT("small", rngs=nnx.Rngs(0)), prefix="teacher")
 
     Args:
-      path_or_repo: a `.safetensors` file; a directory with `model.safetensors`; or a repository of
-        the Hugging Face hub, `"owner/name"`, `"owner/name@revision"`, `"owner/name:file"` or
-        `"owner/name@revision:file"`, of which one file, `model.safetensors` by default, is fetched
-        into the hub's cache. That needs `pip install 'resfu_jax[hub]'`. What exists as a path is
-        read as one.
-      model: module of the sizes of the checkpoint.
+      path_or_repo: a `.safetensors` file; a `.pth`, `.pt`, `.bin` or `.ckpt` file of `torch.save`,
+        of which nothing is executed; `model.safetensors.index.json` beside its shards; a folder
+        with one of those, called `model.safetensors` or `pytorch_model.bin`; or a repository of the
+        Hugging Face hub, `"owner/name"`, `"owner/name@revision"`, `"owner/name:file"` or
+        `"owner/name@revision:file"`, whose file is fetched by https into the hub's cache and
+        compared with the SHA-256 that the hub has for it. That needs
+        `pip install 'resfu_jax[hub]'`. What exists as a path is read as one; `~` is the home
+        folder.
+      model: module of the sizes of the checkpoint. It may hold shapes only (`nnx.eval_shape`).
+      prefix: where the entries are, for files that have them in several places, or where to look
+        for them; `""` is the top alone.
 
     Returns:
       The entries of the file that were not used, sorted.
 
     Raises:
       FileNotFoundError: no such file, or it could not be fetched; the error says what to do.
-      ValueError: a file in another format; a model that no loader is for; missing, unexpected or
-        misshapen entries, all named; `model` is then unchanged.
+      ValueError: a file in another format; a model that no loader is for; entries in several
+        places; missing, unexpected or misshapen entries. The likely cause comes first, then counts
+        and names: all of them up to a screen. `model` is then unchanged.
     """
-    loader = _loader(model)
-    path = _resolve(path_or_repo)
-    entries = _read(path)
-    # Into a copy, so that an error leaves the model whole.
-    loaded = nnx.clone(model)
-    ignored = loader(entries, loaded, str(path_or_repo))
-    nnx.update(model, nnx.state(loaded))
-    return ignored
+    load = _loader(model)
+    entries = entries_of(read_weights(path_or_repo))
+
+    def loaded(own: Mapping[str, Any]) -> tuple[nnx.Module, list[str]]:
+        # Into a copy, so that an error leaves the model whole.
+        copy = nnx.clone(model)
+        return copy, load(own, copy, os.fspath(path_or_repo))
+
+    try:
+        (filled, unused), at = load_from(entries, loaded, prefix=prefix)
+    except Misfit as error:
+        error.causes[:0] = _causes(error, entries, model, os.fspath(path_or_repo))
+        raise
+    nnx.update(model, nnx.state(filled))
+    outside = [name for name in entries if not name.startswith(at)]
+    return sorted([at + name for name in unused] + outside)
+
+
+def _family(model: nnx.Module) -> _Family:
+    for family in _FAMILIES:
+        if isinstance(model, family.model):
+            return family
+    known = ", ".join(family.model.__name__ for family in _FAMILIES)
+    raise ValueError(f"model must be one of {known}, got {type(model).__name__}")
 
 
 def _loader(model: nnx.Module) -> Loader:
     if isinstance(model, SegmentationModel):
-        check_segformer(model)
-    for cls, loader in _LOADERS:
-        if isinstance(model, cls):
-            return loader
-    known = ", ".join(cls.__name__ for cls, _ in _LOADERS)
-    raise ValueError(f"model must be one of {known}, got {type(model).__name__}")
+        segformer.check_segformer(model)
+    return _family(model).load
 
 
-def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
-    try:
-        return safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a safetensors file ({error}). {_CONVERT.format(str(path))}"
-        ) from error
-
-
-def _resolve(path_or_repo: str | os.PathLike) -> pathlib.Path:
-    path = pathlib.Path(path_or_repo)
-    if str(path).endswith(_PICKLES) and not path.is_dir():
-        raise ValueError(
-            f"{path} is not a safetensors file. {_CONVERT.format(path.name.rpartition(':')[2])}"
-        )
-    if path.exists() or (path.suffix == ".safetensors" and ":" not in str(path)):
-        return _local(path)
-    match = _REPOSITORY.fullmatch(path_or_repo) if isinstance(path_or_repo, str) else None
-    return _fetch(**match.groupdict()) if match else _local(path)
-
-
-def _local(path: pathlib.Path) -> pathlib.Path:
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        others = ", ".join(sorted(p.name for p in file.parent.glob("*"))) or "nothing"
-        raise FileNotFoundError(
-            f"{file} does not exist (there is {others}). {_CONVERT.format('pytorch_model.bin')}"
-        )
-    return file
-
-
-def _fetch(repo: str, revision: str | None, file: str | None) -> pathlib.Path:
-    file = file or "model.safetensors"
-    site = f"https://huggingface.co/{repo}"
-    by_hand = (
-        f"Or download {site}/resolve/{revision or 'main'}/{file} by hand and give its path. If "
-        f"{site}/tree/{revision or 'main'} has no {file}, name another safetensors file as "
-        f"'{repo}:FILE', or convert what it has. {_CONVERT.format('pytorch_model.bin')}"
-    )
-    what = f"{repo!r} is no path here; {file} of the Hugging Face repository of that name"
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise FileNotFoundError(
-            f"{what} can be fetched by huggingface_hub only, which is not installed: "
-            f"pip install 'resfu_jax[hub]'. {by_hand}"
-        ) from error
-    try:
-        return pathlib.Path(huggingface_hub.hf_hub_download(repo, file, revision=revision))
-    except (OSError, ValueError) as error:  # of HTTP, too; which classes depends on the version
-        raise FileNotFoundError(
-            f"{what} could not be fetched: {type(error).__name__}: {str(error).strip()}\n"
-            "Check the name (and revision), the connection and, of a gated repository, the access "
-            "token (hf auth login). What an earlier run has fetched is found without a connection, "
-            f"at once with HF_HUB_OFFLINE=1. {by_hand}"
-        ) from error
+def _causes(error: Misfit, entries: Mapping[str, Any], model: nnx.Module, source: str) -> list[str]:
+    """What the file is, if it is not what the model is."""
+    shapes = {name: shape_of(value) for name, value in entries.items()}
+    ours = _family(model).describe(error.wanted)
+    tops = sorted({name.partition(".")[0] + "." for name in shapes})
+    for at in ["", *tops[:20]]:
+        inside = below(shapes, at)
+        theirs = next((kind for f in _FAMILIES if (kind := f.describe(inside)) is not None), None)
+        if theirs is not None:
+            return [] if theirs == ours else [f"it holds {theirs}, and the model is {ours}"]
+    if re.search(r"-\d{5}-of-\d{5}\.", source):
+        return ["it is one of several shards: give the index (*.index.json), or the folder"]
+    return []

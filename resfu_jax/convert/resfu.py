@@ -3,6 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
 from resfu_jax.convert._state import StateDict, unfilled
 from resfu_jax.upsamplers.resfu import PCDC, ReSFU
 
@@ -12,19 +16,53 @@ def resfu(
     *,
     dim_y: int,
     dim_x: int | None = None,
-    scale_factor: int = 2,
-    **options: Any,
+    groups: int = 4,
+    kernel_size: int = 3,
+    scale_factor: int = 4,
+    embedding_dim: int = 32,
+    y_conv: bool = True,
+    qkv_bias: bool = True,
+    normx: bool = True,
+    normy: bool = True,
+    gn_dim: int = 8,
+    radius: int = 8,
+    eps: float = 1e-3,
+    lr_mult: float = 1.0,
+    gf_scale: int = 2,
+    dilation: int | None = None,
+    tile: int | None = None,
+    **ours: Any,
 ) -> ReSFU:
-    """The official ReSFU; `dim_x` defaults to `dim_y`, other options are named as ours."""
-    up = unfilled(ReSFU, dim_y if dim_x is None else dim_x, dim_y, scale=scale_factor, **options)
+    """The official ReSFU; `dim_x` defaults to `dim_y`. `dilation` and `tile` are ours."""
+    up = unfilled(
+        ReSFU,
+        dim_y if dim_x is None else dim_x,
+        dim_y,
+        scale=scale_factor,
+        dilation=dilation,
+        groups=groups,
+        kernel_size=kernel_size,
+        embedding_dim=embedding_dim,
+        y_conv=y_conv,
+        qkv_bias=qkv_bias,
+        normx=normx,
+        normy=normy,
+        gn_dim=gn_dim,
+        radius=radius,
+        eps=eps,
+        lr_mult=lr_mult,
+        gf_scale=gf_scale,
+        tile=tile,
+        **ours,
+    )
     s = StateDict(state, "ReSFU")
     s.set_layer(up.norm_x, "norm_x")
     s.set_layer(up.norm_y, "norm_y")
     s.set_layer(up.q, "q", layout="OI11")
     s.set_layer(up.k, "k", layout="OI11")
-    # The box filter of ones; a buffer, of size 2 * (radius // gf_scale) + 1.
+    # The box filter, of size 2 * (radius // gf_scale) + 1.
     side = 2 * (up.radius // up.gf_scale) + 1
-    s.take("GF.kernel", (up.k.out_features, 1, 1, side))
+    s.buffer("GF.kernel", np.ones((up.k.out_features, 1, 1, side)), "is not a box of ones")
     _branch(s, "semantic_scores.", up.semantic_scores)
     _branch(s, "detail_scores.", up.detail_scores)
     s.done()
@@ -40,8 +78,9 @@ def pcdc_block(
     kernel_size: int = 3,
     groups: int = 4,
     gn_dim: int = 8,
+    param_dtype: DTypeLike = jnp.float32,
 ) -> PCDC:
-    """The official PCDC_Block, one score branch of ReSFU."""
+    """The official PCDC_Block, one score branch of ReSFU. `param_dtype` is ours."""
     branch = unfilled(
         PCDC,
         width=in_channels,
@@ -50,6 +89,7 @@ def pcdc_block(
         groups=groups,
         gn_dim=gn_dim,
         hidden=mid_channels,
+        param_dtype=param_dtype,
     )
     s = StateDict(state, "PCDC_Block")
     _branch(s, "", branch)

@@ -12,11 +12,11 @@ old ones), which `ResNet` does not have.
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
-
-from resfu_jax.backbones.resnet import Block, ConvNorm, ResNet
-from resfu_jax.convert._state import StateDict
+from resfu_jax.backbones.resnet import VARIANTS, Block, ConvNorm, ResNet
+from resfu_jax.convert._state import StateDict, shape_of
 
 _RENAMES = (
     (r"^(?:resnet|backbone)\.", ""),
@@ -38,27 +38,27 @@ _RENAMES = (
 _HEADS = ("fc.", "classifier.", "aux_classifier.", "decode_head.", "auxiliary_head.")
 
 
-def load_resnet(state: dict[str, np.ndarray], resnet: ResNet, source: str) -> list[str]:
+def load_resnet(state: Mapping[str, Any], resnet: ResNet, source: str) -> list[str]:
     """Load the entries of a checkpoint into a `ResNet`, in place; `source` names it in errors.
 
     Returns:
       The entries that were not used: those of a classifier or decoder, and counters. Sorted.
 
     Raises:
-      ValueError: missing, unexpected or misshapen entries, all named.
+      Misfit: missing, unexpected or misshapen entries.
     """
-    ignored, entries = [], {}
+    ignored, entries, names = [], {}, {}
     for name, value in state.items():
-        key = name
-        for pattern, replacement in _RENAMES:
-            key = re.sub(pattern, replacement, key)
+        key = _rename(name)
         if key.endswith(".num_batches_tracked") or key.startswith(_HEADS):
             ignored.append(name)
         else:
-            entries[key] = value
+            entries[key], names[key] = value, name
 
-    s = StateDict(entries, source)
-    if any(key.endswith(".downsample.1.weight") and v.ndim == 4 for key, v in entries.items()):
+    s = StateDict(entries, "ResNet", source=source, names=names)
+    if any(
+        k.endswith(".downsample.1.weight") and len(shape_of(v)) == 4 for k, v in entries.items()
+    ):
         s.problem("its shortcuts pool (ResNet-D, as timm's resnet50d), which ResNet does not have")
     if len(resnet.stem) == 1:
         _conv_norm(s, "conv1", "bn1", resnet.stem[0])
@@ -71,6 +71,29 @@ def load_resnet(state: dict[str, np.ndarray], resnet: ResNet, source: str) -> li
             _block(s, f"layer{i + 1}.{j}", block)
     s.done()
     return sorted(ignored)
+
+
+def describe(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Which ResNet entries of these names and shapes are: `"ResNet-50"`; None if of another net."""
+    shapes = {_rename(name): shape for name, shape in shapes.items()}
+    found = [re.match(r"layer(\d)\.(\d+)\.conv(\d)\.weight$", name) for name in shapes]
+    convs = {(int(m[1]), int(m[2]), int(m[3])) for m in found if m}
+    if (1, 0, 1) not in convs:
+        return None
+    bottleneck = (1, 0, 3) in convs
+    depths = tuple(len({block for stage, block, _ in convs if stage == i}) for i in (1, 2, 3, 4))
+    widths = tuple((*shapes.get(f"layer{i}.0.conv1.weight", ()), 0)[0] for i in (1, 2, 3, 4))
+    for name, v in VARIANTS.items():
+        if (v.bottleneck, v.depths, v.widths) == (bottleneck, depths, widths):
+            return f"ResNet-{name}"
+    kind = "bottlenecks" if bottleneck else "basic blocks"
+    return f"a ResNet of {kind}, widths {widths} and depths {depths}"
+
+
+def _rename(name: str) -> str:
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _block(s: StateDict, name: str, block: Block) -> None:

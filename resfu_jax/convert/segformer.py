@@ -1,12 +1,12 @@
 """SegFormer checkpoints of Hugging Face transformers -> MiT and SegFormerHead."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from resfu_jax.backbones.mit import MiT
+from resfu_jax.backbones.mit import VARIANTS, MiT
 from resfu_jax.convert._state import StateDict
 from resfu_jax.heads.segformer import SegFormerHead
 from resfu_jax.model import SegmentationModel
@@ -31,7 +31,7 @@ _RENAMES = (
 )
 
 
-def load_mit(state: dict[str, np.ndarray], mit: MiT, source: str) -> list[str]:
+def load_mit(state: Mapping[str, Any], mit: MiT, source: str) -> list[str]:
     """Load the encoder of a SegFormer checkpoint into a `MiT`, in place.
 
     The entries are those of `SegformerModel`, `SegformerForImageClassification` or
@@ -42,14 +42,12 @@ def load_mit(state: dict[str, np.ndarray], mit: MiT, source: str) -> list[str]:
       The entries that were not used, sorted.
 
     Raises:
-      ValueError: missing, unexpected or misshapen entries, all named.
+      Misfit: missing, unexpected or misshapen entries.
     """
     return _load(state, mit, None, source)
 
 
-def load_segformer(
-    state: dict[str, np.ndarray], model: SegmentationModel, source: str
-) -> list[str]:
+def load_segformer(state: Mapping[str, Any], model: SegmentationModel, source: str) -> list[str]:
     """Load encoder and decoder of `SegformerForSemanticSegmentation`, in place, as `load_mit`.
 
     The head's upsamplers, which such checkpoints do not have, stay as they are.
@@ -71,22 +69,43 @@ def check_segformer(model: SegmentationModel) -> None:
         )
 
 
-def _load(
-    state: dict[str, np.ndarray], mit: MiT, head: SegFormerHead | None, source: str
-) -> list[str]:
-    ignored, entries = [], {}
+def describe(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Which MiT entries of these names and shapes are: `"MiT-b1"`; None if of another network."""
+    shapes = {_rename(name): shape for name, shape in shapes.items()}
+    if "patch_embed1.proj.weight" in shapes:
+        return "a MiT as its authors name it (for transformers it is nvidia/mit-b0 .. b5)"
+    embed = [shapes.get(f"encoder.patch_embeddings.{i}.proj.weight") for i in range(4)]
+    if not all(embed):
+        return None
+    widths = tuple(shape[0] for shape in embed)
+    blocks = [re.match(r"encoder\.block\.(\d)\.(\d+)\.", name) for name in shapes]
+    pairs = {(int(m[1]), int(m[2])) for m in blocks if m}
+    depths = tuple(sum(i == stage for stage, _ in pairs) for i in range(4))
+    for name, variant in VARIANTS.items():
+        if (variant.widths, variant.depths) == (widths, depths):
+            return f"MiT-{name}"
+    return f"a MiT of widths {widths} and depths {depths}"
+
+
+def _rename(name: str) -> str:
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _load(state: Mapping[str, Any], mit: MiT, head: SegFormerHead | None, source: str) -> list[str]:
+    ignored, entries, names = [], {}, {}
     for name, value in state.items():
-        key = name
-        for pattern, replacement in _RENAMES:
-            key = re.sub(pattern, replacement, key)
+        key = _rename(name)
         used = key.startswith("encoder.") or (head is not None and key.startswith("decode_head."))
         known = used or key.startswith(("decode_head.", "classifier."))
         if key.endswith(".num_batches_tracked") or (known and not used):
             ignored.append(name)
         else:
-            entries[key] = value
+            entries[key], names[key] = value, name
 
-    s = StateDict(entries, source)
+    owner = "MiT" if head is None else "MiT and SegFormerHead"
+    s = StateDict(entries, owner, source=source, names=names)
     _mit(s, mit)
     if head is not None:
         _head(s, head)
@@ -111,7 +130,7 @@ def _mit(state: StateDict, mit: MiT) -> None:
                 _norm(state, f"{name}.attention.self.layer_norm", attention.reduce_norm)
             _norm(state, f"{name}.layer_norm_2", block.ffn_norm)
             _layer(state, f"{name}.mlp.dense1", block.ffn.expand, "OI")
-            _depthwise(state, f"{name}.mlp.dwconv.dwconv", block.ffn.depthwise)
+            _layer(state, f"{name}.mlp.dwconv.dwconv", block.ffn.depthwise, "C1HW")
             _layer(state, f"{name}.mlp.dense2", block.ffn.contract, "OI")
         _norm(state, f"encoder.layer_norm.{i}", stage.norm)
 
@@ -128,14 +147,6 @@ def _head(state: StateDict, head: SegFormerHead) -> None:
 
 def _layer(state: StateDict, name: str, layer: nnx.Module, layout: str) -> None:
     state.set(layer.kernel, f"{name}.weight", layout=layout)
-    state.set(layer.bias, f"{name}.bias")
-
-
-def _depthwise(state: StateDict, name: str, layer: nnx.Module) -> None:
-    kernel = layer.kernel[...]
-    h, w, c = kernel.shape
-    value = state.take(f"{name}.weight", (c, 1, h, w))[:, 0].transpose(1, 2, 0)
-    layer.kernel.set_value(jnp.asarray(value, kernel.dtype))
     state.set(layer.bias, f"{name}.bias")
 
 

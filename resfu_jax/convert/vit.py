@@ -4,12 +4,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resfu_jax.backbones.vit import ViT
-from resfu_jax.convert._state import StateDict
+from resfu_jax.backbones.vit import VARIANTS, ViT
+from resfu_jax.convert._state import StateDict, as_array, shape_of, store
 
 # Names of transformers (of published files and of a `state_dict()` of transformers 5) and of the
 # DINO authors -> those of timm.
@@ -47,7 +46,7 @@ def load_vit(state: Mapping[str, Any], vit: ViT, source: str) -> list[str]:
     one.
 
     Args:
-      state: a checkpoint's entries; values may be anything that `np.asarray` reads.
+      state: a checkpoint's entries; values may be anything that `as_array` reads.
       vit: model of the sizes of the checkpoint.
       source: where the entries are from, for the error message.
 
@@ -55,25 +54,27 @@ def load_vit(state: Mapping[str, Any], vit: ViT, source: str) -> list[str]:
       The entries that were not used, sorted.
 
     Raises:
-      ValueError: missing, unexpected or misshapen entries, all named, as timm names them; fused
-        entries `attn.qkv` count as three, `attn.q`, `attn.k` and `attn.v`. `vit` is then
-        unchanged.
+      Misfit: missing, unexpected or misshapen entries, as timm names them; fused entries
+        `attn.qkv` count as three, `attn.q`, `attn.k` and `attn.v`. `vit` is then unchanged.
     """
-    unused, entries = [], {}
+    unused, entries, names = [], {}, {}
     for name, value in state.items():
-        key = name
-        for pattern, replacement in _RENAMES:
-            key = re.sub(pattern, replacement, key)
+        key = _rename(name)
         if _UNUSED.search(key) or (vit.head is None and key.startswith("head.")):
             unused.append(name)
             continue
         prefix, fused, kind = key.partition(".attn.qkv.")
-        thirds = np.asarray(value)
-        if fused and thirds.ndim and thirds.shape[0] % 3 == 0:
-            for part, third in zip("qkv", np.split(thirds, 3), strict=True):
+        shape = shape_of(value)
+        if fused and shape and shape[0] % 3 == 0:
+            try:
+                thirds = np.split(as_array(value), 3)
+            except ValueError as error:
+                raise ValueError(f"{source}: {name!r} {error}") from error
+            for part, third in zip("qkv", thirds, strict=True):
                 entries[f"{prefix}.attn.{part}.{kind}"] = third
+                names[f"{prefix}.attn.{part}.{kind}"] = name
         else:
-            entries[key] = value
+            entries[key], names[key] = value, name
     keys_are_biased = vit.blocks[0].attention.key.bias is not None
     if not keys_are_biased and any(name.endswith("attn.qkv.bias") for name in state):
         # The authors of DINOv3 store the fused bias whole, and mask the keys' part.
@@ -81,21 +82,43 @@ def load_vit(state: Mapping[str, Any], vit: ViT, source: str) -> list[str]:
 
     # Into a copy, so that an error leaves the model whole.
     loaded = nnx.clone(vit)
-    reader = StateDict(entries, source)
+    reader = StateDict(entries, "ViT", source=source, names=names)
     _vit(reader, loaded, entries)
     reader.done()
     nnx.update(vit, nnx.state(loaded))
     return sorted(unused)
 
 
+def describe(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Which ViT entries of these names and shapes are: `"ViT-small/14"`; None if of another net."""
+    shapes = {_rename(name): shape for name, shape in shapes.items()}
+    embed = shapes.get("patch_embed.proj.weight", ())
+    blocks = {m[1] for name in shapes if (m := re.match(r"blocks\.(\d+)\.", name))}
+    if len(embed) != 4 or not blocks:
+        return None
+    width, depth = embed[0], len(blocks)
+    sizes = {(v.width, v.depth): name for name, v in reversed(VARIANTS.items())}
+    size = sizes.get((width, depth), f"{depth} blocks of {width}")
+    scaled = any(name.endswith(".ls1.gamma") for name in shapes)
+    registers = (*shapes.get("reg_token", ()), 0)[1] if "reg_token" in shapes else 0
+    extras = f", {registers} registers" * bool(registers) + ", layer scale" * scaled
+    return f"ViT-{size}/{embed[-1]}{extras}"
+
+
+def _rename(name: str) -> str:
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def _vit(state: StateDict, vit: ViT, entries: Mapping[str, Any]) -> None:
     state.set_layer(vit.embed, "patch_embed.proj", layout="OIHW")
     c = vit.embed.kernel.shape[-1]
-    _store(vit.class_token, state.take("cls_token", (1, 1, c)))
+    store(vit.class_token, state.take("cls_token", (1, 1, c)))
     if vit.registers is not None:
-        _store(vit.registers, state.take("reg_token", (1, *vit.registers.shape)))
+        store(vit.registers, state.take("reg_token", (1, *vit.registers.shape)))
     if vit.positions is not None:
-        _positions(state, vit, np.shape(entries.get("pos_embed", ())))
+        _positions(state, vit, shape_of(entries.get("pos_embed")))
     for i, block in enumerate(vit.blocks):
         name, attention = f"blocks.{i}", block.attention
         state.set_layer(block.attention_norm, f"{name}.norm1")
@@ -119,15 +142,10 @@ def _positions(state: StateDict, vit: ViT, shape: tuple[int, ...]) -> None:
     n = h * w
     alone = shape == (1, n, c)
     value = state.take("pos_embed", (1, n, c) if alone else (1, n + 1, c))
-    _store(vit.class_position, np.zeros(c, np.float32) if alone else value[0, 0])
-    _store(vit.positions, value[0, -n:])
+    store(vit.class_position, np.zeros(c, np.float32) if alone else value[0, 0])
+    store(vit.positions, value[0, -n:])
     if len(shape) == 3 and shape[2] == c and not alone and shape[1] != n + 1:
         state.problem(
             f"it has {shape[1]} positions, and the model {n + 1} for images of "
             f"{h * vit.strides[0]}x{w * vit.strides[0]}: build it with the checkpoint's image_size"
         )
-
-
-def _store(variable: nnx.Variable, value: np.ndarray) -> None:
-    ours = variable.get_value()
-    variable.set_value(jnp.asarray(value, ours.dtype).reshape(ours.shape))

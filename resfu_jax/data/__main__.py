@@ -6,9 +6,11 @@ import sys
 import tensorflow_datasets as tfds
 
 from resfu_jax.data import (
+    damaged_datasets,
     dataset_info,
     default_data_dir,
     is_prepared,
+    label_pixels,
     list_datasets,
     open_source,
     prepare,
@@ -21,10 +23,21 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: arguments; None takes those of the process.
     """
+    try:
+        _run(_parser().parse_args(argv))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command starts again, and removes what is half built")
+
+
+def _parser() -> argparse.ArgumentParser:
+    def plain(text: str) -> str:
+        return text.replace("%", "%%")  # argparse formats it
+
     parser = argparse.ArgumentParser("python -m resfu_jax.data", description=__doc__)
-    parser.add_argument(
-        "--data-dir", help=f"where datasets are kept (default: {default_data_dir()})"
-    )
+    place = plain(f"where datasets are kept (default: {default_data_dir()})")
+    parser.add_argument("--data-dir", help=place)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="names, classes, sizes, terms of use, and which are prepared")
     build = commands.add_parser("prepare", help="download if need be, and build a dataset")
@@ -33,26 +46,41 @@ def main(argv: list[str] | None = None) -> None:
         help=f"one of: {', '.join(list_datasets())}; or image_folder/NAME for your own images",
     )
     build.add_argument("--manual-dir", help="folder of raw files that were fetched by hand")
+    build.add_argument(
+        "--overwrite", action="store_true", help="build anew, and replace what is prepared"
+    )
     build.add_argument("--data-dir", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "list":
-            _print_list(args.data_dir)
-        else:
-            if not sys.stderr.isatty():
-                tfds.disable_progress_bar()  # in a log its lines would pile up
-            path = prepare(args.name, args.data_dir, args.manual_dir)
-            counts = tuple(
-                len(open_source(args.name, split, args.data_dir))
-                for split in ("train", "validation")
-            )
-            print(f"{args.name}: {counts[0]} train, {counts[1]} validation")
-            published = dataset_info(args.name, args.data_dir).examples
-            if published not in (None, counts):
-                print(f"warning: published are {published[0]} and {published[1]}; files missing?")
-            print(f"prepared in {path}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.command == "list":
+        _print_list(args.data_dir)
+        return
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()  # in a log its lines would pile up
+    path = prepare(args.name, args.data_dir, args.manual_dir, overwrite=args.overwrite)
+    _print_prepared(args.name, args.data_dir)
+    print(f"prepared in {path}")
+
+
+def _print_prepared(name: str, data_dir: str | None) -> None:
+    counts = tuple(len(open_source(name, split, data_dir)) for split in ("train", "validation"))
+    print(f"{name}: {counts[0]} train, {counts[1]} validation ({sum(counts)} images)")
+    info = dataset_info(name, data_dir)
+    if info.examples not in (None, counts):
+        print(f"warning: published are {info.examples[0]} and {info.examples[1]}; files missing?")
+    pixels = label_pixels(name, data_dir)
+    if pixels is None:
+        return
+    classes, ignored = pixels[: info.num_classes], pixels[info.ignore_label]
+    shares = classes / max(classes.sum(), 1)
+    texts = [f"{n} {share:.1%}" for n, share in zip(info.class_names, shares, strict=True)]
+    print("of the labelled pixels: " + ", ".join(texts))
+    print(f"ignored: {ignored / pixels.sum():.1%} of all pixels")
+    if never := [n for n, count in zip(info.class_names, classes, strict=True) if not count]:
+        verb = "occurs" if len(never) == 1 else "occur"
+        print(f"warning: of the classes, never {verb}: {', '.join(never)}")
 
 
 def _print_list(data_dir: str | None) -> None:
@@ -64,6 +92,8 @@ def _print_list(data_dir: str | None) -> None:
         state = "yes" if is_prepared(name, data_dir) else "no"
         counts = info.examples or ("?", "?")
         print(form.format(name, info.num_classes, *counts, state, info.download, info.terms))
+    for name, problem in damaged_datasets(data_dir).items():
+        print(f"warning: {name} is damaged: {problem}. Prepare it again with --overwrite.")
 
 
 if __name__ == "__main__":

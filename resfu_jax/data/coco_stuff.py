@@ -120,6 +120,17 @@ class CocoStuff(RawBuilder):
 
     TITLE = "COCO-Stuff"
     URLS = _URLS
+    # As recorded by TensorFlow Datasets, whose coco downloads the same files.
+    SHA256 = {
+        _URLS[0]: (
+            19336861798,
+            "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
+        ),
+        _URLS[1]: (
+            815585330,
+            "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
+        ),
+    }
     HOMEPAGE = "https://github.com/nightrome/cocostuff"
     BUILDER_CONFIGS = [
         CocoStuffConfig(name="default", description="171 classes."),

@@ -3,7 +3,9 @@
 import contextlib
 import difflib
 import fcntl
+import json
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
@@ -11,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
+from jaxtyping import Int64
 
 from resfu_jax.data import (
     ade20k,
@@ -23,7 +27,7 @@ from resfu_jax.data import (
     shapes,
     voc,
 )
-from resfu_jax.data.info import DatasetInfo, DatasetNotPrepared
+from resfu_jax.data.info import DataError, DatasetInfo, DatasetNotPrepared
 
 # Classes, builder, and the builder's configuration.
 _Entry = tuple[
@@ -49,10 +53,21 @@ def list_datasets(data_dir: str | os.PathLike | None = None) -> list[str]:
 
     Args:
         data_dir: where datasets are kept; `default_data_dir()` if None. Your own datasets
-            (`image_folder/NAME`) are listed once they are prepared there.
+            (`image_folder/NAME`) are listed once they are prepared there; those that are damaged
+            are not, see `damaged_datasets`.
     """
-    own = [f"{image_folder.PREFIX}/{p.name}" for p in _root(data_dir).glob("image_folder/[!.]*")]
-    return sorted([*_DATASETS, *(name for name in own if is_prepared(name, data_dir))])
+    names = (name for name in _own(data_dir) if not _damage(name, data_dir))
+    return sorted([*_DATASETS, *(name for name in names if is_prepared(name, data_dir))])
+
+
+def damaged_datasets(data_dir: str | os.PathLike | None = None) -> dict[str, str]:
+    """Names of prepared datasets that cannot be read, and why.
+
+    Args:
+        data_dir: where datasets are kept; `default_data_dir()` if None.
+    """
+    damage = {name: _damage(name, data_dir) for name in (*_DATASETS, *_own(data_dir))}
+    return {name: text for name, text in damage.items() if text}
 
 
 def dataset_info(name: str, data_dir: str | os.PathLike | None = None) -> DatasetInfo:
@@ -66,28 +81,47 @@ def dataset_info(name: str, data_dir: str | os.PathLike | None = None) -> Datase
     Raises:
         ValueError: no dataset has this name; the message lists the nearest ones.
         DatasetNotPrepared: the classes of an `image_folder/NAME` are not known yet.
+        DataError: the prepared dataset is damaged.
     """
-    if not name.startswith(image_folder.PREFIX):
+    if not _is_own(name):
         return _lookup(name)[0]
-    builder = create_builder(name, data_dir)
-    _check_prepared(name, builder, data_dir)
-    return image_folder.read_info(name, builder)
+    builder = _open(name, data_dir)
+    try:
+        return image_folder.read_info(name, builder)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(name, data_dir, f"its metadata.json cannot be read ({error})") from error
+
+
+def label_pixels(
+    name: str, data_dir: str | os.PathLike | None = None
+) -> Int64[np.ndarray, "256"] | None:
+    """How many pixels of both splits each label value has, as counted by `prepare`.
+
+    None for drawn datasets, and those that an earlier version prepared.
+    """
+    metadata = _open(name, data_dir).info.metadata
+    if metadata is None or "pixels" not in metadata.keys():  # noqa: SIM118  # `in` does not load it
+        return None
+    return np.array(metadata["pixels"], np.int64)
 
 
 def default_data_dir() -> Path:
     """Where datasets are kept: `$RESFU_DATA_DIR`, else `~/.cache/resfu_jax`."""
-    return Path(os.environ.get("RESFU_DATA_DIR") or "~/.cache/resfu_jax").expanduser()
+    return _expand(os.environ.get("RESFU_DATA_DIR") or "~/.cache/resfu_jax", "RESFU_DATA_DIR")
 
 
 def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:
     """Whether `open_source` would find the dataset."""
-    return _is_prepared(create_builder(name, data_dir))
+    _, _, folder = _place(name, data_dir)
+    return (folder / "dataset_info.json").is_file()
 
 
 def prepare(
     name: str,
     data_dir: str | os.PathLike | None = None,
     manual_dir: str | os.PathLike | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Path:
     """Builds a dataset; does nothing if that has been done before.
 
@@ -100,30 +134,49 @@ def prepare(
         name: one of `list_datasets()`, or `image_folder/NAME`, for any NAME, for your own images.
         data_dir: where to write; `default_data_dir()` if None.
         manual_dir: raw files that were fetched by hand; None downloads them if need be.
+        overwrite: build anew, and replace what is there, which stays if that fails.
 
     Returns:
         The folder of the prepared dataset.
 
     Raises:
         ValueError: unknown dataset.
-        OSError: raw files are missing, cannot be downloaded, or the disk is full; the message says
-            what to do.
-        DataError: a raw file is unusable.
+        OSError: raw files are missing, cannot be downloaded, the disk is full or not writable; the
+            message says what to do.
+        DataError: a raw file is unusable, or what is prepared there is damaged.
     """
-    builder = create_builder(name, data_dir)
+    cls, config, folder = _place(name, data_dir)
     if manual_dir is not None:
-        manual_dir = Path(manual_dir).expanduser().resolve()
+        manual_dir = _expand(manual_dir, "manual_dir")
         if not manual_dir.is_dir() or not any(manual_dir.iterdir()):
             raise FileNotFoundError(f"manual_dir {manual_dir} is not a folder with files in it.")
-    if _is_prepared(builder):
-        return Path(builder.data_path)
-    folder = Path(builder.data_path).parent
-    with _only_process(folder) as alone:
-        if not _is_prepared(builder):  # else another process has just finished the same job
-            for left in folder.glob("incomplete.*") if alone else ():
-                shutil.rmtree(left, ignore_errors=True)
+    with _only_process(folder.parent) as alone:
+        # Another process may just have finished the same job.
+        if folder.exists() and not overwrite:
+            _open(name, data_dir)
+            return folder
+        for left in folder.parent.glob("incomplete.*") if alone else ():
+            shutil.rmtree(left, ignore_errors=True)
+        with _replacing(folder):
+            builder = cls(config=config, data_dir=_root(data_dir), file_format="array_record")
             _build(name, builder, manual_dir)
-    return Path(builder.data_path)
+    return folder
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[None]:
+    """Puts a folder aside; it comes back if the block fails, and is deleted otherwise."""
+    aside = folder.with_name(f".replaced.{folder.name}")
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    try:
+        yield
+    except BaseException:
+        if aside.exists() and not folder.exists():
+            aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _build(name: str, builder: tfds.core.GeneratorBasedBuilder, manual_dir: Path | None) -> None:
@@ -142,8 +195,15 @@ def _build(name: str, builder: tfds.core.GeneratorBasedBuilder, manual_dir: Path
 @contextlib.contextmanager
 def _only_process(folder: Path) -> Iterator[bool]:
     """Waits until no other process prepares this dataset; False if that cannot be known."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise OSError(
+            f"Cannot write to {folder} ({error.strerror}); choose another place with --data-dir or "
+            "$RESFU_DATA_DIR."
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)  # a killed process loses it
             alone = True
@@ -195,30 +255,154 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike | None = None
 
     Raises:
         DatasetNotPrepared: the dataset is not there; the message is the command to run.
+        DataError: it is damaged.
         ValueError: unknown dataset or split.
     """
-    builder = create_builder(name, data_dir)
-    if split.partition("[")[0] not in ("train", "validation"):
+    if not isinstance(split, str) or split.partition("[")[0] not in ("train", "validation"):
+        _place(name, data_dir)  # an unknown dataset comes first
         raise ValueError(f"{name} has no split {split!r}; it has 'train' and 'validation'.")
-    _check_prepared(name, builder, data_dir)
+    builder = _open(name, data_dir)
     skip = tfds.decode.SkipDecoding()
-    records: Any = builder.as_data_source(split, decoders={"image": skip, "label": skip})
+    try:
+        part = builder.info.splits[split]
+        files = part.file_instructions
+    except Exception as error:  # tfds raises several for what it cannot parse, such as "train[:"
+        raise ValueError(
+            f"split {split!r} of {name} cannot be read as a slice: {first_line(error)}"
+        ) from error
+    if part.num_examples < 1:
+        raise ValueError(f"split {split!r} of {name} holds no examples.")
+    examples: Any = builder.as_data_source(split, decoders={"image": skip, "label": skip})
+    records = _Records(
+        examples,
+        f"{name}, split {split!r}",
+        tuple(
+            (file.filename, file.examples_in_shard if file.take < 0 else file.take)
+            for file in files
+        ),
+        _advice(name, data_dir),
+    )
+    for index in (0, len(records) - 1):
+        records[index]  # a file that is cut short cannot even be opened
     return Source(name, split, records)
 
 
-def _check_prepared(
-    name: str, builder: tfds.core.GeneratorBasedBuilder, data_dir: str | os.PathLike | None
-) -> None:
-    if _is_prepared(builder):
-        return
+@dataclass(frozen=True)
+class _Records(Sequence):
+    """The examples of a split as tfds reads them; damage is told with the file's name.
+
+    Attributes:
+        examples: of tfds.
+        where: dataset and split, for messages.
+        files: path and number of examples of each file, in order.
+        advice: what to do if one is damaged.
+    """
+
+    examples: Any
+    where: str
+    files: tuple[tuple[str, int], ...]
+    advice: str
+
+    def __len__(self) -> int:
+        return sum(count for _, count in self.files)
+
+    def __getitem__(self, index: int) -> dict[str, bytes]:
+        try:
+            return self.examples[index]
+        except Exception as error:  # the reader raises whatever the bytes lead to
+            ends = np.cumsum([count for _, count in self.files])
+            if not 0 <= index < len(self):
+                raise IndexError(f"{self.where} has {len(self)} examples, not {index}") from None
+            path = self.files[int(np.searchsorted(ends, index, side="right"))][0]
+            raise DataError(
+                f"{self.where}: example {index} cannot be read, the file {path} is damaged "
+                f"({first_line(error)}). {self.advice}"
+            ) from error
+
+
+def _open(name: str, data_dir: str | os.PathLike | None) -> tfds.core.GeneratorBasedBuilder:
+    """The builder of a prepared dataset.
+
+    Raises:
+        DatasetNotPrepared: it is not there.
+        DataError: it is damaged.
+    """
+    cls, config, folder = _place(name, data_dir)
+    if not folder.exists():
+        command = _command(name, data_dir)
+        raise DatasetNotPrepared(
+            f"Dataset {name!r} is not prepared in {folder}. Run:\n    {command}"
+        )
+    if problem := _damage(name, data_dir):
+        raise _damaged(name, data_dir, problem)
+    return cls(config=config, data_dir=_root(data_dir), file_format="array_record")
+
+
+def _damage(name: str, data_dir: str | os.PathLike | None) -> str | None:
+    """Why the files of a prepared dataset cannot be read; None if they can, or are not there."""
+    cls, config, folder = _place(name, data_dir)
+    if not folder.exists():
+        return None
+    info = folder / "dataset_info.json"
+    for path in (info, folder / "features.json", folder / "metadata.json"):
+        try:
+            if not isinstance(json.loads(path.read_bytes()), dict):
+                return f"{path} is no JSON object"
+        except FileNotFoundError:
+            # Earlier versions wrote no metadata of published datasets.
+            if path.name != "metadata.json" or name.startswith(image_folder.PREFIX):
+                return f"it has no {path.name}"
+        except (OSError, ValueError) as error:
+            return f"{path} cannot be read ({first_line(error)})"
+    try:
+        builder = cls(config=config, data_dir=_root(data_dir), file_format="array_record")
+        splits = {split: builder.info.splits[split] for split in ("train", "validation")}
+    except Exception as error:  # tfds raises whatever the content leads to
+        return f"{info} cannot be used ({first_line(error)})"
+    for split in splits.values():
+        for path in map(Path, split.filepaths):
+            if not path.is_file():
+                return f"it has no {path.name}"
+            if not path.stat().st_size:
+                return f"{path} is empty"
+    return None
+
+
+def _damaged(name: str, data_dir: str | os.PathLike | None, problem: str) -> DataError:
+    _, _, folder = _place(name, data_dir)
+    return DataError(
+        f"Dataset {name!r}, prepared in {folder}, is damaged: {problem}. {_advice(name, data_dir)}"
+    )
+
+
+def _advice(name: str, data_dir: str | os.PathLike | None) -> str:
+    return f"Build it anew:\n    {_command(name, data_dir)} --overwrite"
+
+
+def _command(name: str, data_dir: str | os.PathLike | None) -> str:
     command = ["python", "-m", "resfu_jax.data", "prepare", name]
     if name.startswith(image_folder.PREFIX):
         command += ["--manual-dir", "DIR"]
     if data_dir is not None:
         command += ["--data-dir", os.fspath(data_dir)]
-    raise DatasetNotPrepared(
-        f"Dataset {name!r} is not prepared in {builder.data_path}. Run:\n    {shlex.join(command)}"
-    )
+    return shlex.join(command)
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _own(data_dir: str | os.PathLike | None) -> list[str]:
+    """Folders of `image_folder/` that a NAME could have made."""
+    names = [f"{image_folder.PREFIX}/{p.name}" for p in _root(data_dir).glob("image_folder/[!.]*")]
+    return sorted(name for name in names if image_folder.is_name(name))
+
+
+def _is_own(name: str) -> bool:
+    if not isinstance(name, str):
+        raise ValueError(f"name must be that of a dataset, got {name!r}.")
+    return name.startswith(image_folder.PREFIX)
 
 
 def _lookup(name: str) -> _Entry:
@@ -232,21 +416,43 @@ def _lookup(name: str) -> _Entry:
     return _DATASETS[name]
 
 
-def _is_prepared(builder: tfds.core.GeneratorBasedBuilder) -> bool:
-    # tfds would log a warning about a folder that does not exist.
-    return builder.data_path.exists() and builder.is_prepared()
-
-
 def _root(data_dir: str | os.PathLike | None) -> Path:
-    return Path(data_dir or default_data_dir()).expanduser().resolve()
+    return _expand(data_dir or default_data_dir(), "data_dir")
+
+
+def _expand(path: str | os.PathLike, what: str) -> Path:
+    """An absolute path of this machine, with a leading ~ replaced."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"{what} must be a path, got {path!r}.")
+    text = os.fspath(path)
+    if re.match("[A-Za-z][A-Za-z0-9+.-]*://", text):
+        raise ValueError(f"{what} must be a folder of this machine, got {text!r}.")
+    if "\0" in text:
+        raise ValueError(f"{what} must be a path, got {text!r}, with a null character.")
+    try:
+        return Path(text).expanduser().resolve()
+    except (RuntimeError, OSError) as error:  # ~ of somebody unknown; links in a circle
+        raise ValueError(f"{what} {text!r} cannot be used: {error}") from error
+
+
+def _place(
+    name: str, data_dir: str | os.PathLike | None
+) -> tuple[type[tfds.core.GeneratorBasedBuilder], str | tfds.core.BuilderConfig | None, Path]:
+    """Builder, its configuration, and the folder in which the dataset is or will be.
+
+    tfds itself reads the folder before it tells its name.
+    """
+    if _is_own(name):
+        cls, config = image_folder.ImageFolder, image_folder.create_config(name)
+    else:
+        _, cls, config = _lookup(name)
+    part = config.name if isinstance(config, tfds.core.BuilderConfig) else config or ""
+    return cls, config, _root(data_dir) / cls.name / part / str(cls.VERSION)
 
 
 def create_builder(
     name: str, data_dir: str | os.PathLike | None
 ) -> tfds.core.GeneratorBasedBuilder:
     """The tfds builder of a dataset; a `ValueError` if there is none of this name."""
-    if name.startswith(image_folder.PREFIX):
-        cls, config = image_folder.ImageFolder, image_folder.create_config(name)
-    else:
-        _, cls, config = _lookup(name)
+    cls, config, _ = _place(name, data_dir)
     return cls(config=config, data_dir=_root(data_dir), file_format="array_record")

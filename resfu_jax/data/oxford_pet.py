@@ -25,8 +25,9 @@ from resfu_jax.data.raw import (
     RawPath,
     check_files,
     label_table,
+    read_file,
 )
-from resfu_jax.data.transforms import UNDECODABLE
+from resfu_jax.images import ImageError, open_image
 
 CLASS_NAMES = ("pet", "background", "border")
 INFO = DatasetInfo(
@@ -46,6 +47,17 @@ class OxfordPet(RawBuilder):
 
     TITLE = "Oxford-IIIT Pet"
     URLS = (f"{_URL}/images.tar.gz", f"{_URL}/annotations.tar.gz")
+    # As recorded by TensorFlow Datasets, whose oxford_iiit_pet downloads the same files.
+    SHA256 = {
+        URLS[0]: (
+            791918971,
+            "67195c5e1c01f1ab5f9b6a5d22b8c27a580d896ece458917e61d459337fa318d",
+        ),
+        URLS[1]: (
+            19173078,
+            "52425fb6de5c424942b7626b428656fcbd798db970a937df61750c0f1d358e91",
+        ),
+    }
     HOMEPAGE = "https://www.robots.ox.ac.uk/~vgg/data/pets/"
     MANUAL_DOWNLOAD_INSTRUCTIONS = f"""\
 Fetch Oxford-IIIT Pet by hand:
@@ -71,7 +83,7 @@ where DIR holds both archives, or their folders images and annotations."""
             listed = trimaps[0] / name
             if not listed.is_file():
                 raise self.missing(files, f"list annotations/{name}")
-            lines = listed.read_bytes().decode().splitlines()
+            lines = read_file(listed).decode().splitlines()
             names = [line.split()[0] for line in lines if line.strip() and line[0] != "#"]
             splits[split] = [
                 RawExample(name, images[0] / f"{name}.jpg", trimaps[1] / f"{name}.png")
@@ -88,16 +100,14 @@ where DIR holds both archives, or their folders images and annotations."""
     def read_image(self, data: bytes, path: RawPath) -> bytes:
         """RGB JPEG files as they are, others as RGB PNG."""
         try:
-            image = Image.open(io.BytesIO(data))
-            image.load()
-        except UNDECODABLE as error:
-            raise DataError(f"Cannot decode the image {path}: {error}") from error
-        if image.format == "JPEG" and image.mode == "RGB":
-            return data
-        if image.has_transparency_data:
-            image = image.convert("RGBA")  # PIL warns where it drops transparency directly
+            image = open_image(data, f"the image {path}")
+        except ImageError as error:
+            raise DataError(str(error)) from error
+        with Image.open(io.BytesIO(data)) as stored:
+            if stored.format == "JPEG" and stored.mode == "RGB":
+                return data
         buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "PNG")
+        image.save(buffer, "PNG")
         return buffer.getvalue()
 
     def _convert(self, files: tuple[RawExample, bytes, bytes]) -> tuple[str, dict | None]:

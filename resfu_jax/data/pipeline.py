@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from PIL import Image
 from resfu_jax.data import transforms
 from resfu_jax.data.info import CorruptExampleError, DataError, DatasetInfo
 from resfu_jax.data.load import Source
+from resfu_jax.preprocess import Preprocess, is_integer
 
 Batch = dict[str, np.ndarray]
 OnCorrupt = Literal["raise", "skip"]
@@ -28,8 +29,7 @@ def train_batches(
     *,
     batch_size: int,
     crop_size: tuple[int, int],
-    resize_scale: float = 1.0,
-    resize_to: tuple[int, int] | None = None,
+    preprocess: Preprocess = Preprocess(),  # noqa: B008 - frozen
     scale_range: tuple[float, float] = (0.5, 2.0),
     max_class_share: float = 1.0,
     flip: bool = True,
@@ -52,9 +52,8 @@ def train_batches(
         batch_size: examples in each batch of this process.
         crop_size: (height, width) of the crops; smaller images are padded at the bottom and
             right, with the ignore label.
-        resize_scale: factor on every image, combined with the random scale in one resampling.
-        resize_to: (short, long): before that, bring the shorter side to `short` pixels, or to less
-            where the longer side would exceed `long`.
+        preprocess: how every image is resized, combined with the random scale in one resampling,
+            and padded.
         scale_range: bounds of the random scale.
         max_class_share: a crop of whose labelled pixels one class has this share or more is drawn
             anew, up to ten times.
@@ -73,22 +72,23 @@ def train_batches(
     Raises:
         ValueError: an argument is out of range.
     """
-    _check_common(source, batch_size, resize_scale, resize_to, shard, on_corrupt)
-    if min(crop_size) < 1:
+    _check_common(source, batch_size, preprocess, shard, on_corrupt)
+    if not _is_pair(crop_size, _is_whole) or min(crop_size) < 1:
         raise ValueError(f"crop_size must be positive (height, width), got {crop_size}.")
-    if not 0 < scale_range[0] <= scale_range[1]:
+    if not _is_pair(scale_range, _is_finite) or not 0 < scale_range[0] <= scale_range[1]:
         raise ValueError(f"scale_range must be 0 < low <= high, got {scale_range}.")
-    if not 0 < max_class_share <= 1:
+    if not _is_finite(max_class_share) or not 0 < max_class_share <= 1:
         raise ValueError(f"max_class_share must be above 0, at most 1, got {max_class_share}.")
-    if num_workers < 0:
-        raise ValueError(f"num_workers must not be negative, got {num_workers}.")
+    if not _is_whole(num_workers) or num_workers < 0:
+        raise ValueError(f"num_workers must be a whole number from 0, got {num_workers}.")
+    if not _is_whole(seed) or seed < 0:
+        raise ValueError(f"seed must be a whole number from 0, got {seed}.")
     if on_corrupt == "skip":
         source = skip_corrupt(source, info)
     augment = transforms.Augment(
-        crop_size,
-        resize_scale,
-        resize_to,
-        scale_range,
+        tuple(crop_size),
+        preprocess,
+        tuple(scale_range),
         max_class_share,
         flip,
         photometric,
@@ -124,8 +124,7 @@ class EvalBatches:
         source: the examples.
         info: the dataset's classes.
         batch_size: rows of each batch of this process.
-        resize_scale: factor on every image and label map.
-        resize_to: (short, long) sides before that, or None.
+        preprocess: how images and label maps are resized and padded.
         slots: the rows of all processes in order: the index of an example, or None for a row that
             fills up, and the (height, width) that it is padded to, alike in every batch.
         shard: (index, count) of this process.
@@ -134,8 +133,7 @@ class EvalBatches:
     source: Source
     info: DatasetInfo
     batch_size: int
-    resize_scale: float
-    resize_to: tuple[int, int] | None
+    preprocess: Preprocess
     slots: list[tuple[int | None, tuple[int, int]]]
     shard: tuple[int, int]
 
@@ -156,14 +154,15 @@ class EvalBatches:
 
     def _row(self, slot: int) -> dict[str, Any]:
         index, (height, width) = self.slots[slot]
+        filling = height, width, self.preprocess.pad_color, self.info.ignore_label
         if index is None:
             empty = Image.new("RGB", (0, 0)), Image.new("L", (0, 0))
-            image, label = transforms.pad(*empty, height, width, self.info.ignore_label)
+            image, label = transforms.pad(*empty, *filling)
             return {"image": image, "label": label, "id": b"", "size": np.zeros(2, np.int32)}
         example = self.source[index]
         where = self.source.where(example)
         image, label = transforms.decode(example, self.info, where)
-        scale = transforms.base_scale(image.size, self.resize_scale, self.resize_to)
+        scale = self.preprocess.resize_scale(*image.size)
         image, label = transforms.resample(image, label, scale)
         if image.height > height or image.width > width:
             raise DataError(
@@ -172,7 +171,7 @@ class EvalBatches:
                 "crops nothing: give a larger pad_to, or a single number to round up to."
             )
         size = np.array([image.height, image.width], np.int32)
-        image, label = transforms.pad(image, label, height, width, self.info.ignore_label)
+        image, label = transforms.pad(image, label, *filling)
         return {"image": image, "label": label, "id": example["id"], "size": size}
 
 
@@ -181,9 +180,8 @@ def eval_batches(
     info: DatasetInfo,
     *,
     batch_size: int,
-    resize_scale: float = 1.0,
-    resize_to: tuple[int, int] | None = None,
-    pad_to: tuple[int, int] | int,
+    preprocess: Preprocess = Preprocess(),  # noqa: B008 - frozen
+    pad_to: tuple[int, int] | int | None = None,
     group_sizes: bool = False,
     on_corrupt: OnCorrupt = "raise",
     shard: tuple[int, int] = (0, 1),
@@ -198,10 +196,10 @@ def eval_batches(
         source: from `open_source`.
         info: from `dataset_info`.
         batch_size: examples in each batch of this process.
-        resize_scale: factor on every image (antialiased bilinear) and label map (nearest).
-        resize_to: as for `train_batches`.
+        preprocess: how every image (antialiased bilinear) and label map (nearest) is resized, and
+            padded.
         pad_to: (height, width) of the batches; or one number: the largest image of the source,
-            rounded up to a multiple of it.
+            rounded up to a multiple of it. None: the multiple of `preprocess`.
         group_sizes: round every image up to a multiple of the number `pad_to`, and put those that
             get the same size into batches of their own: little padding, but several shapes.
         on_corrupt: as for `train_batches`.
@@ -216,16 +214,18 @@ def eval_batches(
         ValueError: an argument is out of range.
         DataError: while iterating: an example is unusable or larger than `pad_to`.
     """
-    _check_common(source, batch_size, resize_scale, resize_to, shard, on_corrupt)
-    if group_sizes and not isinstance(pad_to, int):
+    _check_common(source, batch_size, preprocess, shard, on_corrupt)
+    pad_to = preprocess.multiple if pad_to is None else pad_to
+    if group_sizes and not is_integer(pad_to):
         raise ValueError(f"group_sizes needs one number pad_to to round up to, got {pad_to}.")
-    if min(pad_to if isinstance(pad_to, tuple) else (pad_to,)) < 1:
-        raise ValueError(f"pad_to must be positive, got {pad_to}.")
+    sides = (pad_to, pad_to) if _is_whole(pad_to) else pad_to
+    if not _is_pair(sides, _is_whole) or min(sides) < 1:
+        raise ValueError(f"pad_to must be positive: (height, width) or one number, got {pad_to}.")
     if on_corrupt == "skip":
         source = skip_corrupt(source, info)
     groups: dict[tuple[int, int], list[int | None]] = {}
-    if isinstance(pad_to, int):
-        read = functools.partial(_size, source, resize_scale, resize_to)
+    if is_integer(pad_to):
+        read = functools.partial(_size, source, preprocess)
         sizes = [
             tuple(-(-side // pad_to) * pad_to for side in size)
             for size in _in_threads(read, len(source))
@@ -235,12 +235,12 @@ def eval_batches(
         for index, size in enumerate(sizes):
             groups.setdefault(size, []).append(index)
     else:
-        groups[pad_to] = list(range(len(source)))
+        groups[tuple(pad_to)] = list(range(len(source)))
     slots = []
     for size, indices in groups.items():
         filling = -len(indices) % (batch_size * shard[1])
         slots += [(index, size) for index in [*indices, *[None] * filling]]
-    return EvalBatches(source, info, batch_size, resize_scale, resize_to, slots, shard)
+    return EvalBatches(source, info, batch_size, preprocess, slots, shard)
 
 
 def skip_corrupt(source: Source, info: DatasetInfo) -> Source:
@@ -314,14 +314,11 @@ def _corrupt_id(source: Source, info: DatasetInfo, index: int) -> str | None:
     return None
 
 
-def _size(
-    source: Source, resize_scale: float, resize_to: tuple[int, int] | None, index: int
-) -> tuple[int, int]:
+def _size(source: Source, preprocess: Preprocess, index: int) -> tuple[int, int]:
     """(height, width) of an example after resizing."""
     example = source[index]
-    size = transforms.image_size(example["image"], source.where(example))
-    scale = transforms.base_scale(size, resize_scale, resize_to)
-    return transforms.scaled_size(size, scale)[::-1]
+    width, height = transforms.image_size(example["image"], source.where(example))
+    return preprocess.resized_size(height, width)
 
 
 def _in_threads(function: Any, count: int) -> list[Any]:
@@ -332,22 +329,30 @@ def _in_threads(function: Any, count: int) -> list[Any]:
 def _check_common(
     source: Source,
     batch_size: int,
-    resize_scale: float,
-    resize_to: tuple[int, int] | None,
+    preprocess: Preprocess,
     shard: tuple[int, int],
     on_corrupt: str,
 ) -> None:
     if not len(source):
         raise ValueError(f"{source.name}, split {source.split!r}, holds no examples.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    if resize_scale <= 0:
-        raise ValueError(f"resize_scale must be positive, got {resize_scale}.")
-    if resize_to is not None and not 0 < resize_to[0] <= resize_to[1]:
-        raise ValueError(
-            f"resize_to must be (short, long) with 0 < short <= long, got {resize_to}."
-        )
-    if not 0 <= shard[0] < shard[1]:
+    if not _is_whole(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number, at least 1, got {batch_size}.")
+    if not isinstance(preprocess, Preprocess):
+        raise ValueError(f"preprocess must be a Preprocess, got {preprocess!r}.")
+    if not _is_pair(shard, _is_whole) or not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard must be (index, count) with 0 <= index < count, got {shard}.")
     if on_corrupt not in ("raise", "skip"):
         raise ValueError(f"on_corrupt must be 'raise' or 'skip', got {on_corrupt!r}.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    return number and bool(np.isfinite(value))
+
+
+def _is_pair(value: Any, kind: Callable[[Any], bool]) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and all(map(kind, value))

@@ -3,16 +3,22 @@
 A raw file is a `pathlib.Path`, or a file in a zip or tar archive that is read in place.
 """
 
+import functools
 import gzip
 import io
+import itertools
+import logging
 import os
-import shutil
+import posixpath
+import stat
 import tarfile
 import tempfile
+import threading
 import urllib.error
 import urllib.request
 import weakref
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -22,12 +28,18 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int16, Integer
 from PIL import Image
+from tensorflow_datasets.core.download.checksums import UrlInfo
+from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
+from resfu_jax import images
 from resfu_jax.data.info import DataError
-from resfu_jax.data.transforms import UNDECODABLE
+from resfu_jax.data.transforms import different_sizes
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # of the published datasets
 _ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
+# Images hardly compress further, so archives of them unpack to little more than their size. One may
+# unpack to a GiB, or to 200 times its size, and a file in it may have half a GiB.
+MAX_UNPACKED, MAX_RATIO, MAX_MEMBER = 1 << 30, 200, 1 << 29
 
 
 class TarPath:
@@ -68,6 +80,8 @@ class TarPath:
 
     def is_file(self) -> bool:
         """Whether it is a file of the archive."""
+        if target := self._archive.links.get(self._at):
+            raise DataError(f"{self} is a link to {target}, which is not a file of the archive.")
         return self._at in self._archive.files
 
     def iterdir(self) -> Iterator["TarPath"]:
@@ -77,12 +91,24 @@ class TarPath:
     def read_bytes(self) -> bytes:
         """Content of the file."""
         offset, size = self._archive.files[self._at]
+        _check_member(self, size)
         self._archive.file.seek(offset)
-        return self._archive.file.read(size)
+        data = self._archive.file.read(size)
+        if len(data) < size:
+            raise EOFError("the archive ends in this file")
+        return data
 
 
 class _Tar:
-    """Where the files of an archive begin and end: one pass over it finds them all."""
+    """Where the files of an archive begin and end: one pass over it finds them all.
+
+    Attributes:
+        path: the archive.
+        file: its content, decompressed.
+        files: of each file of the archive, where its content begins and how long it is.
+        folders: of each folder, the names of what is in it.
+        links: of each link that leads to none of the files, what it leads to.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -91,16 +117,20 @@ class _Tar:
         self.file = tempfile.TemporaryFile() if compressed else path.open("rb")
         weakref.finalize(self, self.file.close)
         if compressed:
-            with gzip.open(path) as content:
-                shutil.copyfileobj(content, self.file, 1 << 20)
-            self.file.seek(0)
+            self._decompress()
         self.files: dict[str, tuple[int, int]] = {}
         self.folders: dict[str, dict[str, None]] = {"": {}}
+        self.links: dict[str, str] = {}
         with tarfile.open(fileobj=self.file, mode="r:") as archive:
             for member in archive:
                 at = member.name.removeprefix("./").strip("/")
+                _check_name(path, member.name)
                 if member.isfile():
                     self.files[at] = (member.offset_data, member.size)
+                elif member.islnk() or member.issym():
+                    # A hard link's target is a path of the archive, a symbolic one's is relative.
+                    base = "" if member.islnk() else posixpath.dirname(at)
+                    self.links[at] = posixpath.normpath(posixpath.join(base, member.linkname))
                 elif not member.isdir() or at in ("", "."):
                     continue
                 else:
@@ -109,6 +139,86 @@ class _Tar:
                     parent, _, name = at.rpartition("/")
                     self.folders.setdefault(parent, {})[name] = None
                     at = parent
+        for at, target in list(self.links.items()):
+            if target in self.files:
+                self.files[at] = self.files[target]
+                del self.links[at]
+
+    def _decompress(self) -> None:
+        limit = max(MAX_UNPACKED, MAX_RATIO * self.path.stat().st_size)
+        with gzip.open(self.path) as content:
+            while chunk := content.read(1 << 20):
+                if self.file.tell() + len(chunk) > limit:
+                    raise DataError(
+                        f"{self.path} unpacks to more than {limit} bytes, {MAX_RATIO} times its "
+                        "size: this is no archive of images. If you trust it, unpack it yourself "
+                        "and give the folder."
+                    )
+                try:
+                    self.file.write(chunk)
+                except OSError as error:
+                    raise OSError(
+                        f"{self.path} cannot be decompressed into {tempfile.gettempdir()} "
+                        f"({error.strerror}); choose another folder with $TMPDIR."
+                    ) from error
+        self.file.seek(0)
+
+
+def _check_name(archive: Path, name: str) -> None:
+    """A path in an archive stays in it."""
+    if ".." in name.replace("\\", "/").split("/") or name.startswith(("/", "\\")):
+        raise DataError(
+            f"{archive} holds the path {name!r}, which leads out of it: this is no archive of the "
+            "dataset. Download it again, from its publisher."
+        )
+
+
+def _check_member(path: "RawPath", size: int) -> None:
+    if size > MAX_MEMBER:
+        raise DataError(f"{path} has {size} bytes; no raw file has more than {MAX_MEMBER}.")
+
+
+def _open_zip(path: Path) -> zipfile.Path:
+    archive = zipfile.ZipFile(path)
+    limit = max(MAX_UNPACKED, MAX_RATIO * path.stat().st_size)
+    members = archive.infolist()
+    for member in members:
+        _check_name(path, member.filename)
+        if member.flag_bits & 1:
+            raise DataError(
+                f"{path} is encrypted ({member.filename} needs a password): unpack it yourself, "
+                "and give the folder."
+            )
+    total = sum(member.file_size for member in members)
+    if total > limit:
+        raise DataError(
+            f"{path} unpacks to {total} bytes, more than {MAX_RATIO} times its size: this is no "
+            "archive of images. If you trust it, unpack it yourself and give the folder."
+        )
+    return zipfile.Path(archive)
+
+
+def read_file(path: "RawPath") -> bytes:
+    """Content of a raw file.
+
+    Raises:
+        DataError: it cannot be read out of its archive, or is not a plain file there.
+        OSError: it cannot be read from the disk.
+    """
+    if isinstance(path, Path):
+        return path.read_bytes()
+    try:
+        if isinstance(path, zipfile.Path):
+            member = path.root.getinfo(path.at)
+            _check_member(path, member.file_size)
+            if stat.S_ISLNK(member.external_attr >> 16):
+                raise DataError(f"{path} is a symbolic link; links in archives are not followed.")
+        return path.read_bytes()
+    except DataError:
+        raise
+    # Damaged content, a damaged checksum, a kind of compression that Python does not know.
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); download the archive again.") from error
 
 
 RawPath = Path | zipfile.Path | TarPath
@@ -118,13 +228,17 @@ def open_archive(path: Path) -> RawPath:
     """The top folder of a zip or tar archive.
 
     Raises:
-        DataError: the file is neither, or is damaged.
+        DataError: the file is neither, is damaged, encrypted, leads out of itself, or unpacks to
+            more than `MAX_RATIO` times its size.
     """
     try:
         if zipfile.is_zipfile(path):
-            return zipfile.Path(path)
+            return _open_zip(path)
         return TarPath(_Tar(path))
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, gzip.BadGzipFile) as error:
+    except (
+        *(tarfile.TarError, zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError),
+        *(EOFError, gzip.BadGzipFile, zlib.error),
+    ) as error:
         raise DataError(
             f"{path} cannot be read as an archive ({error}); download it again."
         ) from error
@@ -141,14 +255,18 @@ class RawFiles:
 
     def __init__(self, roots: Iterable[RawPath]) -> None:
         self.roots = list(roots)
-        self._bases: list[RawPath] = []
+
+    @functools.cached_property
+    def _bases(self) -> list[RawPath]:
+        bases: list[RawPath] = []
         for root in self.roots:
             children = visible(root)
-            self._bases += [root, *(child for child in children if child.is_dir())]
+            bases += [root, *(child for child in children if child.is_dir())]
             for child in children:
                 if isinstance(child, Path) and child.name.lower().endswith(_ARCHIVE_SUFFIXES):
                     archive = open_archive(child)
-                    self._bases += [archive, *(c for c in visible(archive) if c.is_dir())]
+                    bases += [archive, *(c for c in visible(archive) if c.is_dir())]
+        return bases
 
     def __str__(self) -> str:
         return " and ".join(map(str, self.roots))
@@ -236,16 +354,9 @@ def label_table(classes: Mapping[int, int], default: int = -1) -> Int16[np.ndarr
 def decode_label(data: bytes, path: RawPath) -> Integer[np.ndarray, "h w"]:
     """Raw labels of an encoded single-channel image; of a palette image the indices."""
     try:
-        label = Image.open(io.BytesIO(data))
-        label.load()
-    except UNDECODABLE as error:
-        raise DataError(f"Cannot decode the label map {path}: {error}") from error
-    if label.mode not in ("L", "P"):
-        raise DataError(
-            f"{path} has PIL mode {label.mode!r}; class indices need mode 'L' or 'P' (one 8-bit "
-            "channel)."
-        )
-    return np.asarray(label)
+        return images.read_label(data, f"the label map {path}")
+    except images.ImageError as error:
+        raise DataError(str(error)) from error
 
 
 def map_label(
@@ -288,17 +399,20 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder):
     Attributes:
         TITLE: name of the dataset in messages.
         URLS: archives to download when there is no manual folder; none if that needs a login.
+        SHA256: (bytes, SHA-256) of archives of which it is known; a download is compared.
         HOMEPAGE: page of the dataset.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     TITLE: str
     URLS: tuple[str, ...] = ()
+    SHA256: Mapping[str, tuple[int, str]] = {}
     HOMEPAGE: str | None = None
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         # tfds has a registry of its own, with other datasets of the same names.
         super().__init_subclass__(skip_registration=True, **kwargs)
+        cls.url_infos = {url: UrlInfo(*known, None) for url, known in cls.SHA256.items()}
 
     @property
     def table(self) -> Int16[np.ndarray, "256"]:
@@ -334,6 +448,7 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description=self.__doc__,
             homepage=self.HOMEPAGE,
+            metadata=tfds.core.MetadataDict(),  # filled by _count
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(None, None, 3)),
@@ -354,7 +469,16 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder):
         for split, examples in splits.items():
             if not examples:
                 raise DataError(f"{self.name}: {files} holds no image of the {split} split.")
-        return {split: self._generate_examples(examples) for split, examples in splits.items()}
+        self._counting, self._pixels = threading.Lock(), np.zeros(256, np.int64)
+        generators = [self._generate_examples(examples) for examples in splits.values()]
+        # tfds writes the splits one after the other, and what _count notes after the last.
+        generators[-1] = itertools.chain(generators[-1], self._count())
+        return dict(zip(splits, generators, strict=True))
+
+    def _count(self) -> Iterator[tuple[str, dict]]:
+        """Notes how many pixels every label has; no further examples."""
+        self.info.metadata["pixels"] = self._pixels.tolist()
+        yield from ()
 
     def _download(self, dl_manager: tfds.download.DownloadManager) -> list[RawPath]:
         """Fetches the archives, after a quick look whether the network is there."""
@@ -362,25 +486,49 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder):
             raise FileNotFoundError(
                 f"{self.TITLE} is not downloaded for you.\n{self.MANUAL_DOWNLOAD_INSTRUCTIONS}"
             )
-        for url in self.urls:
+        archives = []
+        for url in map(self._reachable, self.urls):
+            if url.startswith("http:") and url not in self.SHA256:
+                logging.warning(
+                    "%s: nothing protects this transfer: the server has no https, and no checksum "
+                    "of the file is known.",
+                    url,
+                )
             try:
-                # tfds alone would retry for minutes before it says that there is no network.
-                request = urllib.request.Request(url, method="HEAD")
+                path = Path(dl_manager.download(url))
+            except NonMatchingChecksumError as error:
+                raise DataError(
+                    f"What was downloaded from {url} is not the file that was published: its size "
+                    f"or SHA-256 differs.\n{error}\nDelete it, and try again; if it happens "
+                    "again, somebody changed the file, on the server or on the way."
+                ) from error
+            archives.append(open_archive(path))  # in place: tfds would need TensorFlow to unpack
+        return archives
+
+    def _reachable(self, url: str) -> str:
+        """The address to download from: over https where that answers or nothing else protects.
+
+        tfds alone would retry for minutes before it says that there is no network.
+        """
+        secure = url.replace("http:", "https:", 1)
+        for address in dict.fromkeys([url] if url in self.SHA256 else [secure, url]):
+            try:
+                request = urllib.request.Request(address, method="HEAD")
                 urllib.request.urlopen(request, timeout=10).close()
             except OSError as error:
                 reason = error.reason if isinstance(error, urllib.error.URLError) else error
-                raise ConnectionError(
-                    f"Cannot download {url} ({reason}).\n{self.MANUAL_DOWNLOAD_INSTRUCTIONS}"
-                ) from error
-        # Read in place: tfds would need TensorFlow to unpack them.
-        return [open_archive(Path(dl_manager.download(url))) for url in self.urls]
+            else:
+                return address
+        raise ConnectionError(
+            f"Cannot download {url} ({reason}).\n{self.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+        )
 
     def _generate_examples(self, examples: Sequence[RawExample]) -> Iterator[tuple[str, dict]]:
         workers = os.cpu_count() or 1
         with ThreadPoolExecutor(workers) as pool:  # PIL leaves Python's lock while it works
             for start in range(0, len(examples), 4 * workers):
                 chunk = examples[start : start + 4 * workers]
-                files = [(e, e.image.read_bytes(), e.label.read_bytes()) for e in chunk]
+                files = [(e, read_file(e.image), read_file(e.label)) for e in chunk]
                 for example_id, converted in pool.map(self._convert, files):
                     if converted is not None:
                         yield example_id, converted
@@ -392,14 +540,17 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder):
         raw = self.read_label(label, example.label)
         classes = map_label(raw, self.table, example.label, self.TITLE)
         try:
-            size = Image.open(io.BytesIO(image)).size
-        except UNDECODABLE as error:
-            raise DataError(f"Cannot decode the image {example.image}: {error}") from error
+            # All of it: a file that is cut short looks well until its end.
+            size = images.open_image(image, f"the image {example.image}").size
+        except images.ImageError as error:
+            raise DataError(str(error)) from error
         if size != classes.shape[::-1]:
             raise DataError(
-                f"{example.image} and {example.label} differ in size: {size[0]}x{size[1]} against "
-                f"{classes.shape[1]}x{classes.shape[0]} (width x height)."
+                f"{example.image} and {example.label} "
+                f"{different_sizes(image, size, classes.shape[::-1])}"
             )
+        with self._counting:
+            self._pixels += np.bincount(classes.ravel(), minlength=256)
         buffer = io.BytesIO()
         Image.fromarray(classes).save(buffer, "PNG")
         return example.id, {"image": image, "label": buffer.getvalue(), "id": example.id}

@@ -25,7 +25,14 @@ def balanced_weights(counts: Int[np.ndarray, " k"], exponent: float) -> Float[np
 
     With the exponent 1 every class has the same share in the loss (Eigen and Fergus, ICCV 2015,
     who count only images that hold the class).
+
+    Raises:
+        ValueError: the exponent is not finite, or a count is negative.
     """
+    if not np.isfinite(exponent):
+        raise ValueError(f"exponent must be finite, got {exponent}.")
+    if np.any(counts < 0):
+        raise ValueError(f"counts must not be negative, got {counts}.")
     counts = counts.astype(np.float64)
     present = counts > 0
     return np.where(

@@ -5,18 +5,15 @@ box in the source image, and only that box is resampled. The image is antialiase
 label nearest, both with the same box, so they stay aligned at every scale.
 """
 
-import io
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from resfu_jax import images
 from resfu_jax.data.info import CorruptExampleError, DataError, DatasetInfo
-
-PAD_COLOUR = (124, 116, 104)  # the mean colour of ImageNet: after normalisation about zero
-# What PIL raises for broken files: beside OSError, its PNG reader raises the other two.
-UNDECODABLE = (OSError, SyntaxError, ValueError)
+from resfu_jax.preprocess import Preprocess
 
 
 def decode(
@@ -30,24 +27,23 @@ def decode(
         where: dataset, split and id of the example, for messages.
 
     Returns:
-        An RGB image and a label map of 8-bit class indices. EXIF rotation is ignored.
+        An RGB image, turned as its EXIF data say, and a label map of 8-bit class indices; see
+        `resfu_jax.images`.
 
     Raises:
-        CorruptExampleError: a file cannot be decoded.
-        DataError: the label map is not single-channel, differs in size from the image, or holds
-            values that are neither a class nor the ignore label.
+        CorruptExampleError: a file cannot be decoded, or holds no image or no label map.
+        DataError: the label map differs in size from the image, or holds values that are neither a
+            class nor the ignore label.
     """
-    image = _open(example["image"], f"the image of {where}")
-    label = _open(example["label"], f"the label map of {where}")
-    if label.mode not in ("L", "P"):
-        raise DataError(
-            f"The label map of {where} has PIL mode {label.mode!r}; it needs one 8-bit channel of "
-            "class indices (mode 'L' or 'P')."
-        )
+    try:
+        image = images.open_image(example["image"], f"the image of {where}")
+        label = Image.fromarray(images.read_label(example["label"], f"the label map of {where}"))
+    except images.ImageError as error:
+        raise CorruptExampleError(str(error)) from error
     if image.size != label.size:
         raise DataError(
-            f"Image and label map of {where} differ in size: "
-            f"{image.width}x{image.height} against {label.width}x{label.height} (width x height)."
+            f"Image and label map of {where} "
+            f"{different_sizes(example['image'], image.size, label.size)}"
         )
     wrong = [
         value
@@ -59,41 +55,27 @@ def decode(
             f"The label map of {where} holds the values {wrong}; {info.name} has classes 0 to "
             f"{info.num_classes - 1} and the ignore label {info.ignore_label}."
         )
-    return image if image.mode == "RGB" else image.convert("RGB"), label
+    return image, label
 
 
-def _open(data: bytes, what: str) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    except UNDECODABLE as error:
-        raise CorruptExampleError(f"Cannot decode {what}: {error}") from error
-    return image
+def different_sizes(data: bytes, image: tuple[int, int], label: tuple[int, int]) -> str:
+    """What is said of an encoded image and a label map whose (width, height) are different."""
+    text = f"differ in size: {image[0]}x{image[1]} against {label[0]}x{label[1]} (width x height)."
+    if images.image_size(data, as_stored=True)[::-1] == label:
+        text += (
+            " The image has an EXIF orientation: it is shown, and used, turned by a quarter, and "
+            "the label map was drawn on the image as it is stored. Turn the label map, or remove "
+            "the image's EXIF data."
+        )
+    return text
 
 
 def image_size(data: bytes, where: str) -> tuple[int, int]:
     """(width, height) of an encoded image, from its header alone."""
     try:
-        return Image.open(io.BytesIO(data)).size
-    except UNDECODABLE as error:
-        raise CorruptExampleError(f"Cannot decode the image of {where}: {error}") from error
-
-
-def base_scale(
-    size: tuple[int, int], resize_scale: float, resize_to: tuple[int, int] | None
-) -> float:
-    """The factor by which every image is resized, before any random scale.
-
-    Args:
-        size: two sides of an image, in any order.
-        resize_scale: factor on all images.
-        resize_to: (short, long): before that, shrink or enlarge such that the shorter side is
-            `short`, or less if the longer one would exceed `long`. MMSegmentation's
-            `Resize((long, short), keep_ratio=True)`; times a random scale its `RandomResize`.
-    """
-    if resize_to is None:
-        return resize_scale
-    return resize_scale * min(resize_to[0] / min(size), resize_to[1] / max(size))
+        return images.image_size(data, f"the image of {where}")[::-1]
+    except images.ImageError as error:
+        raise CorruptExampleError(str(error)) from error
 
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
@@ -133,18 +115,23 @@ def _resample(
     width, height = scaled_size(picture.size, scale)
     left, top, right, bottom = window or (0, 0, width, height)
     if (width, height) == picture.size:
-        return picture.crop((left, top, right, bottom))
+        return picture if window is None else picture.crop((left, top, right, bottom))
     x, y = picture.width / width, picture.height / height
     box = (left * x, top * y, min(right * x, picture.width), min(bottom * y, picture.height))
     return picture.resize((right - left, bottom - top), method, box=box)
 
 
 def pad(
-    image: Image.Image, label: Image.Image, height: int, width: int, ignore_label: int
+    image: Image.Image,
+    label: Image.Image,
+    height: int,
+    width: int,
+    color: tuple[int, int, int],
+    ignore_label: int,
 ) -> tuple[UInt8[np.ndarray, "{height} {width} 3"], UInt8[np.ndarray, "{height} {width}"]]:
-    """Arrays of a fixed size: `PAD_COLOUR` and the ignore label at the bottom and right."""
+    """Arrays of a fixed size: `color` and the ignore label at the bottom and right."""
     pixels = np.empty((height, width, 3), np.uint8)
-    pixels[:] = PAD_COLOUR
+    pixels[:] = color
     classes = np.full((height, width), ignore_label, np.uint8)
     pixels[: image.height, : image.width] = np.asarray(image)
     classes[: label.height, : label.width] = np.asarray(label)
@@ -157,9 +144,7 @@ class Augment:
 
     Attributes:
         crop_size: (height, width) of the result.
-        resize_scale: with `resize_to`, the factor that every image is resized by, see
-            `base_scale`; multiplies the random scale.
-        resize_to: as above.
+        preprocess: how every image is resized, times the random scale, and padded.
         scale_range: bounds of the random scale, drawn uniformly.
         max_class_share: a crop of whose labelled pixels one class has this share or more is drawn
             anew, up to ten times; 1 takes the first. MMSegmentation's `cat_max_ratio`.
@@ -169,8 +154,7 @@ class Augment:
     """
 
     crop_size: tuple[int, int]
-    resize_scale: float
-    resize_to: tuple[int, int] | None
+    preprocess: Preprocess
     scale_range: tuple[float, float]
     max_class_share: float
     flip: bool
@@ -182,7 +166,7 @@ class Augment:
     ) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]:
         """Draws everything from `rng`, so equal generators give equal results."""
         height, width = self.crop_size
-        scale = base_scale(image.size, self.resize_scale, self.resize_to)
+        scale = self.preprocess.resize_scale(*image.size)
         scale *= rng.uniform(*self.scale_range)
         full_width, full_height = scaled_size(image.size, scale)
         for _ in range(11):
@@ -198,7 +182,7 @@ class Augment:
             label = label.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.photometric:
             image = photometric_jitter(image, rng)
-        return pad(image, label, height, width, self.ignore_label)
+        return pad(image, label, height, width, self.preprocess.pad_color, self.ignore_label)
 
     def _is_mixed(self, label: Image.Image) -> bool:
         counts = label.histogram()

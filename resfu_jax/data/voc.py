@@ -27,6 +27,7 @@ from resfu_jax.data.raw import (
     decode_label,
     label_table,
     palette,
+    read_file,
 )
 
 CLASS_NAMES = (
@@ -82,6 +83,13 @@ class Voc(RawBuilder):
     """Pascal VOC 2012, semantic segmentation; 255 is ignored."""
 
     TITLE = "Pascal VOC 2012"
+    # As recorded by TensorFlow Datasets, whose voc downloads the same file.
+    SHA256 = {
+        _VOC: (
+            1999639040,
+            "e14f763270cf193d0b5f74b169f44157a4b0c6efa708f4dd0ff78ee691763bcb",
+        )
+    }
     HOMEPAGE = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/"
     BUILDER_CONFIGS = [
         VocConfig(name="default", description="The official split."),
@@ -157,4 +165,4 @@ benchmark_RELEASE."""
 def _read_ids(path: RawPath) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no list of images {path}.")
-    return path.read_bytes().decode().split()
+    return read_file(path).decode().split()

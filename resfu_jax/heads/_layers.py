@@ -10,14 +10,18 @@ from jaxtyping import Array, Float
 
 from resfu_jax._batch_norm import BatchNorm
 from resfu_jax._checks import check_rate, check_whole, need
+from resfu_jax.ops.checks import check_floating, check_not_empty, check_real
 from resfu_jax.upsamplers import create_upsampler, upsampler_entry
 
 _conv_init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 classifier_init = nnx.initializers.normal(0.01)
 
 
-def check_arguments(num_classes: int, width: int, dropout: float) -> None:
+def check_arguments(
+    num_classes: int, width: int, dropout: float, dtype: Dtype | None, param_dtype: Dtype
+) -> None:
     """Raises a `ValueError` for what no head can be built with."""
+    check_floating(dtype=dtype, param_dtype=param_dtype)
     check_whole(num_classes=num_classes, width=width)
     check_rate(dropout=dropout)
 
@@ -29,6 +33,9 @@ def check_maps(features: Sequence[Array], in_features: tuple[int, ...]) -> None:
             f"features must be {len(in_features)} maps with {in_features} channels, "
             f"got shapes {[x.shape for x in features]}"
         )
+    for i, x in enumerate(features):
+        check_real(f"features[{i}]", x)
+        check_not_empty(f"features[{i}]", x)
 
 
 def create_head_upsampler(

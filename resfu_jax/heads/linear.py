@@ -32,6 +32,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_flag, check_sizes, check_whole, need
+from resfu_jax.backbones._layers import check_images
 from resfu_jax.heads._layers import (
     check_arguments,
     check_maps,
@@ -90,7 +91,7 @@ class LinearHead(nnx.Module):
     ):
         check_sizes(in_features=in_features)
         need(len(in_features) > 0, "in_features must be positive integers, one or more, got ()")
-        check_arguments(num_classes, width, dropout)
+        check_arguments(num_classes, width, dropout, dtype, param_dtype)
         check_whole(scale=scale, stem_width=stem_width)
         check_choice(tuple(_STEM_STRIDES), guide_stride=guide_stride)
         check_flag(norm=norm)
@@ -140,7 +141,7 @@ class LinearHead(nnx.Module):
         )
         values = jnp.einsum(
             "bhwgc,gck->bhwgk",
-            values.reshape(b, h, w, groups, -1),
+            values.reshape(b, h, w, groups, values.shape[3] // groups),
             kernel.reshape(groups, -1, self.num_classes),
         ).reshape(b, h, w, groups * self.num_classes)
         logits = self.upsample(x, other, values=values).astype(bias.dtype)
@@ -157,6 +158,7 @@ class LinearHead(nnx.Module):
             "features must be maps of one size for the linear head, got shapes "
             f"{[x.shape for x in features]}; choose another head, or one map of the backbone",
         )
+        check_images(images, 3)
         x = features[0] if len(features) == 1 else jnp.concatenate(features, axis=-1)
         if self.norm is not None:
             x = self.norm(x)

@@ -94,7 +94,7 @@ class SegFormerHead(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_sizes(4, in_features=in_features)
-        check_arguments(num_classes, width, dropout)
+        check_arguments(num_classes, width, dropout, dtype, param_dtype)
         check_choice(get_args(Wiring), wiring=wiring)
         check_choice(get_args(Projection), project=project)
 

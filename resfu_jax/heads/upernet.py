@@ -85,7 +85,7 @@ class UPerNetHead(nnx.Module):
             len(in_features) >= 2,
             f"in_features must be two or more positive integers, got {in_features}",
         )
-        check_arguments(num_classes, width, dropout)
+        check_arguments(num_classes, width, dropout, dtype, param_dtype)
 
         types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.in_features = tuple(in_features)

@@ -5,10 +5,12 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._cpu import conv as cpu
 from resfu_jax.ops._forms import Form, Forms, Implementation
+from resfu_jax.ops.checks import takes_maps
 
 Pairs = tuple[tuple[int, int], tuple[int, int]]
 
 
+@takes_maps("x", others=("kernel",))
 def conv(
     x: Float[Array, "b h w c"],
     kernel: Float[Array, "kh kw c o"],

@@ -20,11 +20,13 @@ from jaxtyping import Array, Float
 from resfu_jax.ops._cpu import points as cpu
 from resfu_jax.ops._forms import Forms, Implementation
 from resfu_jax.ops._xla import points as xla
+from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.deformable_sample import deformable_sample
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.softmax import softmax
 
 
+@takes_maps("q", "k", "v", "points", others=("bias",))
 def deformable_attention(
     q: Float[Array, "b H W d"],
     k: Float[Array, "b h w d"],
@@ -44,7 +46,7 @@ def deformable_attention(
       points: (row, column) in pixels of k and v, for every output pixel, group of channels (of k
         and of v, contiguous) and point.
       heads: number of heads.
-      bias: B, added to the sampled keys; e = d / heads.
+      bias: B, added to the sampled keys, of q's dtype; e = d / heads.
       implementation: `"reference"` samples all points at once, P copies of k and v at output size;
         `"xla"` multiplies whole maps by hat functions, strip by strip, as TPUs are slow to gather
         and scatter; `"cpu"` samples in blocks of rows and again backward. `None` takes the best of
@@ -56,6 +58,11 @@ def deformable_attention(
     Raises:
       ValueError: shapes that do not fit together, or an unknown implementation.
     """
+    if any(a.ndim != 4 for a in (q, k, v)) or points.ndim != 6 or points.shape[5] != 2:
+        raise ValueError(
+            "q, k and v must have 4 axes and points must be (B, H, W, groups, P, 2), "
+            f"got {q.shape}, {k.shape}, {v.shape} and {points.shape}"
+        )
     for name, a in (("d, the channels of q and k", q), ("the channels of v", v)):
         if heads < 1 or a.shape[3] % heads:
             raise ValueError(f"heads must divide {name} ({a.shape[3]}), got {heads}")
@@ -64,6 +71,13 @@ def deformable_attention(
             "q (B, H, W, d), k (B, h, w, d), v (B, h, w, C) and points (B, H, W, groups, P, 2) do "
             f"not fit together, got {q.shape}, {k.shape}, {v.shape} and {points.shape}"
         )
+    if bias is not None:
+        shape = heads, points.shape[4], q.shape[3] // heads
+        if bias.shape != shape or bias.dtype != q.dtype:
+            raise ValueError(
+                f"bias must be (heads, P, d / heads) = {shape} and have q's dtype {q.dtype}, "
+                f"got {bias.shape} and {bias.dtype}"
+            )
 
     # Groups of samples that belong to one head each.
     groups = points.shape[3]
@@ -91,7 +105,7 @@ def _attend(
     q = q.reshape(b, hh, ww, groups, dk)
     scores = jnp.einsum("bhwgd,bhwgpd->bhwgp", q, keys, preferred_element_type=dtype)
     if bias is not None:
-        bias = bias.astype(q.dtype).reshape(heads, p, groups // heads, dk)
+        bias = bias.reshape(heads, p, groups // heads, dk)
         bias = jnp.moveaxis(bias, 2, 1).reshape(groups, p, dk)
         scores = scores + jnp.einsum("bhwgd,gpd->bhwgp", q, bias, preferred_element_type=dtype)
     scores = scores.reshape(b, hh, ww, heads, groups // heads, p).sum(axis=4)

@@ -8,10 +8,12 @@ from resfu_jax.ops import _bilinear
 from resfu_jax.ops._cpu import points as cpu
 from resfu_jax.ops._forms import Forms, Implementation
 from resfu_jax.ops._xla import points as xla
+from resfu_jax.ops.checks import takes_maps
 
 PaddingMode = Literal["zeros", "border"]
 
 
+@takes_maps("x", "points")
 def deformable_sample(
     x: Float[Array, "b h w c"],
     points: Float[Array, "b H W g p 2"],

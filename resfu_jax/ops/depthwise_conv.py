@@ -6,8 +6,10 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._cpu.depthwise_conv import depthwise_conv as cpu
 from resfu_jax.ops._forms import Forms, Implementation
+from resfu_jax.ops.checks import takes_maps
 
 
+@takes_maps("x", others=("kernel",))
 def depthwise_conv(
     x: Float[Array, "b h w c"],
     kernel: Float[Array, "kh kw c"],

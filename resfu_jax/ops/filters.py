@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._polyphase import extend, extend_axis, upsample_extended
+from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32, promote
 from resfu_jax.ops.resize import resize
 from resfu_jax.ops.sizes import Size, whole_ratio
@@ -18,6 +19,7 @@ from resfu_jax.ops.sizes import Size, whole_ratio
 T = TypeVar("T")
 
 
+@takes_maps("x")
 def gaussian_blur(
     x: Float[Array, "b h w c"], *, kernel_size: int = 3, sigma: float = 1.0
 ) -> Float[Array, "b h w c"]:
@@ -44,6 +46,7 @@ def gaussian_blur(
     return y.astype(x.dtype)
 
 
+@takes_maps("x")
 def box_filter(x: Float[Array, "b h w c"], radius: int) -> Float[Array, "b h w c"]:
     """Mean over the (2 radius + 1)^2 window, at borders over the pixels that exist.
 
@@ -175,6 +178,7 @@ def _window_moments_bwd(radius, saved, g):
 _window_moments.defvjp(_window_moments_fwd, _window_moments_bwd)
 
 
+@takes_maps("guide", "x")
 def guided_filter(
     guide: Float[Array, "b h w c"],
     x: Float[Array, "b h w c"],

@@ -21,9 +21,11 @@ from resfu_jax.ops._cpu import fns_attention as cpu
 from resfu_jax.ops._forms import Form, Forms, Implementation, needs_whole_ratio
 from resfu_jax.ops._interp import half_pixel_taps, take_clamped
 from resfu_jax.ops._xla import windows as xla
+from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32
 
 
+@takes_maps("attn", "x")
 def fns_attention(
     attn: Float[Array, "b H W taps"],
     x: Float[Array, "b h w c"],

@@ -6,11 +6,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._bilinear import clamp, position_dtype, sample
+from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.sizes import Size
 
 PaddingMode = Literal["zeros", "border", "reflection"]
 
 
+@takes_maps("x", "grid")
 def grid_sample(
     x: Float[Array, "b h w c"],
     grid: Float[Array, "b H W 2"],

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32
 
 
+@takes_maps("x", others=("scale", "bias"))
 def group_norm(
     x: Float[Array, "b h w c"],
     scale: Float[Array, " c"],
@@ -15,7 +17,16 @@ def group_norm(
     groups: int,
     eps: float = 1e-5,
 ) -> Float[Array, "b h w c"]:
-    """Normalise contiguous groups of channels over space; statistics in float32 or better."""
+    """Normalise contiguous groups of channels over space; statistics in float32 or better.
+
+    Raises:
+      ValueError: groups that do not divide the channels, or not one scale and bias a channel.
+    """
+    if x.ndim != 4 or scale.shape != x.shape[3:] or bias.shape != x.shape[3:]:
+        raise ValueError(
+            "scale and bias must be (channels,) for x (batch, height, width, channels), "
+            f"got scale {scale.shape}, bias {bias.shape} and x {x.shape}"
+        )
     mean, factor = group_moments(x, groups=groups, eps=eps)
     factor = factor * scale.astype(factor.dtype)[None]
     shape = (x.shape[0], 1, 1, x.shape[3])

@@ -6,8 +6,10 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._cpu.grouped_conv import grouped_conv as cpu
 from resfu_jax.ops._forms import Forms, Implementation
+from resfu_jax.ops.checks import takes_maps
 
 
+@takes_maps("x", others=("kernel",))
 def grouped_conv(
     x: Float[Array, "b h w c"],
     kernel: Float[Array, "kh kw c_group o"],
@@ -39,14 +41,32 @@ def grouped_conv(
         )
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation}")
+    _check_dtype(x, kernel)
     return _FORMS(implementation, x, kernel, groups=groups, dilation=dilation)
 
 
+@takes_maps(others=("x", "kernel"))
 def grouped_linear(
     x: Float[Array, "*b c"], kernel: Float[Array, "c_group o"], *, groups: int
 ) -> Float[Array, "*b o"]:
-    """Grouped 1x1 convolution, as one product with the block-diagonal matrix."""
+    """Grouped 1x1 convolution, as one product with the block-diagonal matrix.
+
+    Raises:
+      ValueError: channels that the groups do not divide, or a kernel that does not fit x.
+    """
+    c, o = x.shape[-1], kernel.shape[-1]
+    if groups < 1 or o % groups or kernel.shape != (c // groups, o) or c % groups:
+        raise ValueError(
+            f"groups={groups} must divide the channels of x ({c}) and of the output ({o}), and the "
+            f"kernel must be ({c}/groups, {o}); got kernel {kernel.shape}"
+        )
+    _check_dtype(x, kernel)
     return x @ block_diagonal(kernel, groups)
+
+
+def _check_dtype(x: Array, kernel: Array) -> None:
+    if kernel.dtype != x.dtype:
+        raise ValueError(f"kernel must have x's dtype {x.dtype}, got {kernel.dtype}; cast it")
 
 
 def block_diagonal(kernel: Float[Array, "i o"], groups: int) -> Float[Array, "c o"]:
@@ -55,6 +75,11 @@ def block_diagonal(kernel: Float[Array, "i o"], groups: int) -> Float[Array, "c 
     blocks = kernel.reshape(1, i, groups, o // groups)
     eye = jnp.eye(groups, dtype=kernel.dtype)[:, None, :, None]
     return (blocks * eye).reshape(groups * i, o)
+
+
+def _check_dtype(x: Array, kernel: Array) -> None:
+    if kernel.dtype != x.dtype:
+        raise ValueError(f"kernel must have x's dtype {x.dtype}, got {kernel.dtype}; cast it")
 
 
 def _reference(x: Array, kernel: Array, *, groups: int, dilation: int) -> Array:

@@ -6,9 +6,11 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._cpu import norm as cpu
 from resfu_jax.ops._forms import Forms, Implementation
+from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32
 
 
+@takes_maps("x", others=("scale", "bias"))
 def layer_norm(
     x: Float[Array, "b h w c"],
     scale: Float[Array, " c"],

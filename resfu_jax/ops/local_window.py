@@ -22,11 +22,13 @@ from jaxtyping import Array, Float
 from resfu_jax.ops._cpu import windows as cpu
 from resfu_jax.ops._forms import Form, Forms, Implementation, needs_whole_ratio
 from resfu_jax.ops._xla import windows as xla
+from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32, promote
 from resfu_jax.ops.sizes import Size, cell_index
 from resfu_jax.ops.unfold import unfold
 
 
+@takes_maps("q", "k")
 def local_similarity(
     q: Float[Array, "b H W d"],
     k: Float[Array, "b h w d"],
@@ -65,6 +67,7 @@ def _similarity(q: Array, k: Array, *, kernel_size: int) -> Array:
     return jnp.einsum("bhwd,bhwtd->bhwt", q.astype(dtype), windows).astype(q.dtype)
 
 
+@takes_maps("weights", "v")
 def local_reassembly(
     weights: Float[Array, "b H W taps"],
     v: Float[Array, "b h w c"],
@@ -80,6 +83,7 @@ def local_reassembly(
     return _ATTENTION(implementation, weights, None, v, groups=groups, softmax=False)
 
 
+@takes_maps("scores", "v", "scale")
 def local_attention(
     scores: Float[Array, "b H W taps"],
     v: Float[Array, "b h w c"],

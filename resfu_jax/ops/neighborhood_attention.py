@@ -32,6 +32,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from resfu_jax.ops._forms import Forms, Implementation
+from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.sizes import Size
 
@@ -42,6 +43,7 @@ T = TypeVar("T")
 TILE = 8
 
 
+@takes_maps("q", "k", "v")
 def neighborhood_attention(
     q: Float[Array, "b H W heads d"],
     k: Float[Array, "b H W heads d"],

@@ -6,12 +6,14 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._cpu import norm as cpu
 from resfu_jax.ops._forms import Forms, Implementation
+from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.group_norm import group_norm
 from resfu_jax.ops.layer_norm import layer_norm
 
 Norm = Literal["group", "layer"]
 
 
+@takes_maps("x", others=("scale", "norm_bias", "kernel", "bias"))
 def norm_linear(
     x: Float[Array, "b h w c"],
     scale: Float[Array, " c"],

@@ -18,6 +18,7 @@ from resfu_jax.ops._cpu import pcdc as cpu
 from resfu_jax.ops._forms import Forms, Implementation
 from resfu_jax.ops._polyphase import extend
 from resfu_jax.ops._xla import pcdc as xla
+from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.group_norm import group_norm
 from resfu_jax.ops.grouped_conv import grouped_conv, grouped_linear
 from resfu_jax.ops.resize import resize
@@ -38,6 +39,7 @@ class PCDCParameters(NamedTuple):
     project_bias: Float[Array, " taps"]
 
 
+@takes_maps("k", "q")
 def pcdc(
     k: Float[Array, "b h w e"],
     q: Float[Array, "b H W e"],

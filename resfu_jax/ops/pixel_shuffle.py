@@ -6,7 +6,10 @@ Convolutional Neural Network", CVPR 2016.
 
 from jaxtyping import Array, Shaped
 
+from resfu_jax.ops.checks import takes_maps
 
+
+@takes_maps("x", real=False)
 def pixel_shuffle(x: Shaped[Array, "b h w d"], factor: int) -> Shaped[Array, "b H W c"]:
     """Rearrange `(B, h, w, C r^2)` into `(B, h r, w r, C)`, r = `factor`.
 
@@ -24,6 +27,7 @@ def pixel_shuffle(x: Shaped[Array, "b h w d"], factor: int) -> Shaped[Array, "b 
     return y.transpose(0, 1, 4, 2, 5, 3).reshape(b, h * factor, w * factor, -1)
 
 
+@takes_maps("x", real=False)
 def pixel_unshuffle(x: Shaped[Array, "b H W c"], factor: int) -> Shaped[Array, "b h w d"]:
     """The inverse of `pixel_shuffle`: `(B, h r, w r, C)` into `(B, h, w, C r^2)`.
 

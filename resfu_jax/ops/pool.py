@@ -6,9 +6,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.sizes import Size, divide_products
 
 
+@takes_maps("x")
 def adaptive_avg_pool(
     x: Float[Array, "b h w c"], output_size: tuple[Size, Size]
 ) -> Float[Array, "b H W c"]:

@@ -14,11 +14,13 @@ from resfu_jax.ops import _interp
 from resfu_jax.ops._cpu import resize as cpu
 from resfu_jax.ops._forms import Form, Forms, Implementation
 from resfu_jax.ops._xla import resample as xla
+from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.sizes import LONGEST, Size, divide_products
 
 Method = Literal["bilinear", "nearest", "nearest-exact", "bicubic"]
 
 
+@takes_maps("x", real=False)
 def resize(
     x: Shaped[Array, "b h w c"],
     size: tuple[Size, Size] | None = None,

@@ -5,9 +5,11 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._cpu.softmax import softmax as cpu
 from resfu_jax.ops._forms import Forms, Implementation
+from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32
 
 
+@takes_maps("scores")
 def softmax(
     scores: Float[Array, "*n taps"], *, implementation: Implementation | None = None
 ) -> Float[Array, "*n taps"]:

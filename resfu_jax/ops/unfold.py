@@ -5,9 +5,12 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
+from resfu_jax.ops.checks import takes_maps
+
 PadMode = Literal["constant", "edge", "reflect"]
 
 
+@takes_maps("x", real=False)
 def unfold(
     x: Shaped[Array, "b h w c"],
     kernel_size: int,

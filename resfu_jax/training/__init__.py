@@ -1,5 +1,6 @@
 """The parts of `train.py`: config, devices, loss, metrics, optimiser, checkpoints, reporting."""
 
+from resfu_jax._files import write_whole
 from resfu_jax.training.checkpoint import CheckpointError, Checkpoints
 from resfu_jax.training.config import (
     BackboneConfig,
@@ -17,7 +18,9 @@ from resfu_jax.training.config import (
     check_overrides,
     check_same_run,
     create_inference,
+    create_preprocess,
     define_config,
+    find_workdir,
     load_config,
     model_arguments,
     parse_flags,
@@ -52,7 +55,7 @@ from resfu_jax.training.optimizer import (
 )
 from resfu_jax.training.pretrained import pretrained_backbone
 from resfu_jax.training.reporting import Reporter, print_table, read_metrics
-from resfu_jax.training.signals import StopSignals
+from resfu_jax.training.signals import Stopped, StopSignals
 
 __all__ = [
     "BackboneConfig",
@@ -75,6 +78,7 @@ __all__ = [
     "Reporter",
     "SegmentationCounts",
     "StopSignals",
+    "Stopped",
     "accumulate_gradients",
     "agreed_stop",
     "check_overrides",
@@ -85,11 +89,13 @@ __all__ = [
     "count_flops",
     "create_inference",
     "create_optimizer",
+    "create_preprocess",
     "create_schedule",
     "cross_entropy",
     "define_config",
     "dry_run",
     "evaluate_batch",
+    "find_workdir",
     "initialize_distributed",
     "is_main_process",
     "load_config",
@@ -108,4 +114,5 @@ __all__ = [
     "update_ema",
     "validate",
     "write_config",
+    "write_whole",
 ]

@@ -4,30 +4,48 @@ A checkpoint holds the whole training state (a pytree of arrays) and the positio
 iterator; neither depends on the number of devices and processes, so a run may continue on others.
 Orbax writes it beside the older ones and renames it when it is complete, so a process that is
 killed at any moment leaves a checkpoint to continue from.
+
+Before it is renamed, the SHA-256 of its files go into its `SHA256SUMS` (`sha256sum --check` reads
+it, too), and whoever reads a checkpoint compares them first: a disk, a copy that was cut off, or a
+flipped bit may have damaged it since. A run that continues puts damaged checkpoints aside, into
+`damaged/`, and takes the newest intact one.
 """
 
+import contextlib
 import errno
+import glob
+import hashlib
+import json
+import math
 import os
+import pathlib
+import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from etils import epath
+from jax.experimental import multihost_utils
+
+from resfu_jax._files import local_path, write_whole
+from resfu_jax.training.devices import is_main_process
 
 Path = str | os.PathLike[str]
 
+SUMS = "SHA256SUMS"
 
-# No reasons to warn: checkpoints between evaluations without metrics; being told to read only.
-_HARMLESS = ("tracked_metric", "directory is read only")
-logging.get_absl_logger().addFilter(lambda r: not any(text in str(r.msg) for text in _HARMLESS))
+# No reason to warn: being told to read only.
+logging.get_absl_logger().addFilter(lambda r: "directory is read only" not in str(r.msg))
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, or does not fit the model. The message says why."""
+    """A checkpoint that is damaged, does not fit the model, or cannot be written; it says which."""
 
 
 class Checkpoints:
@@ -36,15 +54,33 @@ class Checkpoints:
     Args:
         directory: where they are; made if missing.
         keep: number of newest checkpoints kept, beside the best.
-        read_only: change nothing in the directory, which has to exist: a run may be writing there.
+        read_only: change nothing in the directory: a run may be writing there. Otherwise
+            checkpoints that are damaged and newer than the newest intact one go into `damaged/`.
+
+    Raises:
+        CheckpointError: all checkpoints are damaged, or the directory cannot be used.
     """
 
     def __init__(self, directory: Path, *, keep: int = 1, read_only: bool = False):
-        self.directory = epath.Path(directory).resolve()  # Orbax fails late on relative paths.
+        self.directory = local_path(directory, "directory").resolve()
         self._keep = keep
-        policies = ocp.checkpoint_managers
+        self._intact: set[int] = set()  # their sums were compared
+        self._saving: int | None = None
+        if not read_only:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CheckpointError(f"{self.directory} cannot be used: {error}") from error
+            self._together(self._mend)
+        scores = {step: self._read_score(step) for step in _steps(self.directory)}
+        self._scores = {k: v for k, v in scores.items() if v is not None and math.isfinite(v)}
+        self._alias = _without_patterns(self.directory)
+        self._remove_alias = lambda: None
+        if self._alias != self.directory:
+            folder = self._alias.parent
+            self._remove_alias = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._manager = ocp.CheckpointManager(
-            self.directory,
+            self._alias,
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 # All processes are at the same position: the main one's is enough for any number.
@@ -55,35 +91,25 @@ class Checkpoints:
                 cleanup_tmp_directories=not read_only,
                 save_interval_steps=0 if read_only else 1,
                 read_only=read_only,
-                best_fn=lambda metrics: metrics["miou"],
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        policies.LatestN(keep),
-                        policies.BestN(
-                            get_metric_fn=lambda metrics: metrics["miou"],
-                            n=1,
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
-                ),
+                preservation_policy=_Preserved(self._kept),
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_sums),
             ),
         )
 
     def find(self, which: str) -> int | None:
-        """Step of a checkpoint: `which` is "latest", "best" or a number.
+        """Step of a checkpoint: `which` is "latest", "best" by mIoU, or a number.
 
         "best" falls back to the latest where none has been evaluated.
 
         Raises:
             CheckpointError: no checkpoint has that number.
         """
-        if which == "latest":
-            return self._manager.latest_step()
-        if which == "best":
-            best = self._manager.best_step()
-            return self._manager.latest_step() if best is None else best
         steps = sorted(self._manager.all_steps())
-        if not which.isdigit() or int(which) not in steps:
+        if which == "latest" or which == "best" and not self._scores:
+            return steps[-1] if steps else None
+        if which == "best":
+            return self._best(steps)
+        if not (which.isascii() and which.isdigit()) or int(which) not in steps:
             raise CheckpointError(
                 f"no checkpoint {which!r} in {self.directory}; there are: best, latest, "
                 f"{', '.join(map(str, steps)) or '(none yet)'}"
@@ -120,7 +146,7 @@ class Checkpoints:
             step: number of steps done.
             state: pytree of arrays. It may be donated as soon as this returns.
             data: iterator whose position belongs to the state.
-            metrics: those of an evaluation of this state, with `miou`.
+            metrics: for `score`, where they are known already.
 
         Raises:
             CheckpointError: this checkpoint, or the one before it, could not be written.
@@ -130,11 +156,36 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data.get_state())
         )
-        metrics = None if metrics is None else {"miou": float(metrics["miou"])}
-        try:
-            self._manager.save(step, args=items, metrics=metrics)
-        except Exception as error:
-            raise self._explained(error) from error
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._saving = step
+            self._manager.save(step, args=items)
+        if metrics is not None:
+            self.score(step, metrics)
+
+    def score(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records the evaluation of a checkpoint, which decides whether it is the best.
+
+        Checkpoints that are then neither the best nor among the newest are removed.
+
+        Args:
+            step: of the checkpoint.
+            metrics: with `miou`.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+            if math.isfinite(metrics["miou"]):
+                self._scores[step] = float(metrics["miou"])
+                if is_main_process():
+                    path = self._score_file(step)
+                    path.parent.mkdir(exist_ok=True)
+                    write_whole(path, json.dumps({"miou": self._scores[step]}))
+            steps = self._manager.all_steps()
+            for old in sorted(set(steps) - self._kept(steps)):
+                self._manager.delete(old)
 
     def restore(self, step: int, state: Any, data: grain.DatasetIterator | None = None) -> Any:
         """Reads a checkpoint.
@@ -145,17 +196,19 @@ class Checkpoints:
             data: iterator that is moved to the saved position; None reads the state only.
 
         Raises:
-            CheckpointError: the saved state has other entries or shapes; naming all of them.
+            CheckpointError: it is damaged, naming the file and the newest intact checkpoint; or
+                the saved state has other entries or shapes, naming all of them.
         """
-        self._compare(step, self._manager.item_metadata(step)["state"], state)
-        items = {"state": ocp.args.StandardRestore(state)}
-        if data is not None:
-            items["data"] = ocp.args.JsonRestore()
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        if data is not None:
-            data.set_state(restored["data"])
-            data.start_prefetch()
-        return restored["state"]
+        with self._reading(step):
+            self._compare(step, self._manager.item_metadata(step)["state"], state)
+            items = {"state": ocp.args.StandardRestore(state)}
+            if data is not None:
+                items["data"] = ocp.args.JsonRestore()
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            if data is not None:
+                data.set_state(restored["data"])
+                data.start_prefetch()
+            return restored["state"]
 
     def restore_weights(self, step: int, weights: dict[str, Any]) -> dict[str, Any]:
         """Reads what a model needs to run, without the optimizer's moments and averages.
@@ -168,22 +221,23 @@ class Checkpoints:
             Both; `params` are the averaged parameters if the run kept them, as in evaluation.
 
         Raises:
-            CheckpointError: the saved weights have other entries or shapes; naming all of them.
+            CheckpointError: as `restore`.
         """
-        saved = self._manager.item_metadata(step)["state"]
-        params = "ema" if "ema" in saved else "params"
-        wanted = {params: weights["params"], "rest": weights["rest"]}
-        self._compare(step, {name: saved.get(name, {}) for name in wanted}, wanted)
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            restored = checkpointer.restore(
-                self.directory / str(step) / "state",
-                args=ocp.args.PyTreeRestore(
-                    item=wanted,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                    partial_restore=True,
-                ),
-            )
-        return {"params": restored[params], "rest": restored["rest"]}
+        with self._reading(step):
+            saved = self._manager.item_metadata(step)["state"]
+            params = "ema" if "ema" in saved else "params"
+            wanted = {params: weights["params"], "rest": weights["rest"]}
+            self._compare(step, {name: saved.get(name, {}) for name in wanted}, wanted)
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                restored = checkpointer.restore(
+                    self._alias / str(step) / "state",
+                    args=ocp.args.PyTreeRestore(
+                        item=wanted,
+                        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                        partial_restore=True,
+                    ),
+                )
+            return {"params": restored[params], "rest": restored["rest"]}
 
     def close(self) -> None:
         """Waits until everything is on disk.
@@ -192,9 +246,154 @@ class Checkpoints:
             CheckpointError: the last checkpoint could not be written.
         """
         try:
-            self._manager.close()
+            with self._writing():
+                self._manager.close()
+        finally:
+            self._remove_alias()
+
+    # ------------------------------------------------------------------------------ what is kept
+    def _kept(self, steps: Sequence[int]) -> set[int]:
+        """The newest and the best of them."""
+        newest = sorted(steps)[-self._keep :]
+        return {step for step in (*newest, self._best(steps)) if step is not None}
+
+    def _best(self, steps: Sequence[int]) -> int | None:
+        """Of equally good ones the last."""
+        scored = [step for step in steps if step in self._scores]
+        return max(scored, key=lambda step: (self._scores[step], step), default=None)
+
+    def _score_file(self, step: int) -> pathlib.Path:
+        """Where Orbax would write metrics, if they were known when it saves."""
+        return self.directory / str(step) / "metrics" / "metrics"
+
+    def _read_score(self, step: int) -> float | None:
+        """Of a checkpoint that was evaluated."""
+        path = self._score_file(step)
+        try:
+            return float(json.loads(path.read_bytes())["miou"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"{path} is damaged; without the folder {path.parent}, the checkpoint counts as "
+                "one that has not been evaluated"
+            ) from error
+
+    # ---------------------------------------------------------------------------------- checksums
+    def _write_sums(self) -> None:
+        """Orbax calls it in its thread, just before the checkpoint gets its final name."""
+        (folder,) = (
+            path
+            for path in self.directory.iterdir()
+            if path.name.split(".orbax-checkpoint-tmp")[0] == str(self._saving)
+        )
+        paths = sorted(
+            path for item in ("data", "state") for path in (folder / item).rglob("*")
+            if path.is_file()
+        )  # fmt: skip
+        lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths]
+        write_whole(folder / SUMS, "".join(lines))
+
+    def _damage(self, step: int) -> str:
+        """The first file of a checkpoint that is not what was written; "" if all are.
+
+        Checkpoints of older versions have no sums: of them, only what is missing is seen.
+        """
+        folder = self.directory / str(step)
+        try:
+            if not (folder / SUMS).exists():
+                for name in ("state/_METADATA", "data/iterator.json"):
+                    json.loads((folder / name).read_bytes())
+                return ""
+            lines = (folder / SUMS).read_text().splitlines()
+            for line in lines:
+                digest, name = line.split("  ", 1)
+                if _sha256(folder / name) != digest:
+                    return f"{folder / name} is not as it was written"
+            return "" if lines else f"{folder / SUMS} is empty"
+        except FileNotFoundError as error:
+            return f"{error.filename} is missing"
+        except (OSError, ValueError) as error:
+            return f"a file in {folder} cannot be read: {error}"
+
+    def _is_intact(self, step: int) -> bool:
+        if step not in self._intact and not self._damage(step):
+            self._intact.add(step)
+        return step in self._intact
+
+    def _mend(self) -> str:
+        """Puts aside what is newer than the newest intact checkpoint; a message if none is intact.
+
+        A score that cannot be read is removed.
+        """
+        damaged = {}
+        for step in sorted(_steps(self.directory), reverse=True):
+            if self._is_intact(step):
+                break
+            damaged[step] = self._damage(step)
+        else:
+            if damaged:
+                reasons = "\n".join(f"  {step}: {damage}" for step, damage in damaged.items())
+                return (
+                    f"all checkpoints in {self.directory} are damaged:\n{reasons}\n"
+                    "restore them from a copy, or choose another --workdir"
+                )
+        aside = self.directory / "damaged"
+        for old, damage in damaged.items():
+            aside.mkdir(exist_ok=True)
+            again = len(list(aside.glob(f"{old}*")))
+            there = aside / (f"{old}_{again}" if again else str(old))
+            (self.directory / str(old)).rename(there)
+            logging.warning("checkpoint %d is damaged: %s", old, damage)
+            logging.warning("it is now in %s; the newest intact checkpoint is %d", there, step)
+        for step in _steps(self.directory):
+            try:
+                self._read_score(step)
+            except CheckpointError as error:
+                logging.warning("%s", error)
+                shutil.rmtree(self._score_file(step).parent)
+        return ""
+
+    def _together(self, check: Callable[[], str]) -> None:
+        """Raises what the main process finds, in all processes."""
+        message = check() if is_main_process() else ""
+        failed = bool(message)
+        if jax.process_count() > 1:
+            failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failed)))
+        if failed:
+            raise CheckpointError(message or f"a checkpoint in {self.directory} is damaged")
+
+    # ------------------------------------------------------------------------------------- errors
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        def check() -> str:
+            if self._is_intact(step):
+                return ""
+            return f"checkpoint {step} is damaged: {self._damage(step)}{self._instead_of(step)}"
+
+        self._together(check)
+        try:
+            yield
+        except CheckpointError:
+            raise
         except Exception as error:
-            raise self._explained(error) from error
+            reason = f"{type(error).__name__}: {error}"[:400]
+            reason = reason.replace(str(self._alias), str(self.directory))
+            raise CheckpointError(
+                f"checkpoint {step} in {self.directory} cannot be read ({reason})"
+                f"{self._instead_of(step)}"
+            ) from error
+
+    def _instead_of(self, step: int) -> str:
+        others = sorted(set(_steps(self.directory)) - {step}, reverse=True)
+        other = next((s for s in others if self._is_intact(s)), None)
+        if other is None:
+            return ". There is no other intact checkpoint"
+        return (
+            f". The newest other one that is intact is {other}: evaluate it with --checkpoint "
+            f"{other} (resfu: --which {other}); to continue from it, move "
+            f"{self.directory / str(step)} away"
+        )
 
     def _compare(self, step: int, saved: Any, wanted: Any) -> None:
         saved, wanted = _shapes(saved), _shapes(wanted)
@@ -211,13 +410,52 @@ class Checkpoints:
                 + "\n".join(shown)
             )
 
-    def _explained(self, error: Exception) -> Exception:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        reason = "no room on disk" if full else f"{type(error).__name__}: {error}"
-        return CheckpointError(
-            f"could not write a checkpoint to {self.directory}: {reason}. The checkpoints before "
-            f"it are intact (latest complete step: {self._manager.latest_step()})"
-        )
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+            reason = "no room on disk" if full else f"{type(error).__name__}: {error}"
+            raise CheckpointError(
+                f"could not write a checkpoint to {self.directory}: {reason}. The checkpoints "
+                f"before it are intact (latest complete step: {self._manager.latest_step()})"
+            ) from error
+
+
+class _Preserved(ocp.checkpoint_managers.PreservationPolicy):
+    """Asks a function for the steps that are kept."""
+
+    def __init__(self, kept: Callable[[Sequence[int]], set[int]]):
+        self._kept = kept
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        kept = self._kept([info.step for info in checkpoints])
+        return [info.step in kept for info in checkpoints]
+
+
+def _without_patterns(directory: pathlib.Path) -> pathlib.Path:
+    """The directory under a name without `[`, `*` and `?`.
+
+    Orbax finds its own files by a pattern that begins with the directory, and those are part of
+    the pattern then: it finds nothing, and what it has written cannot be read.
+    """
+    if glob.escape(str(directory)) == str(directory):
+        return directory
+    alias = pathlib.Path(tempfile.mkdtemp(prefix="resfu_checkpoints_")) / "link"
+    alias.symlink_to(directory, target_is_directory=True)
+    return alias
+
+
+def _steps(directory: pathlib.Path) -> list[int]:
+    """Those that there are checkpoints of, damaged or not."""
+    paths = directory.iterdir() if directory.is_dir() else ()
+    return [int(p.name) for p in paths if re.fullmatch("0|[1-9][0-9]*", p.name) and p.is_dir()]
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -11,6 +11,7 @@ import difflib
 import functools
 import inspect
 import json
+import math
 import os
 import pathlib
 import runpy
@@ -27,10 +28,11 @@ from ml_collections import config_flags
 
 from resfu_jax import data
 from resfu_jax._checks import is_number
-from resfu_jax.backbones import check_backbone_options, vit
+from resfu_jax._files import local_path, write_whole
+from resfu_jax.backbones import backbone_strides, check_backbone_options
 from resfu_jax.heads import check_head_options
 from resfu_jax.inference import Inference
-from resfu_jax.model import IMAGENET_MEAN, IMAGENET_STD
+from resfu_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from resfu_jax.upsamplers._registry import upsampler_entry
 
 
@@ -45,7 +47,9 @@ class BackboneConfig:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further arguments of the family's class, for instance {"drop_path": 0.1}."""
     pretrained: str | None = None
-    """Weights to start from: a .safetensors file, its folder, or a Hugging Face repository."""
+    """Weights to start from: a file, its folder, or a Hugging Face repository."""
+    pretrained_prefix: str | None = None
+    """Where in that file they are ("teacher.backbone."), if it has them in several places."""
     frozen: bool = False
     """The backbone runs as in evaluation and does not learn."""
     cache_features: bool = False
@@ -455,9 +459,23 @@ def create_inference(config: Config) -> Inference:
     Raises:
         ValueError: a field is out of range. The message starts with its name.
     """
-    names = {field.name for field in dataclasses.fields(Inference)} - {"multiple"}
-    options = {name: getattr(config.eval, name) for name in names}
-    return Inference(**options, multiple=size_multiple(config.model.backbone))
+    names = {field.name for field in dataclasses.fields(Inference)}
+    return Inference(**{name: getattr(config.eval, name) for name in names})
+
+
+def create_preprocess(config: Config) -> Preprocess:
+    """How images are resized and padded, in training as wherever the model is used later.
+
+    Raises:
+        ValueError: a field is out of range. The message starts with its name.
+    """
+    return Preprocess(
+        scale=config.data.resize_scale,
+        resize_to=config.data.resize_to,
+        mean=config.model.mean,
+        std=config.model.std,
+        multiple=size_multiple(config.model.backbone),
+    )
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -570,7 +588,13 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         f"a multiple of {parts} ({them} x config.optimizer.accumulate)",
     )
     require("eval.batch_size", lambda v: v % devices == 0, f"a multiple of {devices} (the {them})")
-    multiple = size_multiple(config.model.backbone)
+    try:
+        multiple = size_multiple(config.model.backbone)
+        create_preprocess(config)
+    except ValueError as error:  # the fields of `data` are told below
+        multiple = 1
+        if not str(error).startswith(("scale", "resize_to")):
+            wrong.append(f"config.model: {error}")
 
     def is_size(v: tuple[int, ...]) -> bool:
         return len(v) == 2 and all(side >= multiple and side % multiple == 0 for side in v)
@@ -732,11 +756,32 @@ def _in_words(kind: Any) -> str:
 
 
 def size_multiple(config: BackboneConfig) -> int:
-    """What the sides of images have to be multiples of."""
-    if config.name != "vit":
-        return 32
-    variant = vit.VARIANTS.get(config.variant)
-    return config.options.get("patch_size", variant.patch_size if variant else 1)
+    """What the sides of images have to be multiples of: all strides of the backbone divide it.
+
+    Raises:
+        ValueError: options that no strides follow from.
+    """
+    options = {"variant": config.variant} | config.options
+    return math.lcm(*backbone_strides(config.name, **options))
+
+
+def find_workdir(path: str, *, new: bool) -> pathlib.Path:
+    """The directory of a run, absolute, with `~` replaced by the home folder.
+
+    Args:
+        path: as a person typed it.
+        new: whether it may not be there yet.
+
+    Raises:
+        ConfigError: it is not a folder of this machine, or not there.
+    """
+    try:
+        workdir = local_path(path, "--workdir").resolve()
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ConfigError(str(error)) from error
+    if not new and not workdir.is_dir():
+        raise ConfigError(f"--workdir={workdir} is not a folder: there is no run to evaluate")
+    return workdir
 
 
 # What may change between a run and its continuation: its length, and what no number depends on.
@@ -744,6 +789,10 @@ _FREE_TO_CHANGE = (
     *("steps", "log_every", "eval.", "checkpoint.", "data.dir"),
     *("parallel.", "profile."),
 )
+
+# What a config.json without the field was trained with, where that is not the field's default now.
+# Whoever adds a field whose default changes what a run computes, or changes a default, adds a line.
+_IN_EFFECT_BEFORE: dict[str, Any] = {}
 
 
 def check_same_run(workdir: pathlib.Path, config: Config, *, only: str = "") -> None:
@@ -755,12 +804,14 @@ def check_same_run(workdir: pathlib.Path, config: Config, *, only: str = "") -> 
         only: compare fields whose dotted path starts with this.
 
     Raises:
-        ConfigError: naming every field that differs. The number of steps may (the learning rate
-            then follows the new schedule from here on), and how often things are logged, evaluated
-            and saved, where the dataset lies, and how the devices are used.
+        ConfigError: naming every field that differs, or a `config.json` that cannot be read. The
+            number of steps may differ (the learning rate then follows the new schedule from here
+            on), and how often things are logged, evaluated and saved, where the dataset lies, and
+            how the devices are used. Fields that were added since count as `read_config` has them.
     """
-    path = workdir / "config.json"
-    before = flatten(json.loads(path.read_text())) if path.exists() else {}
+    if not (workdir / "config.json").exists():
+        return
+    before = flatten(to_dict(read_config(workdir)))
     now = flatten(to_dict(config))
     lines = [
         f"  config.{field}: was {before.get(field)!r}, is {now.get(field)!r}"
@@ -769,7 +820,7 @@ def check_same_run(workdir: pathlib.Path, config: Config, *, only: str = "") -> 
         and not field.startswith(_FREE_TO_CHANGE)
         and before.get(field) != now.get(field)
     ]
-    if before and lines:
+    if lines:
         raise ConfigError(
             f"the checkpoints in {workdir} are of another config:\n"
             + "\n".join(lines)
@@ -779,42 +830,63 @@ def check_same_run(workdir: pathlib.Path, config: Config, *, only: str = "") -> 
 
 def write_config(workdir: pathlib.Path, config: Config) -> None:
     """Writes `config.json`."""
-    path = workdir / "config.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    temporary.replace(path)
+    write_whole(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def read_config(workdir: pathlib.Path) -> Config:
     """The config that `write_config` wrote; fields that it does not have get their defaults.
 
     Raises:
-        ConfigError: there is none, or it is not one.
+        ConfigError: there is none, or it is not one, naming the file and what to do.
     """
     path = workdir / "config.json"
+    advice = (
+        "put back a copy of it; or, if you know the command that started the run, move it away and "
+        "give that command again, which writes it anew"
+    )
     try:
-        tree = json.loads(path.read_text())
+        content = path.read_bytes()
+        tree = json.loads(content.decode())
     except FileNotFoundError:
         raise ConfigError(f"{workdir} is not the workdir of a run: no config.json in it") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    known = [name for name, _ in _fields(Config())]
-    try:
-        return _filled(Config(), tree, known, "")
-    except (TypeError, AttributeError, ConfigError) as error:
-        raise ConfigError(f"{path} is not a config of this version: {error}") from error
+    except (ValueError, RecursionError) as error:
+        what = f"not JSON: {error}" if content.strip(b"\0 \r\n") else "it is empty"
+        raise ConfigError(f"{path} cannot be read ({what}): {advice}") from error
+    unknown, wrong = [], []
+    config = _filled(_config_of_before(), tree, "", unknown, wrong)
+    if unknown:
+        raise ConfigError(
+            f"{path} has fields that this version does not know: {', '.join(unknown[:20])}; "
+            "another version of resfu_jax wrote it, a newer one perhaps: use that one"
+        )
+    if wrong:
+        raise ConfigError(f"{path} cannot be read ({'; '.join(wrong[:20])}): {advice}")
+    return config
 
 
-def _filled(group: Any, tree: dict[str, Any], known: Sequence[str], prefix: str) -> Any:
-    """The group with the values of its JSON tree."""
+def _config_of_before() -> Config:
+    """What a `config.json` without any field says."""
+    config = Config()
+    for name, value in _IN_EFFECT_BEFORE.items():
+        *groups, field = name.split(".")
+        setattr(functools.reduce(getattr, groups, config), field, value)
+    return config
+
+
+def _filled(group: Any, tree: Any, prefix: str, unknown: list[str], wrong: list[str]) -> Any:
+    """The group with the values of its JSON tree; paths that are no field, and wrong groups."""
+    if not isinstance(tree, dict):
+        wrong.append(f"{prefix.rstrip('.') or 'all of it'} is {str(tree)[:50]!r}, not a group")
+        return group
     values = {}
     for name, value in tree.items():
-        if prefix + name not in known:
-            hint = did_you_mean(prefix + name, known)
-            raise ConfigError(f"there is no field {prefix}{name}; {hint}")
-        default = getattr(group, name)
-        if dataclasses.is_dataclass(default):
-            values[name] = _filled(default, value, known, f"{prefix}{name}.")
+        default = getattr(group, name, None)
+        if name not in {field.name for field in dataclasses.fields(group)}:
+            unknown.append(prefix + name)
+        elif dataclasses.is_dataclass(default):
+            values[name] = _filled(default, value, f"{prefix}{name}.", unknown, wrong)
         else:
             values[name] = _tuples(value)
     return dataclasses.replace(group, **values)

@@ -11,6 +11,8 @@ import json
 import os
 import pathlib
 import re
+import signal
+import tempfile
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +23,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from resfu_jax._files import local_path
 from resfu_jax.training.config import (
     Config,
     ConfigError,
@@ -79,6 +82,8 @@ def initialize_distributed(
             )
     # Its handler would swallow the signals that `StopSignals` waits for.
     jax.config.update("jax_enable_preemption_service", False)
+    # It waits for the others, minutes if need be, where Python's own handlers are not called.
+    handlers = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         jax.distributed.initialize(
             coordinator_address,
@@ -92,6 +97,9 @@ def initialize_distributed(
             f"--distributed found neither a TPU pod nor Slurm nor Open MPI ({error}); say it by "
             f"hand with {', '.join(by_hand)}"
         ) from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def is_main_process() -> bool:
@@ -112,10 +120,21 @@ def check_together(workdir: pathlib.Path, config: Config) -> None:
     """Makes the directory; checks that all processes have the same config and directory.
 
     Raises:
-        ConfigError: in all processes: one has another config, but for the place of the dataset, or
-            does not see what process 0 writes.
+        ConfigError: a directory is not one of this machine, or cannot be made or written to; or, in
+            all processes: one has another config, but for the place of the dataset, or does not
+            see what process 0 writes.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        if config.data.dir is not None:
+            local_path(config.data.dir, "config.data.dir")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
     if jax.process_count() == 1:
         return
     fields = {name: value for name, value in flatten(to_dict(config)).items() if name != "data.dir"}

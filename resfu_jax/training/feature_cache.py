@@ -1,16 +1,19 @@
 """Features of a frozen backbone, computed once for every image and kept on disk."""
 
 import hashlib
+import io
 import os
 import pathlib
-import tempfile
+import zipfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 from jaxtyping import UInt8
 
+from resfu_jax._files import local_path, write_whole
 from resfu_jax.model import SegmentationModel
 
 Path = str | os.PathLike[str]
@@ -21,7 +24,7 @@ class FeatureCache:
 
     An image is known by its pixels, the backbone by its compiled program and its weights, so
     nothing stale is ever found; an augmented image is another image. A file holds the maps of one
-    image.
+    image; one that is damaged is written anew.
 
     Args:
         directory: where features are kept.
@@ -29,7 +32,7 @@ class FeatureCache:
         batch_size: images computed at once.
 
     Raises:
-        ValueError: the backbone is not frozen.
+        ValueError: the backbone is not frozen, or the directory is not one of this machine.
     """
 
     def __init__(self, directory: Path, model: SegmentationModel, *, batch_size: int = 4):
@@ -45,7 +48,7 @@ class FeatureCache:
             return nnx.merge(graphdef, head | state).features(images)
 
         self._features = jax.jit(features)
-        self._root = pathlib.Path(directory)
+        self._root = local_path(directory, "directory")
         self._batch_size = batch_size
         self._folders: dict[tuple[int, ...], pathlib.Path] = {}
 
@@ -53,15 +56,16 @@ class FeatureCache:
         """The feature maps of a batch, as `model.features(images)` returns them."""
         folder = self._folder(images.shape[1:])
         paths = [folder / f"{_digest(image)}.npz" for image in images]
-        new = [i for i, path in enumerate(paths) if not path.exists()]
+        rows = [_read(path) for path in paths]
+        new = [i for i, row in enumerate(rows) if row is None]
         for start in range(0, len(new), self._batch_size):
             some = new[start : start + self._batch_size]
             # Always the same number of images: one compilation.
             filled = some + some[-1:] * (self._batch_size - len(some))
             maps = jax.device_get(self._features(self._state, images[np.array(filled)]))
             for row, i in enumerate(some):
-                _write(paths[i], [x[row] for x in maps])
-        rows = [_read(path) for path in paths]
+                rows[i] = [x[row] for x in maps]
+                _write(paths[i], rows[i])
         return tuple(np.stack(maps) for maps in zip(*rows, strict=True))
 
     def _folder(self, size: tuple[int, ...]) -> pathlib.Path:
@@ -90,11 +94,23 @@ def _digest(image: np.ndarray) -> str:
 def _write(path: pathlib.Path, maps: list[np.ndarray]) -> None:
     # NumPy's files do not know bfloat16: types go into the names.
     arrays = {f"{i} {x.dtype}": np.ascontiguousarray(x).view(np.uint8) for i, x in enumerate(maps)}
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        np.savez(file, **arrays)
-    pathlib.Path(file.name).replace(path)  # whole or not at all
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    write_whole(path, content.getbuffer())
 
 
-def _read(path: pathlib.Path) -> list[np.ndarray]:
-    with np.load(path) as file:
-        return [file[name].view(jnp.dtype(name.split()[1])) for name in file.files]
+def _read(path: pathlib.Path) -> list[np.ndarray] | None:
+    """The maps; None if there is no such file, or it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            # `read` compares checksums; `np.load` of the file itself would not read to their end.
+            members = {name.removesuffix(".npy"): file.read(name) for name in file.namelist()}
+        return [
+            np.load(io.BytesIO(content)).view(jnp.dtype(name.split()[1]))
+            for name, content in members.items()
+        ]
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # A flipped bit may lead to any of a dozen.
+        logging.warning("%s is damaged (%s); it is computed again", path, error)
+        return None

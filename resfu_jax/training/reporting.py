@@ -9,8 +9,12 @@ from collections.abc import Mapping, Sequence
 
 import tensorboardX
 import tqdm
+from absl import logging
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from resfu_jax._files import write_whole
 
 Path = str | os.PathLike[str]
 
@@ -20,6 +24,9 @@ class Reporter:
 
     On a terminal there is a progress bar with loss, images per second and remaining time;
     elsewhere (a log file) each report is one line.
+
+    What a process or machine that stopped has left in `metrics.jsonl` beside whole lines (a cut
+    line, NUL bytes) moves to `metrics.jsonl.damaged`.
 
     Args:
         workdir: directory of the run.
@@ -47,12 +54,13 @@ class Reporter:
             return
         self._utilisation = utilisation
         self._path = pathlib.Path(workdir) / "metrics.jsonl"
-        kept = [line for line in read_metrics(self._path) if line["step"] <= start]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(self._path)  # In one move: a killed process loses no line.
-        self._file = self._path.open("a")
+        lines, damaged = _lines(self._path)
+        if damaged:
+            aside = self._path.with_name("metrics.jsonl.damaged")
+            with aside.open("ab") as file:
+                file.writelines(line + b"\n" for line in damaged)
+        write_whole(self._path, "".join(text + "\n" for text, x in lines if x["step"] <= start))
+        self._file = self._path.open("a", encoding="utf-8")
         self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1)
         self._steps, self._batch_size = steps, batch_size
         self._step, self._time = start, time.perf_counter()
@@ -65,6 +73,8 @@ class Reporter:
             dynamic_ncols=True,
             smoothing=0.1,
         )
+        if damaged:
+            self.message(f"metrics.jsonl had {len(damaged)} damaged lines; they are in {aside}")
 
     def message(self, text: str) -> None:
         """A line for the person, above the bar if there is one."""
@@ -129,32 +139,49 @@ class Reporter:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Lines of a `metrics.jsonl`; a last line that a killed process left unfinished is dropped."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    """Lines of a `metrics.jsonl`; those that are not whole are left out, and a warning says so."""
+    lines, damaged = _lines(pathlib.Path(path))
+    if damaged:
+        logging.warning("%s: %d damaged lines are left out", path, len(damaged))
+    return [line for _, line in lines]
+
+
+def _lines(path: pathlib.Path) -> tuple[list[tuple[str, dict[str, float]]], list[bytes]]:
+    """Whole lines, as text and read, and what else is in the file but white space and NUL bytes."""
+    lines, damaged = [], []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        whole = line.strip(b"\0 \t\r")  # NUL: room that a machine gave the file before it stopped
+        try:
+            text = whole.decode()
+            values = json.loads(text)
+            if type(values["step"]) is not int:
+                raise TypeError
+            lines.append((text, values))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if line.strip():
+                damaged.append(line)
+    return lines, damaged
 
 
 def print_table(
     title: str, metrics: Mapping[str, float], class_names: Sequence[str], facts: Mapping[str, str]
 ) -> None:
     """Prints IoU per class, their means, and facts about the run."""
-    table = Table(title=title, title_justify="left")
+    # As `Text`: brackets in the names of classes and folders are no markup.
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("class")
     table.add_column("IoU", justify="right")
     table.add_column("boundary IoU", justify="right")
     for name in class_names:
         cells = (metrics.get(f"{kind}/{name}") for kind in ("iou", "boundary_iou"))
-        table.add_row(name, *("-" if cell is None else f"{cell:.4f}" for cell in cells))
+        table.add_row(Text(name), *("-" if cell is None else f"{cell:.4f}" for cell in cells))
     table.add_section()
     table.add_row("mean", f"{metrics['miou']:.4f}", f"{metrics['boundary_iou']:.4f}")
     table.add_row("pixel accuracy", f"{metrics['pixel_accuracy']:.4f}", "")
     console = Console()
     console.print(table)
     for name, value in facts.items():
-        console.print(f"{name}: {value}", highlight=False)
+        console.print(f"{name}: {value}", highlight=False, markup=False, emoji=False)
 
 
 def _duration(seconds: float) -> str:

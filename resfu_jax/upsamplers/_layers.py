@@ -85,14 +85,9 @@ def apply_linear_of_norm(
     )
 
 
-def compute_dtype(dtype: DTypeLike | None, *inputs: Array) -> DTypeLike:
-    """The chosen compute dtype, or the inputs' promoted one."""
-    if dtype is not None:
-        return dtype
-    chosen = inputs[0].dtype
-    for a in inputs[1:]:
-        chosen = promote(chosen, a.dtype)
-    return chosen
+def compute_dtype(dtype: DTypeLike | None, *inputs: Array | None) -> DTypeLike:
+    """The chosen compute dtype, or the promoted one of the inputs that are given."""
+    return promote(*(a.dtype for a in inputs if a is not None)) if dtype is None else dtype
 
 
 def need_guide(name: str, guide_features: int | None) -> int:
@@ -133,9 +128,10 @@ def check_guide(features: Array, guide: Array, channels: int) -> None:
 def reassembled(
     features: Array, values: Array | None, *, groups: int = 1
 ) -> Float[Array, "b h w d"]:
-    """What is reassembled: the features, or other values at their pixels, in their dtype.
+    """What is reassembled: the features, or other values at their pixels.
 
-    The channels of the values must divide into the groups.
+    Values are in the features' dtype, to which `compute_dtype` has promoted both. Their channels
+    must divide into the groups.
     """
     if values is None:
         return features

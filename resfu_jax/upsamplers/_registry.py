@@ -8,6 +8,9 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from resfu_jax._names import lookup
+from resfu_jax.ops.checks import takes_maps
+
+_MAPS = ("features", "guide", "image", "values")  # what an upsampler is called with
 
 T = TypeVar("T", bound=type[nnx.Module])
 
@@ -31,12 +34,17 @@ def register(name: str, **options: Any) -> Callable[[T], T]:
     called as `up(features, guide)`. One whose output is linear in what it reassembles also takes
     `values`, which then stand in for the features: those only decide the weights. Where groups of
     channels have weights of their own, `value_groups` is their number.
+
+    The call then checks its arrays and answers an empty batch, as `ops.checks.takes_maps` says.
     """
 
     def add(cls: T) -> T:
         if name in _ENTRIES:
             raise ValueError(f"upsampler {name!r} is registered twice")
         _ENTRIES[name] = Entry(cls, options)
+        if not hasattr(cls.__call__, "maps"):  # not yet, under another name
+            maps = [n for n in inspect.signature(cls.__call__).parameters if n in _MAPS]
+            cls.__call__ = takes_maps(*maps)(cls.__call__)
         return cls
 
     return add

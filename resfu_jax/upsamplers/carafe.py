@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_odd, check_whole, need
 from resfu_jax.ops import Implementation
+from resfu_jax.ops.checks import check_floating
 from resfu_jax.ops.local_window import local_attention
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
 from resfu_jax.ops.sizes import Size
@@ -78,6 +79,7 @@ class CARAFE(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         check_whole(
             features=features,
             scale=scale,
@@ -123,7 +125,7 @@ class CARAFE(nnx.Module):
         """
         check_features(features, self.features)
         check_output_size("carafe", features, output_size, self.scale)
-        x = features.astype(compute_dtype(self.dtype, features))
+        x = features.astype(compute_dtype(self.dtype, features, values))
         v = reassembled(x, values, groups=self.value_groups)
         return local_attention(
             self.scores(x), v, groups=self.up_group, implementation=self.implementation

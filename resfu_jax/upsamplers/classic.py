@@ -24,12 +24,14 @@ from resfu_jax._checks import (
     check_positive,
     check_whole,
 )
+from resfu_jax.ops.checks import check_floating
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
 from resfu_jax.ops.resize import Method, resize
 from resfu_jax.ops.sizes import Size
 from resfu_jax.upsamplers._layers import (
     check_features,
     check_output_size,
+    compute_dtype,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
@@ -70,6 +72,7 @@ class Interpolation(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         check_whole(features=features)
         check_positive(scale=scale)
         check_choice(get_args(Method), method=method)
@@ -93,7 +96,7 @@ class Interpolation(nnx.Module):
           ValueError: a wrong number of channels.
         """
         check_features(features, self.features)
-        x = features if self.dtype is None else features.astype(self.dtype)
+        x = features.astype(compute_dtype(self.dtype, features, values))
         return resize(
             reassembled(x, values),
             output_size,
@@ -143,6 +146,7 @@ class Deconvolution(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         out_features = features if out_features is None else out_features
         kernel_size = scale if kernel_size is None else kernel_size
         check_whole(
@@ -228,6 +232,7 @@ class PixelShuffle(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         check_whole(features=features, scale=scale)
         check_odd(kernel_size=kernel_size)
         self.features, self.scale = features, scale

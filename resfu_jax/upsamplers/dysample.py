@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_flag, check_whole, need
 from resfu_jax.ops import Implementation
+from resfu_jax.ops.checks import check_floating
 from resfu_jax.ops.deformable_sample import deformable_sample
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
@@ -82,6 +83,7 @@ class DySample(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         check_whole(features=features, scale=scale, groups=groups)
         check_choice(get_args(Style), style=style)
         check_flag(dyscope=dyscope)
@@ -124,7 +126,7 @@ class DySample(nnx.Module):
         """
         check_features(features, self.features)
         check_output_size("dysample", features, output_size, self.scale)
-        x = features.astype(compute_dtype(self.dtype, features))
+        x = features.astype(compute_dtype(self.dtype, features, values))
         if values is not None:
             values = reassembled(x, values, groups=self.value_groups)
         samples = deformable_sample(

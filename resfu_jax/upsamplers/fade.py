@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_flag, check_odd, check_whole, need
 from resfu_jax.ops import Implementation
+from resfu_jax.ops.checks import check_floating
 from resfu_jax.ops.depthwise_conv import depthwise_conv
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.local_window import local_attention
@@ -89,6 +90,7 @@ class FADE(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         guide_features = need_guide("fade", guide_features)
         check_whole(features=features, scale=scale, embedding_dim=embedding_dim)
         check_odd(up_kernel_size=up_kernel_size)
@@ -126,7 +128,7 @@ class FADE(nnx.Module):
         """
         check_features(features, self.features)
         check_guide(features, guide, self.guide_features)
-        dtype = compute_dtype(self.dtype, features, guide)
+        dtype = compute_dtype(self.dtype, features, guide, values)
         x, y = features.astype(dtype), guide.astype(dtype)
         encoder, decoder = apply_linear(y, self.compress_guide), apply_linear(x, self.compress)
         scores = self._scores(encoder, decoder)

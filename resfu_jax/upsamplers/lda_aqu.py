@@ -35,6 +35,7 @@ from resfu_jax._checks import (
     need,
 )
 from resfu_jax.ops import Implementation
+from resfu_jax.ops.checks import check_floating
 from resfu_jax.ops.deformable_attention import deformable_attention
 from resfu_jax.ops.depthwise_conv import depthwise_conv
 from resfu_jax.ops.dtypes import at_least_float32
@@ -105,6 +106,7 @@ class LDAAQU(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         check_whole(features=features, reduction_factor=reduction_factor, nh=nh, n_groups=n_groups)
         check_odd(k_e=k_e, k_u=k_u)
         check_positive(scale=scale)
@@ -149,7 +151,7 @@ class LDAAQU(nnx.Module):
           ValueError: a wrong number of channels.
         """
         check_features(features, self.features)
-        x = features.astype(compute_dtype(self.dtype, features))
+        x = features.astype(compute_dtype(self.dtype, features, values))
         normed = apply_norm(x, self.norm)
         if output_size is None:
             output_size = tuple(_times(n, self.scale) for n in x.shape[1:3])

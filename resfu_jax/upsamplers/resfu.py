@@ -36,6 +36,7 @@ from resfu_jax._checks import (
     need,
 )
 from resfu_jax.ops import Implementation
+from resfu_jax.ops.checks import check_floating
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.filters import (
     check_gf_scale,
@@ -134,6 +135,7 @@ class ReSFU(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         guide_features = need_guide("resfu", guide_features)
         dilation = scale if dilation is None else dilation
         check_whole(
@@ -219,7 +221,7 @@ class ReSFU(nnx.Module):
         Any H >= h and W >= w.
         """
         attn = self.attention(features, guide)
-        dtype = compute_dtype(self.dtype, features, guide)
+        dtype = compute_dtype(self.dtype, features, guide, values)
         v = reassembled(features.astype(dtype), values)
         return fns_attention(attn, v, implementation=self.implementation, tile=self.tile)
 

@@ -36,6 +36,7 @@ from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_flag, check_odd, check_whole, need
 from resfu_jax.ops import Implementation
+from resfu_jax.ops.checks import check_floating
 from resfu_jax.ops.deformable_attention import deformable_attention
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.local_window import (
@@ -113,6 +114,7 @@ class SAPA(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         guide_features = need_guide("sapa", guide_features)
         out_dim = features if out_dim is None else out_dim
         check_whole(features=features, scale=scale, out_dim=out_dim)
@@ -160,7 +162,7 @@ class SAPA(nnx.Module):
         """
         check_features(features, self.features)
         check_guide(features, guide, self.guide_features)
-        dtype = compute_dtype(self.dtype, features, guide)
+        dtype = compute_dtype(self.dtype, features, guide, values)
         x, y = features.astype(dtype), guide.astype(dtype)
         scores = self._scores(x, y)
         if values is None and self.v is not None:
@@ -251,6 +253,7 @@ class SAPADeform(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_floating(dtype=dtype, param_dtype=param_dtype)
         guide_features = need_guide("sapa_deform", guide_features)
         check_whole(
             features=features,
@@ -296,7 +299,7 @@ class SAPADeform(nnx.Module):
         """
         check_features(features, self.features)
         check_guide(features, guide, self.guide_features)
-        dtype = compute_dtype(self.dtype, features, guide)
+        dtype = compute_dtype(self.dtype, features, guide, values)
         x, y = features.astype(dtype), guide.astype(dtype)
         normed = apply_norm(x, self.norm_x)
         q = apply_linear(apply_norm(y, self.norm_y), self.q)

@@ -1,0 +1,999 @@
+"""What from_torch and load_pretrained take: arguments, types, files, prefixes; what they say."""
+
+import collections
+import hashlib
+import inspect
+import io
+import json
+import math
+import pathlib
+import pickle
+import struct
+import sys
+import types
+import zipfile
+
+import goldens
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+import resfu_jax.convert as convert
+from resfu_jax.backbones import create_backbone
+from resfu_jax.convert import from_torch, load_pretrained
+from resfu_jax.convert._files import read_weights
+from resfu_jax.heads import HEADS
+from resfu_jax.model import create_model
+from resfu_jax.training import BackboneConfig, pretrained_backbone
+
+HERE = pathlib.Path(__file__).parent
+TORCH = HERE / "goldens_torch"  # made by scripts/make_torch_goldens.py
+
+# ------------------------------------------------------------------------------ official arguments
+# The constructors' parameters in their order, as the repositories state them at the commits of the
+# golden files; REQUIRED where there is no default.
+REQUIRED = inspect.Parameter.empty
+_SAPA = dict(dim_y=REQUIRED, dim_x=None)
+_FADE = dict(in_channels_en=REQUIRED, in_channels_de=None, scale=2, up_kernel_size=5)
+_CONV = dict(groups=1, bias=True, dilation=1, padding_mode="zeros")
+OFFICIAL = {
+    "zmhhmz/ReSFU:ReSFU": dict(
+        dim_y=REQUIRED,
+        dim_x=None,
+        groups=4,
+        kernel_size=3,
+        scale_factor=4,
+        embedding_dim=32,
+        y_conv=True,
+        qkv_bias=True,
+        normx=True,
+        normy=True,
+        gn_dim=8,
+        radius=8,
+        eps=0.001,
+        lr_mult=1.0,
+        gf_scale=2,
+    ),
+    "zmhhmz/ReSFU:PCDC_Block": dict(
+        in_channels=REQUIRED,
+        scale_factor=REQUIRED,
+        mid_channels=128,
+        kernel_size=3,
+        groups=4,
+        gn_dim=8,
+    ),
+    "poppinace/sapa:SAPA": _SAPA
+    | dict(up_factor=2, up_kernel_size=5, embedding_dim=64, qkv_bias=True, norm="LayerNorm"),
+    "poppinace/sapa:SAPAExp": _SAPA
+    | dict(
+        out_dim=None,
+        q_mode="encoder_only",
+        v_embed=False,
+        up_factor=2,
+        up_kernel_size=5,
+        embedding_dim=64,
+        qkv_bias=True,
+        norm="LayerNorm",
+    ),
+    "tiny-smart/sapa:SAPA": _SAPA
+    | dict(up_factor=2, up_kernel_size=5, embedding_dim=32, qkv_bias=True, norm=True),
+    "tiny-smart/sapa:SAPADeform": _SAPA
+    | dict(
+        up_factor=2,
+        num_point=9,
+        groups=4,
+        embedding_dim=32,
+        qkv_bias=True,
+        high_offset=True,
+        norm=False,
+    ),
+    "poppinace/fade:FADE": _FADE,
+    "poppinace/fade:FADELite": _FADE,
+    "poppinace/fade:SemiShiftUp": _FADE,
+    "tiny-smart/dysample:DySample": dict(
+        in_channels=REQUIRED, scale=2, style="lp", groups=4, dyscope=False
+    ),
+    "duzw9311/LDA-AQU:LDA_AQU": dict(
+        in_channels=REQUIRED,
+        reduction_factor=4,
+        nh=1,
+        scale_factor=2.0,
+        k_e=3,
+        k_u=3,
+        n_groups=2,
+        range_factor=11,
+        rpb=True,
+    ),
+    "open-mmlab/mmcv:CARAFEPack": dict(
+        channels=REQUIRED,
+        scale_factor=REQUIRED,
+        up_kernel=5,
+        up_group=1,
+        encoder_kernel=3,
+        encoder_dilation=1,
+        compressed_channels=64,
+    ),
+    "pytorch/pytorch:ConvTranspose2d": dict(
+        in_channels=REQUIRED,
+        out_channels=REQUIRED,
+        kernel_size=REQUIRED,
+        stride=1,
+        padding=0,
+        output_padding=0,
+    )
+    | _CONV,
+    # The arguments of Conv2d, whose out_channels is out_channels_conv, and of PixelShuffle.
+    "pytorch/pytorch:Sequential(Conv2d, PixelShuffle)": dict(
+        in_channels=REQUIRED,
+        out_channels_conv=REQUIRED,
+        kernel_size=REQUIRED,
+        upscale_factor=REQUIRED,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        bias=True,
+        padding_mode="zeros",
+    ),
+}
+OURS = {"implementation", "dtype", "param_dtype", "dilation", "tile", "scrambled_phases"}
+
+
+def test_all_official_classes_are_listed():
+    assert OFFICIAL.keys() == convert._CONVERTERS.keys()
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_defaults_are_the_official_ones(name):
+    parameters = list(inspect.signature(convert._CONVERTERS[name]).parameters.values())[1:]
+    ours = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters)
+    added = ours.keys() - OFFICIAL[name].keys()
+    assert added <= OURS - (OFFICIAL[name].keys())
+    official = {k: v for k, v in ours.items() if k not in added}
+    assert list(official.items()) == list(OFFICIAL[name].items())
+    assert list(ours)[: len(official)] == list(official)  # the official order
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_unknown_and_missing_arguments_are_named(name):
+    required = [k for k, v in OFFICIAL[name].items() if v is REQUIRED]
+    with pytest.raises(ValueError) as error:
+        from_torch(name, {}, **dict.fromkeys(required, 8), guide_features=3)
+    assert f"unknown argument of {name} 'guide_features'" in str(error.value)
+    assert all(argument in str(error.value) for argument in OFFICIAL[name])
+    with pytest.raises(ValueError, match=f"needs {' and '.join(required)}, as its constructor"):
+        from_torch(name, {})
+
+
+def test_resfu_without_its_scale_is_the_official_one():
+    """The golden file of scale 4, read without saying so."""
+    g = goldens.load("resfu_s4_k3_gf2_stages")
+    arguments = {k: v for k, v in g.args.items() if k != "scale_factor"}
+    up = from_torch("ReSFU", g.group("param"), **arguments)
+    x, y = (jnp.asarray(goldens.nhwc(g.arrays[f"in/{n}"])) for n in "xy")
+    goldens.assert_close(up(x, y), goldens.nhwc(g.arrays["out/y"]), g.tol_out, "y")
+
+
+def test_pytorchs_own_arguments():
+    g = goldens.load("classic_conv_transpose_k3s2p1op1")
+    state = g.group("param")
+    arguments = {k: (v, v) if "channels" not in k else v for k, v in g.args.items()}
+    up = from_torch("ConvTranspose2d", state, **arguments)
+    x = jnp.asarray(goldens.nhwc(g.arrays["in/x"]))
+    goldens.assert_close(up(x), goldens.nhwc(g.arrays["out/y"]), g.tol_out, "y")
+    without = from_torch("ConvTranspose2d", {"weight": state["weight"]}, **g.args, bias=False)
+    goldens.assert_close(without(x), np.asarray(up(x)) - state["bias"], 1e-6, "without bias")
+    for wrong in (
+        dict(groups=2),
+        dict(dilation=2),
+        dict(padding_mode="reflect"),
+        dict(kernel_size=(3, 1)),
+    ):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            from_torch("ConvTranspose2d", state, **g.args | wrong)
+
+
+# ------------------------------------------------------------------------------- types of state
+CARAFE = goldens.load("carafe_s2_k5_g1")
+STATE = CARAFE.group("param")
+
+
+def carafe(state, **options):
+    return from_torch("CARAFEPack", state, **CARAFE.args, **options)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(a, nnx.Param), nnx.state(b, nnx.Param))
+
+
+class Tensor:
+    """What from_torch may rely on of torch.Tensor; PyTorch itself is not among the requirements."""
+
+    def __init__(self, value, dtype=None, grad=False, device="cpu"):
+        self.value, self.grad, self.device = value, grad, device
+        self.bfloat16 = dtype == "bfloat16"
+        self.shape = value.shape
+
+    def detach(self):
+        return Tensor(self.value, "bfloat16" if self.bfloat16 else None, device=self.device)
+
+    def cpu(self):
+        return Tensor(self.value, "bfloat16" if self.bfloat16 else None, grad=self.grad)
+
+    def float(self):
+        return Tensor(self.value.astype(np.float32), grad=self.grad)
+
+    def numpy(self):
+        if self.bfloat16:
+            raise TypeError("Got unsupported ScalarType BFloat16")
+        if self.grad:
+            raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+        if self.device != "cpu":
+            raise TypeError("can't convert cuda:0 device type tensor to numpy.")
+        return self.value
+
+    def __array__(self, dtype=None, copy=None):
+        return self.numpy()
+
+
+class Module:
+    """A torch.nn.Module, as far as its state_dict."""
+
+    def __init__(self, state):
+        self._state = state
+
+    def state_dict(self):
+        return self._state
+
+
+def rounded(state):
+    return {k: v.astype(ml_dtypes.bfloat16) for k, v in state.items()}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        collections.OrderedDict(STATE),
+        types.MappingProxyType(STATE),
+        {k: jnp.asarray(v) for k, v in STATE.items()},
+        {k: v.tolist() for k, v in STATE.items()},
+        {k: Tensor(v, grad=True, device="cuda:0") for k, v in STATE.items()},
+        Module(STATE),
+        {"state_dict": STATE, "optimizer": {"state": {0: {"exp_avg": np.ones(3)}}}, "epoch": 3},
+        {"model": Module(STATE), "epoch": 3},
+        {f"module.{k}": v for k, v in STATE.items()},
+        {f"_orig_mod.module.{k}": v for k, v in STATE.items()},
+        {"state_dict": {f"module.{k}": v for k, v in STATE.items()}, "args": object()},
+    ],
+    ids=[
+        "OrderedDict",
+        "mapping",
+        "jax",
+        "lists",
+        "parameters on a GPU",
+        "module",
+        "checkpoint",
+        "checkpoint of a module",
+        "module.",
+        "_orig_mod.module.",
+        "state_dict.module.",
+    ],
+)
+def test_state_dicts(state):
+    same(carafe(state), carafe(STATE))
+
+
+def test_bfloat16_is_read_exactly():
+    narrow = rounded(STATE)
+    expected = carafe({k: v.astype(np.float32) for k, v in narrow.items()})
+    same(carafe(narrow), expected)
+    tensors = {k: Tensor(v, dtype="bfloat16", grad=True) for k, v in narrow.items()}
+    same(carafe(tensors), expected)
+    kept = carafe(narrow, param_dtype=jnp.bfloat16)
+    assert kept.encode.kernel.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        kept.encode.kernel[...].astype(np.float32), expected.encode.kernel[...]
+    )
+
+
+def test_weights_do_not_follow_the_array_that_they_are_from():
+    state = {k: v.copy() for k, v in STATE.items()}
+    up = carafe(state)
+    for v in state.values():
+        v[...] = 0
+    same(up, carafe(STATE))
+
+
+@pytest.mark.parametrize("wrong", [np.int8, np.int64, bool, np.complex64])
+def test_weights_are_floating_point(wrong):
+    state = STATE | {"content_encoder.bias": STATE["content_encoder.bias"].astype(wrong)}
+    with pytest.raises(ValueError, match="'content_encoder.bias' holds .*not floating-point"):
+        carafe(state)
+
+
+def test_what_cannot_be_read_is_named():
+    class Meta(Tensor):
+        def cpu(self):
+            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+
+        detach = Tensor.numpy = lambda self: self
+
+    state = STATE | {"content_encoder.bias": Meta(STATE["content_encoder.bias"])}
+    with pytest.raises(ValueError, match="'content_encoder.bias' is a Meta that cannot be read"):
+        carafe(state)
+
+
+def test_constants_are_checked():
+    g = goldens.load("resfu_s2_k3_gf1")
+    state = g.group("param")
+    with pytest.raises(ValueError, match="'GF.kernel' is not a box of ones"):
+        from_torch("ReSFU", state | {"GF.kernel": 2 * state["GF.kernel"]}, **g.args)
+    parameters = {k: v for k, v in state.items() if k != "GF.kernel"}
+    with pytest.raises(ValueError, match=r"give its state_dict\(\), not named_parameters\(\)"):
+        from_torch("ReSFU", parameters, **g.args)
+
+
+# ---------------------------------------------------------------------------------------- prefixes
+def test_a_part_of_a_larger_model_is_asked_for():
+    larger = {f"decode_head.up.{k}": v for k, v in STATE.items()} | {"backbone.w": np.ones(3)}
+    with pytest.raises(
+        ValueError, match=r"others beside .*mean these with prefix='decode_head.up.'"
+    ):
+        carafe(larger)
+    for prefix in ("decode_head.up", "decode_head.up."):
+        same(carafe(larger, prefix=prefix), carafe(STATE))
+    two = larger | {f"decode_head.up2.{k}": v for k, v in STATE.items()}
+    with pytest.raises(
+        ValueError, match=r"2 places, 'decode_head.up.', 'decode_head.up2.': choose"
+    ):
+        carafe(two)
+    with pytest.raises(ValueError, match=r"no name begins with prefix 'neck.'; its names begin"):
+        carafe(larger, prefix="neck")
+    # A copy beside the weights is another place, also of a checkpoint.
+    for state in (STATE | {f"ema.{k}": v for k, v in STATE.items()}, {"a": STATE, "b": STATE}):
+        with pytest.raises(ValueError, match="in 2 places, .*choose one with prefix="):
+            carafe(state)
+    same(carafe({"a": STATE, "b": STATE}, prefix="b"), carafe(STATE))
+    # Wrappers in front of the prefix are found; not if there are two.
+    for state in ({"state_dict": larger}, {f"module.{k}": v for k, v in two.items()}):
+        same(carafe(state, prefix="decode_head.up"), carafe(STATE))
+    with pytest.raises(ValueError, match="in 2 places: choose one of 'a.decode_head.up.', 'b.dec"):
+        carafe({"a": larger, "b": larger}, prefix="decode_head.up")
+    same(carafe({"a": larger, "b": larger}, prefix="b.decode_head.up"), carafe(STATE))
+    with pytest.raises(ValueError, match="missing 'channel_compressor.weight'"):
+        carafe({"model": STATE}, prefix="")
+
+
+def test_what_is_below_a_prefix_is_still_checked():
+    state = {f"module.{k}": v for k, v in STATE.items()}
+    with pytest.raises(ValueError, match="of the entries below 'module.'.*unexpected 'extra'"):
+        carafe(state | {"module.extra": np.ones(1)})
+    del state["module.content_encoder.bias"]
+    with pytest.raises(ValueError, match="below 'module.'.*missing 'content_encoder.bias'"):
+        carafe(state)
+
+
+SMALL = {
+    "mit": dict(widths=(8, 16, 24, 32), depths=(2, 1, 1, 1), heads=(1, 2, 3, 4)),
+    "resnet": dict(variant="50", widths=(2, 4, 6, 8), depths=(1, 2, 1, 1), stem_width=8),
+    "vit": dict(
+        width=16,
+        depth=2,
+        heads=2,
+        mlp_ratio=2,
+        patch_size=4,
+        image_size=(24, 16),
+        layers=(0, 1),
+    ),
+}
+
+
+def entries(family):
+    """A file of the family as published."""
+    if family == "vit":
+        with np.load(HERE / "goldens_vit" / "timm.npz") as z:
+            return {k.removeprefix("param/"): z[k] for k in z.files if k.startswith("param/")}
+    name = {"mit": "model", "resnet": "transformers"}[family]
+    return safetensors.numpy.load_file(HERE / f"goldens_{family}" / f"{name}.safetensors")
+
+
+def backbone(family):
+    return create_backbone(family, **SMALL[family], rngs=nnx.Rngs(0))
+
+
+def write(path, entries):
+    safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in entries.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "backbone.", "model.", "encoder.", "module.backbone.", "teacher.x."],
+)
+def test_prefixes_of_backbones(family, prefix, tmp_path):
+    state, expected, model = entries(family), backbone(family), backbone(family)
+    unused = load_pretrained(write(tmp_path / "a.safetensors", state), expected)
+    path = write(tmp_path / "b.safetensors", {prefix + k: v for k, v in state.items()})
+    assert load_pretrained(path, model) == [prefix + k for k in unused]
+    same(model, expected)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_backbones_of_larger_models(family, tmp_path):
+    """A segmentor's backbone; DINO's student beside its teacher."""
+    state, expected, model = entries(family), backbone(family), backbone(family)
+    load_pretrained(write(tmp_path / "a.safetensors", state), expected)
+    others = {f"neck.conv.{i}.weight": np.ones(3, np.float32) for i in range(3)}
+    larger = {f"backbone.{k}": v for k, v in state.items()} | others
+    unused = load_pretrained(write(tmp_path / "b.safetensors", larger), model)
+    assert set(others) <= set(unused)
+    same(model, expected)
+    nested = write(tmp_path / "d.safetensors", {f"a.{k}": v for k, v in larger.items()})
+    model = backbone(family)
+    load_pretrained(nested, model, prefix="a")
+    same(model, expected)
+
+    student = {f"student.module.backbone.{k}": np.zeros_like(v) for k, v in state.items()}
+    two = student | {f"teacher.backbone.{k}": v for k, v in state.items()}
+    path, model = write(tmp_path / "c.safetensors", two), backbone(family)
+    with pytest.raises(ValueError, match="2 places, .*teacher.*choose one with prefix="):
+        load_pretrained(path, model)
+    for prefix in ("teacher.backbone", "teacher."):
+        model = backbone(family)
+        assert set(student) <= set(load_pretrained(path, model, prefix=prefix))
+        same(model, expected)
+
+
+# -------------------------------------------------------------------------------- causes, messages
+def test_the_cause_comes_first(tmp_path):
+    resnet18 = nnx.eval_shape(lambda: create_backbone("resnet", variant="18", rngs=nnx.Rngs(0)))
+    file = HERE / "goldens_resnet" / "transformers.safetensors"
+    cases = [
+        (file, resnet18, "it holds a ResNet of bottlenecks, .*and the model is ResNet-18"),
+        (HERE / "goldens_mit", backbone("resnet"), "it holds a MiT of .*and the model is a ResNet"),
+        (file, backbone("vit"), "it holds a ResNet of .*and the model is ViT-2 blocks of 16/4"),
+    ]
+    nothing = write(tmp_path / "n.safetensors", {f"a{i}.b": np.ones(1) for i in range(2000)})
+    cases.append((nothing, backbone("mit"), "it has none of the names of MiT; its names begin"))
+    authors = {
+        "patch_embed1.proj.weight": np.ones((8, 3, 7, 7)),
+        "block1.0.norm1.weight": np.ones(8),
+    }
+    authors = write(tmp_path / "m.safetensors", authors)
+    cases.append(
+        (authors, backbone("mit"), "it holds a MiT as its authors name it .*nvidia/mit-b0")
+    )
+    for path, model, message in cases:
+        with pytest.raises(ValueError, match=f"does not fit [MRV][a-zA-Z]*: {message}") as error:
+            load_pretrained(path, model)
+        assert len(str(error.value)) < 2000
+
+
+def test_long_lists_are_counted():
+    with pytest.raises(ValueError) as error:
+        carafe({f"layer{i}.{'x' * 500}": np.ones(2) for i in range(500)})
+    text = str(error.value)
+    assert len(text) < 2000
+    assert "4 missing, 500 unexpected (of 4 needed)" in text
+    assert "missing 'channel_compressor.weight' (12, 8, 1, 1)" in text and "more" in text
+    wider = from_torch_error(STATE, compressed_channels=13)
+    assert "all names are right, so the arguments or sizes are others" in wider
+    assert "3 of another shape (of 4 needed)" in wider
+
+
+def from_torch_error(state, **options):
+    with pytest.raises(ValueError) as error:
+        from_torch("CARAFEPack", state, **CARAFE.args | options)
+    return str(error.value)
+
+
+# ----------------------------------------------------------------------------- training's own path
+@pytest.mark.parametrize("family", SMALL)
+def test_training_starts_from_weights(family, tmp_path):
+    """As train.py does it: read into shapes only, and stored into the model under jit."""
+    path = write(tmp_path / "w.safetensors", entries(family))
+    options = dict(SMALL[family])
+    config = BackboneConfig(
+        name=family, variant=options.pop("variant", default(family)), options=options,
+        pretrained=str(path),
+    )  # fmt: skip
+    weights = pretrained_backbone(config)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(weights))
+
+    def init(pretrained):
+        model = create_backbone(family, **SMALL[family], rngs=nnx.Rngs(1))
+        nnx.update(model, pretrained)
+        return nnx.as_pure(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
+
+    expected = backbone(family)
+    load_pretrained(path, expected)
+    wanted = nnx.as_pure(nnx.state(expected, nnx.Any(nnx.Param, nnx.BatchStat)))
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(init)(weights), wanted)
+
+
+kinds = nnx.Any(nnx.Param, nnx.BatchStat)
+
+
+def default(family):
+    return {"mit": "b0", "resnet": "50", "vit": "tiny"}[family]
+
+
+VITS = {
+    "vit": dict(norm_epsilon=1e-12),
+    "dinov2": dict(variant="dinov2_small"),
+    "dinov2_registers": dict(variant="dinov2_registers_small", registers=3),
+    "dinov3": dict(variant="dinov3_small", registers=3),
+}
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_training_starts_from_every_vit(name, tmp_path):
+    with np.load(HERE / "goldens_vit" / f"{name}.npz") as z:
+        state = {k.removeprefix("param/"): z[k] for k in z.files if k.startswith("param/")}
+    options = SMALL["vit"] | dict(image_size=24) | VITS[name]
+    variant = options.pop("variant", "tiny")
+    path = write(tmp_path / "w.safetensors", state)
+    weights = pretrained_backbone(
+        BackboneConfig(name="vit", variant=variant, options=options, pretrained=str(path))
+    )
+    expected = create_backbone("vit", variant=variant, **options, rngs=nnx.Rngs(0))
+    load_pretrained(path, expected)
+    jax.tree.map(
+        np.testing.assert_array_equal, weights, nnx.as_pure(nnx.state(expected, nnx.Param))
+    )
+
+
+# A SegFormer head takes four maps, and the small ViT has two blocks.
+@pytest.mark.parametrize(
+    "family, head", [(f, h) for f in SMALL for h in HEADS if (f, h) != ("vit", "segformer")]
+)
+def test_training_starts_under_every_head(family, head, tmp_path):
+    """train.py's first line of weights: into the backbone of the whole model, in shapes."""
+    options = SMALL[family] | (dict(layers=(1,)) if family == "vit" and "linear" in head else {})
+    path = write(tmp_path / "w.safetensors", entries(family))
+    fields = {k: v for k, v in options.items() if k != "variant"}
+    weights = pretrained_backbone(
+        BackboneConfig(name=family, variant=default(family), options=fields, pretrained=str(path))
+    )
+    heads = {"linear": dict(scale=2, guide_stride=2), "linear_probe": {}}
+    model = nnx.eval_shape(
+        lambda: create_model(
+            backbone=dict(name=family, **options),
+            head=dict(name=head, upsampler="bilinear") | heads.get(head, {}),
+            num_classes=3,
+            rngs=nnx.Rngs(0),
+        )
+    )
+    shapes = jax.tree.map(jnp.shape, nnx.as_pure(nnx.state(model.backbone, kinds)))
+    assert jax.tree.map(jnp.shape, weights) == shapes
+    nnx.update(model.backbone, weights)
+    found = jax.tree.leaves(nnx.state(model.backbone, kinds))
+    assert all(isinstance(leaf, jax.Array) for leaf in found)
+
+
+def test_training_chooses_between_places(tmp_path):
+    state = entries("mit")
+    path = write(
+        tmp_path / "w.safetensors", {f"{t}.{k}": v for t in "ab" for k, v in state.items()}
+    )
+    config = BackboneConfig(options=SMALL["mit"], pretrained=str(path))
+    with pytest.raises(ValueError, match="in 2 places"):
+        pretrained_backbone(config)
+    config.pretrained_prefix = "b"
+    assert jax.tree.leaves(pretrained_backbone(config))
+
+
+# ------------------------------------------------------------------------------ files of torch.save
+_BASE = np.arange(60, dtype=np.float32)
+TENSORS = {
+    "plain": _BASE.reshape(3, 4, 5),
+    "transposed": _BASE.reshape(3, 20).T,
+    "strided": _BASE[7:31:3],
+    "expanded": np.tile(np.float32([1, 2]), (4, 1)),
+    "empty": np.zeros((0, 3), np.float32),
+    "scalar": np.float32(5),
+    "half": (_BASE[:6] / 8).astype(np.float16),
+    "bfloat16": (_BASE[:6] / 8).astype(ml_dtypes.bfloat16),
+    "float8": (_BASE[:6] / 8).astype(ml_dtypes.float8_e4m3fn),
+    "double": np.arange(3) / 3,
+    "integers": np.arange(5),
+    "unsigned": np.array([1, 65535], np.uint16),
+    "booleans": np.array([True, False]),
+    "parameter": _BASE[:4].reshape(2, 2),
+    "noted": _BASE[:4].reshape(2, 2),
+}
+
+
+@pytest.mark.parametrize("file", ["zip.pth", "stream.pth"])
+def test_files_of_torch(file):
+    checkpoint = read_weights(TORCH / file)
+    assert list(checkpoint["state_dict"]) == list(TENSORS)
+    for name, expected in TENSORS.items():
+        found = np.asarray(checkpoint["state_dict"][name])
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        np.testing.assert_array_equal(found.astype(np.float64), expected.astype(np.float64))
+    assert checkpoint["epoch"] == 3
+    assert np.asarray(checkpoint["optimizer"]["state"][0]["exp_avg"]).shape == (1, 1, 1, 1)
+
+
+class Global:
+    """Pickles as a reference to a name, called with arguments if there are any."""
+
+    def __init__(self, name, *arguments):
+        self.name, self.arguments = name, arguments
+
+
+class Storage(Global):
+    """Pickles as PyTorch's persistent id of a storage."""
+
+
+class Pickler(pickle._Pickler):
+    """Writes what torch.save writes, without PyTorch, and what it never would."""
+
+    def save(self, obj, save_persistent_id=True):
+        if isinstance(obj, Storage):
+            kind, key, size = obj.arguments
+            self.save(("storage", Global(f"torch.{kind}"), key, "cpu", size))
+            self.write(pickle.BINPERSID)
+        elif isinstance(obj, Global):
+            module, _, name = obj.name.rpartition(".")
+            self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
+            if obj.arguments:
+                self.save(obj.arguments)
+                self.write(pickle.REDUCE)
+        else:
+            super().save(obj, save_persistent_id)
+
+
+def tensor(values, key="0", *, size=None, offset=0, shape=None, strides=None, kind="FloatStorage"):
+    shape = values.shape if shape is None else shape
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))] if strides is None else strides
+    storage = Storage("", kind, key, values.size if size is None else size)
+    return Global(
+        "torch._utils._rebuild_tensor_v2", storage, offset, tuple(shape), tuple(strides), False, {}
+    )
+
+
+def dump(content):
+    buffer = io.BytesIO()
+    Pickler(buffer, 2).dump(content)
+    return buffer.getvalue()
+
+
+def archive(path, content, storages, *, order=b"little", compression=zipfile.ZIP_STORED):
+    data = content if isinstance(content, bytes) else dump(content)
+    with zipfile.ZipFile(path, "w", compression) as z:
+        z.writestr("archive/data.pkl", data)
+        z.writestr("archive/byteorder", order)
+        for key, values in storages.items():
+            z.writestr(f"archive/data/{key}", values)
+    return path
+
+
+def carafe_file(path, **options):
+    state = {k: tensor(v, str(i)) for i, (k, v) in enumerate(STATE.items())}
+    order = options.pop("order", b"little")
+    bytes_of = {
+        str(i): v.astype({b"little": "<f4", b"big": ">f4"}[order]).tobytes()
+        for i, v in enumerate(STATE.values())
+    }
+    return archive(path, {"state_dict": state, "epoch": 3}, bytes_of, order=order, **options)
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.pt", "a.bin", "a.ckpt", "a.pth.tar", "a"])
+def test_from_torch_reads_files(name, tmp_path):
+    same(carafe(carafe_file(tmp_path / name)), carafe(STATE))
+    same(carafe(str(tmp_path / name)), carafe(STATE))
+    same(carafe(write(tmp_path / "a.safetensors", STATE)), carafe(STATE))
+
+
+def test_big_endian(tmp_path):
+    same(carafe(carafe_file(tmp_path / "a.pth", order=b"big")), carafe(STATE))
+
+
+def test_bfloat16_of_safetensors(tmp_path):
+    safetensors.numpy.save_file(rounded(STATE), tmp_path / "a.safetensors")
+    expected = carafe({k: v.astype(np.float32) for k, v in rounded(STATE).items()})
+    same(carafe(tmp_path / "a.safetensors"), expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["os.system", "posix.system", "builtins.eval", "builtins.exec", "builtins.getattr",
+     "subprocess.Popen", "torch.load", "torch.hub.load", "numpy.load", "runpy.run_path",
+     "torch.serialization.load", "functools.partial", "operator.attrgetter", "my.models.Net"],
+)  # fmt: skip
+def test_nothing_is_executed(name, tmp_path, monkeypatch):
+    """Wherever it is in the file: also beside weights that could be read."""
+    imported = []
+    monkeypatch.setattr("builtins.__import__", spy(imported))
+    state = {k: tensor(v, str(i)) for i, (k, v) in enumerate(STATE.items())}
+    storages = {str(i): v.tobytes() for i, v in enumerate(STATE.values())}
+    for content in (
+        state | {"x": Global(name, "touch pwned")},
+        state | {"x": Global(name)},
+        {"state_dict": state, "optimizer": [Global(name, "touch pwned")]},
+        Global("torch._utils._rebuild_parameter", Global(name, "x"), True, {}),
+        {Global(name, "touch pwned"): 1},
+    ):
+        path = archive(tmp_path / "a.pth", content, storages)
+        with pytest.raises(ValueError, match=f"names '{name}', which would be run by torch.load"):
+            carafe(path)
+    assert not [
+        module for module in imported if module.split(".")[0] in ("subprocess", "runpy", "my")
+    ]
+
+
+def spy(imported):
+    real = __import__
+
+    def import_(name, *rest):
+        imported.append(name)
+        return real(name, *rest)
+
+    return import_
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (tensor(_BASE, size=10**15), "damaged or cut short"),
+        (tensor(_BASE, offset=30), "reaches to element 89 of a storage of 60"),
+        (tensor(_BASE, shape=(10**9, 10**9)), "reaches to element"),
+        (tensor(_BASE, strides=(2,)), "reaches to element 118"),
+        (tensor(_BASE, strides=(-1,)), "negative size, stride or offset"),
+        (tensor(_BASE, offset=-4), "negative size, stride or offset"),
+        (tensor(_BASE, shape=(2**70,), strides=(1,)), "reaches to element"),
+        (tensor(_BASE, strides=(1, 1)), "damaged"),
+        (tensor(_BASE, key="1"), "'data/1', which it refers to, is not in it"),
+        (tensor(_BASE, key="../../secret"), "which it refers to, is not in it"),
+        (tensor(_BASE, kind="QInt8Storage"), "names 'torch.QInt8Storage'"),
+        (Global("torch._utils._rebuild_tensor_v2", 1, 2, 3), "damaged"),
+        (Global("torch._utils._rebuild_sparse_tensor", 1), "_rebuild_sparse_tensor"),
+    ],
+)  # fmt: skip
+def test_hostile_tensors(content, message, tmp_path):
+    path = archive(tmp_path / "a.pth", {"w": content}, {"0": _BASE.tobytes()})
+    with pytest.raises(ValueError, match=message) as error:
+        np.asarray(read_weights(path)["w"])
+    assert str(path) in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_a_tensor_that_repeats_one_number_is_not_written_out(tmp_path):
+    """10^18 numbers in a file of a hundred bytes: refused for their shape, without being made."""
+    content = {"weight": tensor(_BASE, shape=(10**9, 10**9), strides=(0, 0))}
+    path = archive(tmp_path / "a.pth", content, {"0": _BASE.tobytes()})
+    with pytest.raises(ValueError, match=r"'weight' has shape \(1000000000, 1000000000\)"):
+        from_torch("ConvTranspose2d", path, in_channels=1, out_channels=1, kernel_size=1)
+
+
+def nested(depth, code, end):
+    return b"\x80\x02" + code * depth + end + b"."
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"",
+        b".",
+        b"\x80\x02",
+        b"\x80\x02}",
+        b"\x80\x02u.",
+        b"\x80\x02h\x05.",
+        b"\x80\x02]q\x00h\x00a",
+        b"\x80\x02X\xff\xff\xff\x7fabc.",
+        b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7fabc.",
+        b"\x80\x02\x8b\xff\xff\xff\x7f.",
+        nested(200_000, b"]\x85", b""),
+        # A tuple of a tuple of ..., as a key: hashing it would end the process.
+        b"\x80\x02})" + b"\x85" * 1_000_000 + b"Ns.",
+        # A dictionary that holds itself; dictionaries that hold each other twice, 60 deep.
+        b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.",
+        b"\x80\x02}q\x00" + b"}(X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00uq\x00" * 60 + b".",
+        b"\x80\x02(" + b"}" * 10 + b"d.",
+        b"\x80\x02]\x81.",
+        b"\x80\x02\x82\x01.",
+    ],
+    ids=range(17),
+)  # fmt: skip
+def test_hostile_programs(program, tmp_path):
+    path = archive(tmp_path / "a.pth", program, {})
+    with pytest.raises(ValueError) as error:
+        carafe(path)
+    assert len(str(error.value)) < 2000
+
+
+def test_archives_that_torch_does_not_write(tmp_path):
+    def message(path):
+        with pytest.raises(ValueError, match=path.name) as error:
+            carafe(path)
+        return str(error.value)
+
+    path = carafe_file(tmp_path / "a.pth")
+    whole = path.read_bytes()
+    for n in (1, 30, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:n])
+        message(path)
+    damaged = bytearray(whole)
+    at = whole.index(next(iter(STATE.values())).tobytes())
+    damaged[at] ^= 1
+    path.write_bytes(damaged)
+    assert "damaged" in message(path)
+    zeros = archive(tmp_path / "b.pth", {}, {"0": bytes(10**6)}, compression=zipfile.ZIP_DEFLATED)
+    assert "compressed" in message(zeros)
+    np.savez(tmp_path / "c.npz", **{k.replace(".", "_"): v for k, v in STATE.items()})
+    assert "numpy.load" in message(tmp_path / "c.npz")
+    with zipfile.ZipFile(tmp_path / "d.pth", "w") as z:
+        z.writestr("a.txt", "")
+    assert "without a checkpoint" in message(tmp_path / "d.pth")
+    with zipfile.ZipFile(tmp_path / "e.pt", "w") as z:
+        z.writestr("e/data.pkl", dump({}))
+        z.writestr("e/constants.pkl", dump(()))
+    assert "TorchScript" in message(tmp_path / "e.pt")
+
+
+def test_streams_of_torch(tmp_path):
+    stream = (TORCH / "stream.pth").read_bytes()
+    for n in [*range(0, len(stream), 101), len(stream) - 1]:
+        (tmp_path / "a.pth").write_bytes(stream[:n])
+        with pytest.raises(ValueError, match=r"a\.pth"):
+            read_weights(tmp_path / "a.pth")
+    (tmp_path / "b.pth").write_bytes(pickle.dumps({"w": 1}))
+    with pytest.raises(ValueError, match="a pickle, but none that torch.save writes"):
+        read_weights(tmp_path / "b.pth")
+    # A storage that is said to be larger than the file.
+    header = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
+    huge = 2**60
+    content = {"w": tensor(_BASE, size=huge, shape=(huge,))}
+    program = b"".join(map(dump, [*header, content, ["0"]]))
+    (tmp_path / "c.pth").write_bytes(program + struct.pack("<q", huge))
+    with pytest.raises(ValueError, match="cut short"):
+        read_weights(tmp_path / "c.pth")
+
+
+def test_whole_modules_are_not_read():
+    with pytest.raises(
+        ValueError, match=r"holds a whole module.*torch.save\(module.state_dict\(\)"
+    ):
+        read_weights(TORCH / "module.pth")
+
+
+# ------------------------------------------------------------------------------------------ shards
+def shards(folder, state, files=2):
+    names = list(state)
+    places = {n: f"model-{i % files + 1:05}-of-{files:05}.safetensors" for i, n in enumerate(names)}
+    for file in set(places.values()):
+        write(folder / file, {n: state[n] for n in names if places[n] == file})
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return index
+
+
+def test_shards(tmp_path):
+    index = shards(tmp_path, STATE)
+    same(carafe(index), carafe(STATE))
+    same(carafe(tmp_path), carafe(STATE))
+    with pytest.raises(ValueError, match="one of several shards|missing 'channel_compressor"):
+        carafe(tmp_path / "model-00001-of-00002.safetensors")
+
+    mit, expected = backbone("mit"), backbone("mit")
+    (tmp_path / "mit").mkdir()
+    load_pretrained(shards(tmp_path / "mit", entries("mit"), 3).parent, mit)
+    load_pretrained(HERE / "goldens_mit", expected)
+    same(mit, expected)
+    with pytest.raises(ValueError, match="it is one of several shards: give the index"):
+        load_pretrained(tmp_path / "mit" / "model-00001-of-00003.safetensors", mit)
+
+    places = json.loads(index.read_text())
+    places["weight_map"]["lost.weight"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(places))
+    with pytest.raises(ValueError, match="entries that are not in their file: lost.weight"):
+        carafe(index)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="of which model-00002-of-00002.safetensors is not"):
+        carafe(index)
+    for content, message in [
+        ("", "no index of shards"),
+        ("[]", "no index of shards"),
+        ('{"weight_map": {"a": "../b.safetensors"}}', "files outside its folder"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "files outside its folder"),
+        ('{"weight_map": {"a": 3}}', "no index of shards"),
+    ]:
+        index.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            carafe(index)
+
+
+# ----------------------------------------------------------------------------------- paths and hub
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.safetensors", STATE)
+    same(carafe("~/a.safetensors"), carafe(STATE))
+    for missing in ("~/b.safetensors", "~no-such-user/b.pth"):
+        with pytest.raises(FileNotFoundError, match="b\\.(safetensors|pth)|home directory"):
+            carafe(missing)
+
+
+def test_a_missing_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match="runs/net does not exist .*write runs/net@main"):
+        carafe("runs/net")
+    for name in ("runs/a.pth", "other/a.bin", "other/b.ckpt", "a.pt"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            carafe(name)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub of one folder, which keeps files under their SHA-256 as the real one's cache does."""
+    hub = types.ModuleType("huggingface_hub")
+    hub.calls, hub.files = [], {}
+
+    class EntryNotFoundError(OSError):
+        pass
+
+    def hf_hub_download(repo_id, filename, *, revision=None):
+        hub.calls.append(filename)
+        if filename not in hub.files:
+            raise EntryNotFoundError(f"404: {filename}")
+        content = hub.files[filename]
+        blob = tmp_path / "blobs" / hashlib.sha256(content).hexdigest()
+        link = tmp_path / "snapshots" / filename
+        for path in (blob, link):
+            path.parent.mkdir(exist_ok=True, parents=True)
+        if not blob.exists():
+            blob.write_bytes(content)
+        link.unlink(missing_ok=True)
+        link.symlink_to(blob)
+        return str(link)
+
+    hub.hf_hub_download = hf_hub_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    return hub
+
+
+def test_what_a_repository_has_is_found(hub, tmp_path):
+    local = tmp_path / "local"
+    local.mkdir()
+    hub.files["pytorch_model.bin"] = carafe_file(local / "a.bin").read_bytes()
+    same(carafe("owner/net"), carafe(STATE))
+    assert hub.calls[0] == "model.safetensors" and hub.calls[-1] == "pytorch_model.bin"
+    index = shards(local, STATE)
+    hub.files |= {p.name: p.read_bytes() for p in local.glob("model*")}
+    same(carafe("owner/net"), carafe(STATE))
+    assert hub.calls[-1] == "model-00002-of-00002.safetensors"
+    hub.files = {index.name: index.read_bytes()}
+    with pytest.raises(FileNotFoundError, match="404: model-00001-of-00002.safetensors"):
+        carafe("owner/net")
+    hub.files = {}
+    with pytest.raises(FileNotFoundError, match=r"404: model\.safetensors\n"):
+        carafe("owner/net")
+
+
+def test_a_damaged_download_is_told(hub, tmp_path):
+    hub.files["model.safetensors"] = write(tmp_path / "a.safetensors", STATE).read_bytes()
+    same(carafe("owner/net"), carafe(STATE))
+    (blob,) = (tmp_path / "blobs").iterdir()
+    damaged = bytearray(blob.read_bytes())
+    damaged[-1] ^= 1
+    blob.write_bytes(damaged)
+    with pytest.raises(ValueError, match=f"damaged: its SHA-256 is .*the hub says {blob.name}"):
+        carafe("owner/net")
+
+
+def test_https_only(hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example")
+    with pytest.raises(ValueError, match="https only, and HF_ENDPOINT is http://mirror.example"):
+        carafe("owner/net")
+    for url in ("http://example.org/a.pth", "https://example.org/a.pth", "ftp://example.org/a.pth"):
+        with pytest.raises(ValueError, match="is a URL.*SHA-256"):
+            carafe(url)
+    assert not hub.calls
