@@ -159,7 +159,7 @@ def test_exports_with_symbolic_sizes():
         (
             jnp.zeros((3, 3, 3, 1)),
             {"implementation": "block"},
-            "implementation must be None or one of",
+            "implementation must be None",
         ),
         (jnp.zeros((3, 3, 3, 1)), {"stride": 0}, "stride must be one or two positive"),
         (jnp.zeros((3, 3, 3, 1)), {"dilation": (1, 0)}, "dilation must be one or two positive"),
