@@ -43,12 +43,11 @@ def value_and_gradients(graphdef, params, inputs, cotangent):
     return y, vjp(cotangent)
 
 
-# The literal form is the oracle of the other one: float64 is the test of it.
+# On the CPUs that run the tests, `None` is the CPU's form wherever it applies.
 @pytest.mark.parametrize(
     ("implementation", "x64"),
-    [(None, False), (None, True), ("reference", True)],
+    [(form, x64) for form in (None, "reference", "xla", "cpu") for x64 in (False, True)],
     indirect=["x64"],
-    ids=["float32", "x64", "reference-x64"],
 )
 @pytest.mark.parametrize("name", MODULES)
 def test_module(name, implementation, x64):
@@ -82,7 +81,7 @@ OPS = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["reference", "polyphase"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu", None])
 @pytest.mark.parametrize("name", goldens.names(*OPS))
 def test_window_ops(name, implementation, x64):
     g = goldens.load(name, x64=x64)

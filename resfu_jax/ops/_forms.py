@@ -7,10 +7,10 @@ An op has a literal form and fast ones, which give the same values and gradients
     "cpu"         for CPUs, block of rows by block of rows
     "pallas"      kernels for TPUs
 
-All of them take the same arguments: arrays by position, everything else by keyword. What is best is
-decided when a program is *lowered*, for the platform that it is lowered for: a program that is
-exported for several platforms holds one form for each, and one that is compiled ahead of time for
-a TPU is the TPU's, on whatever machine.
+All of them take the same arguments: arrays, or tuples of them, by position, everything else by
+keyword. What is best is decided when a program is *lowered*, for the platform that it is lowered
+for: a program that is exported for several platforms holds one form for each, and one that is
+compiled ahead of time for a TPU is the TPU's, on whatever machine.
 """
 
 import functools
@@ -83,7 +83,7 @@ class Forms:
             self._preference["gpu"] = (gpu,)
 
     def __call__(
-        self, implementation: Implementation | None, *arrays: Array | None, **options: Hashable
+        self, implementation: Implementation | None, *arrays: Any, **options: Hashable
     ) -> Array:
         """The op's result, by the form asked for or, for None, by the best of the platform.
 
@@ -97,7 +97,7 @@ class Forms:
             return best["gpu"](*arrays, **options)
         return _by_platform(tuple(best.items()), tuple(options.items()), *arrays)
 
-    def _named(self, name: str, *arrays: Array | None, **options: Hashable) -> Array:
+    def _named(self, name: str, *arrays: Any, **options: Hashable) -> Array:
         if name not in self._forms:
             known = "no such form" if name in get_args(Implementation) else "unknown"
             raise ValueError(
@@ -109,7 +109,7 @@ class Forms:
             raise ValueError(f"implementation={name!r} does not apply: {reason}; use None")
         return form.function(*arrays, **options)
 
-    def _best(self, platform: str, *arrays: Array | None, **options: Hashable) -> Callable:
+    def _best(self, platform: str, *arrays: Any, **options: Hashable) -> Callable:
         for name in (*self._preference[platform], "reference"):
             form = self._forms.get(name)
             if form is not None and form.refusal(*arrays, **options) is None:
@@ -119,12 +119,12 @@ class Forms:
 
 # Compiled, so that calls outside of `jit` compile once for all equal arguments.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _by_platform(functions: tuple, options: tuple, *arrays: Array | None) -> Array:
+def _by_platform(functions: tuple, options: tuple, *arrays: Any) -> Array:
     return _lowered(functions, options, *arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _lowered(functions: tuple, options: tuple, *arrays: Array | None) -> Array:
+def _lowered(functions: tuple, options: tuple, *arrays: Any) -> Array:
     return _switch(functions, options, lambda f: f, *arrays)
 
 
@@ -143,7 +143,7 @@ def _lowered_bwd(functions, options, arrays, g):
 _lowered.defvjp(_lowered_fwd, _lowered_bwd)
 
 
-def _switch(functions: tuple, options: tuple, make: Callable, *arrays: Array | None) -> Any:
+def _switch(functions: tuple, options: tuple, make: Callable, *arrays: Any) -> Any:
     branches = {platform: make(functools.partial(f, **dict(options))) for platform, f in functions}
     return jax.lax.platform_dependent(
         *arrays, cpu=branches["cpu"], tpu=branches["tpu"], default=branches["gpu"]

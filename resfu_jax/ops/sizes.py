@@ -10,8 +10,8 @@ Size = Any  # int, or a symbolic dimension of `jax.export`
 LONGEST = 2**29  # pixels of an axis
 
 
-def whole_ratio(size: tuple[Size, Size], out_size: tuple[Size, Size]) -> tuple[int, int] | None:
-    """`out_size / size` if both quotients are whole, else `None`. Sizes may be symbolic."""
+def whole_ratio(size: tuple[Size, ...], out_size: tuple[Size, ...]) -> tuple[int, ...] | None:
+    """`out_size / size` if all quotients are whole, else `None`. Sizes may be symbolic."""
     if any(isinstance(n, int) and n < 1 for n in size):
         return None
     if any(o % n != 0 for n, o in zip(size, out_size, strict=True)):

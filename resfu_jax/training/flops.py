@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 # One operation for each value of the result.
 _ELEMENTWISE = frozenset(
@@ -63,7 +65,10 @@ def _programs_of(params: dict[str, Any]) -> Iterator[Any]:
 
 def _of_equation(equation: Any) -> float:
     name, params = equation.primitive.name, equation.params
-    out = math.prod(getattr(equation.outvars[0].aval, "shape", ())) if equation.outvars else 0
+    result = equation.outvars[0].aval if equation.outvars else None
+    if not jnp.issubdtype(getattr(result, "dtype", np.int32), jnp.floating):
+        return 0.0
+    out = math.prod(result.shape)
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         shape = equation.invars[0].aval.shape

@@ -3,7 +3,7 @@
 The queries are one more tap of the convolution, with the weights -sum_j W_j, so that t
 is one matrix product per group. A normalisation is affine once its statistics are known: u is
 projected before it is normalised, norm group by norm group, and only K*K numbers per norm group,
-with the sums that the statistics need, leave a block of rows (`_row_blocks`). Backward, where the
+with the sums that the statistics need, leave a block of rows (`rows`). Backward, where the
 statistics are known, norm and projection are one product. The hidden maps, of four times the
 query's size each, are never written.
 

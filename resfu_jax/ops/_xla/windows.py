@@ -13,6 +13,7 @@ At whole ratios the rows of output pixels of one cell are a strip, else each row
 are cut into tiles of columns, so that the band grows with the tile and not with the map.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from resfu_jax.ops._interp import half_pixel_taps
-from resfu_jax.ops.dtypes import at_least_float32
+from resfu_jax.ops.dtypes import at_least_float32, promote
 from resfu_jax.ops.sizes import Size, cell_index, whole_ratio
 
 _TILE = 32  # cells of a tile of columns, at most
@@ -55,7 +56,7 @@ def attention(scores: Array, scale: Array | None, v: Array, *, groups: int, soft
     b, height, width, channels = scores.shape
     kernel_size = math.isqrt(channels // groups)
     planes = jnp.moveaxis(scores, 3, 1).reshape(b, groups, -1, height, width)
-    weights = planes.astype(jnp.promote_types(scores.dtype, at_least_float32(v.dtype)))
+    weights = planes.astype(promote(scores.dtype, at_least_float32(v.dtype)))
     if softmax:
         weights = jax.nn.softmax(weights, axis=2)
     if scale is not None:
@@ -69,8 +70,9 @@ def fns_attention(attn: Array, x: Array, *, tile: int | None = None) -> Array:
     """Form of `ops.fns_attention`."""
     b, height, width, taps = attn.shape
     k = math.isqrt(taps)
-    planes = jnp.moveaxis(attn, 3, 1).astype(jnp.promote_types(attn.dtype, jnp.float32))
-    rows, cols = _axes(x, (height, width), k // 2, half_pixel_taps)
+    planes = jnp.moveaxis(attn, 3, 1).astype(promote(attn.dtype, at_least_float32(x.dtype)))
+    position = functools.partial(half_pixel_taps, dtype=planes.dtype)
+    rows, cols = _axes(x, (height, width), k // 2, position)
     planes = cols.split(rows.split(planes.reshape(b, 1, k, k, height, width), 4), 6)
     # Of the weights of taps, those of the rows of keys between which their samples lie.
     of_rows = [rows.weights(i, planes.dtype)[:, None, ..., None, None] for i in range(k)]
