@@ -89,7 +89,7 @@ def _hats(
     for u, n in zip(positions(x, points[:, None], padding_mode), x.shape[1:3], strict=True):
         u = jnp.moveaxis(u[:, 0], 1, 3)[:, :, :, None]
         lower = jnp.floor(u)
-        key = jnp.arange(n, dtype=jnp.int32).astype(u.dtype)[:, None]
+        key = jnp.arange(n, dtype=jnp.int32).astype(u.dtype)[None, None, None, :, None]
         # As the literal form, whose slope at a pixel's centre is that beyond it.
         t = u - lower
         hats.append(jnp.where(key == lower, 1 - t, 0) + jnp.where(key == lower + 1, t, 0))

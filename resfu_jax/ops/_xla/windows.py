@@ -43,7 +43,7 @@ def similarity(q: Array, k: Array, *, kernel_size: int) -> Array:
         preferred_element_type=at_least_float32(q.dtype),
     )
     windows = [
-        (scores * cols.weights(j, scores.dtype)[:, None, None]).sum(axis=2)
+        (scores * cols.weights(j, scores.dtype)[None, None, :, None, None]).sum(axis=2)
         for j in range(kernel_size)
     ]
     windows = rows.join(cols.join(jnp.stack(windows, axis=2), 5), 3)
@@ -75,7 +75,9 @@ def fns_attention(attn: Array, x: Array, *, tile: int | None = None) -> Array:
     rows, cols = _axes(x, (height, width), k // 2, position)
     planes = cols.split(rows.split(planes.reshape(b, 1, k, k, height, width), 4), 6)
     # Of the weights of taps, those of the rows of keys between which their samples lie.
-    of_rows = [rows.weights(i, planes.dtype)[:, None, ..., None, None] for i in range(k)]
+    of_rows = [
+        rows.weights(i, planes.dtype)[None, None, :, None, ..., None, None] for i in range(k)
+    ]
     planes = sum(planes[:, :, i, None] * of_rows[i] for i in range(k))
     return _reassemble(planes, x, rows, cols, "edge")
 
@@ -85,7 +87,7 @@ def _reassemble(
 ) -> Array:
     b, groups, _, taps, *_ = weights.shape
     band = sum(
-        weights[:, :, :, j, None] * cols.weights(j, weights.dtype)[:, None, None]
+        weights[:, :, :, j, None] * cols.weights(j, weights.dtype)[None, None, None, :, None, None]
         for j in range(taps)
     ).astype(values.dtype)
     keys = _keys(values, rows, cols, mode)
