@@ -92,10 +92,9 @@ def test_each_platform_has_its_own_form(way):
     op = toy([])
     f = jax.jit(WAYS[way](lambda x: op(None, x, scale=1.0)))
     x = jax.ShapeDtypeStruct(export.symbolic_shape("b, n"), jnp.float32)
-    for platform, number in (("cpu", "1.300000e\\+01"), ("tpu", "1.100000e\\+01")):
+    for platform, number in (("cpu", "1.300000e+01"), ("tpu", "1.100000e+01")):
         program = export.export(f, platforms=[platform])(x).mlir_module()
-        assert re.findall(r"1\.[13]00000e\+01|7\.000000e\+00", program)
-        assert set(re.findall(r"1\.[13]00000e\+01", program)) == {number.replace("\\", "")}
+        assert set(re.findall(r"1\.[13]00000e\+01|7\.000000e\+00", program)) == {number}
 
 
 def test_one_file_holds_every_platform(monkeypatch):
@@ -122,6 +121,9 @@ def test_calls_outside_of_jit_compile_once():
     assert calls.count("cpu") == 2
 
 
+INDEXED = "stablehlo.(?:dynamic_)?(gather|scatter)"  # and not in names of functions
+
+
 def program(f, platform, *arrays):
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
     return export.export(jax.jit(f), platforms=[platform])(*shapes).mlir_module()
@@ -141,9 +143,9 @@ def test_windows_are_products_on_accelerators(op):
     for platform in ("tpu", "cuda"):
         text = program(f, platform, ATTN, X)
         assert "dot_general" in text
-        assert "while" not in text and "scatter" not in text
+        assert not re.findall(f"stablehlo.while|{INDEXED}", text)
     cpu = program(f, "cpu", ATTN, X)
-    assert cpu != program(functools.partial(f), "tpu", ATTN, X)
+    assert cpu != program(f, "tpu", ATTN, X)
     named = value_and_gradients(functools.partial(op, implementation="cpu"))
     assert cpu.count("dot_general") == program(named, "cpu", ATTN, X).count("dot_general")
 
@@ -153,10 +155,10 @@ def test_dysample_neither_gathers_nor_scatters_on_a_tpu():
     graphdef, params = nnx.split(up)
     f = value_and_gradients(lambda x: nnx.merge(graphdef, params)(x))
     x = normal(0, 1, 4, 5, 16)
-    assert not re.findall("scatter|stablehlo.gather|dynamic_gather", program(f, "tpu", x))
+    assert not re.findall(INDEXED, program(f, "tpu", x))
     for platform in ("cpu", "cuda"):
         text = program(f, platform, x)
-        assert "gather" in text and "scatter" in text
+        assert {"gather", "scatter"} <= set(re.findall(INDEXED, text))
 
 
 # -------------------------------------------------------------------------------- the house
