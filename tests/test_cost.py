@@ -67,7 +67,7 @@ def test_resfu_at_high_ratio(direction, limit):
     ],
 )
 def test_temporaries(name, forward, both):
-    """32 x 32 to 128 x 128, 384 channels, in outputs; FADE has no official figure to compare with."""
+    """32 x 32 to 128 x 128, 384 channels, in outputs. (FADE has no official figure.)"""
     for direction, limit in (("forward", forward), ("both", both)):
         used, output = temporary(name, WORKLOADS["segmenter"], direction)
         assert used <= limit * output, direction
