@@ -67,6 +67,8 @@ def _gradient_blocks(x: Array, points_shape: tuple[Size, ...]) -> tuple[Size, Ro
 def _in_blocks_bwd(padding_mode, saved, g):
     # Written out, so that what each block adds to x is scattered into one map.
     x, points = saved
+    # As callers have it: XLA copies a map to another order of axes of which one has one element.
+    g = g.reshape(*g.shape[:3], -1)
     border, padded, d_padded = _padded(x, points, points.shape[3], padding_mode)
     count, block = _gradient_blocks(x, points.shape)
 
