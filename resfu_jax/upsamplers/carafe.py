@@ -79,6 +79,7 @@ class CARAFE(nnx.Module):
     ):
         check_floating(dtype=dtype, param_dtype=param_dtype)
         check_whole(
+            features=features,
             scale=scale,
             up_group=up_group,
             encoder_dilation=encoder_dilation,

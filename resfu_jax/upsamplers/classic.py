@@ -66,8 +66,9 @@ class Interpolation(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         check_floating(dtype=dtype, param_dtype=param_dtype)
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale}")
+        check_whole(features=features)
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale must be positive and finite, got {scale}")
         if align_corners and method not in ("bilinear", "bicubic"):
             raise ValueError(f"align_corners does not apply to method {method!r}")
         self.features, self.scale = features, scale
@@ -137,7 +138,7 @@ class Deconvolution(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_floating(dtype=dtype, param_dtype=param_dtype)
-        check_whole(scale=scale)
+        check_whole(features=features, scale=scale)
         out_features = features if out_features is None else out_features
         kernel_size = scale if kernel_size is None else kernel_size
         if (
@@ -220,7 +221,7 @@ class PixelShuffle(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_floating(dtype=dtype, param_dtype=param_dtype)
-        check_whole(scale=scale)
+        check_whole(features=features, scale=scale)
         check_odd(kernel_size=kernel_size)
         self.features, self.scale = features, scale
         self.dtype = dtype

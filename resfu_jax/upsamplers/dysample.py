@@ -87,7 +87,7 @@ class DySample(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_floating(dtype=dtype, param_dtype=param_dtype)
-        check_whole(scale=scale, groups=groups)
+        check_whole(features=features, scale=scale, groups=groups)
         need(style in get_args(Style), f"style must be one of {get_args(Style)}, got {style!r}")
         need(features % groups == 0, f"groups must divide features={features}, got {groups}")
         need(

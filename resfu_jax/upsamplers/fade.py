@@ -92,7 +92,12 @@ class FADE(nnx.Module):
     ):
         check_floating(dtype=dtype, param_dtype=param_dtype)
         guide_features = need_guide("fade", guide_features)
-        check_whole(scale=scale, embedding_dim=embedding_dim)
+        check_whole(
+            features=features,
+            guide_features=guide_features,
+            scale=scale,
+            embedding_dim=embedding_dim,
+        )
         check_odd(up_kernel_size=up_kernel_size)
         need(
             not gate or guide_features in (features, 1),

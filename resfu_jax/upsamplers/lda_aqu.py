@@ -99,9 +99,9 @@ class LDAAQU(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_floating(dtype=dtype, param_dtype=param_dtype)
-        check_whole(reduction_factor=reduction_factor, nh=nh, n_groups=n_groups)
+        check_whole(features=features, reduction_factor=reduction_factor, nh=nh, n_groups=n_groups)
         check_odd(k_e=k_e, k_u=k_u)
-        need(scale > 0, f"scale must be positive, got {scale}")
+        need(0 < scale < math.inf, f"scale must be positive and finite, got {scale}")
         need(range_factor >= 0, f"range_factor must be at least 0, got {range_factor}")
         for name, n in (("nh", nh), ("n_groups", n_groups)):
             need(

@@ -141,7 +141,13 @@ class ReSFU(nnx.Module):
         check_floating(dtype=dtype, param_dtype=param_dtype)
         guide_features = need_guide("resfu", guide_features)
         dilation = scale if dilation is None else dilation
-        check_whole(scale=scale, dilation=dilation)
+        check_whole(
+            features=features,
+            guide_features=guide_features,
+            scale=scale,
+            dilation=dilation,
+            embedding_dim=embedding_dim,
+        )
         check_odd(kernel_size=kernel_size)
         for name, n in (("groups", groups), ("gn_dim", gn_dim)):
             if n < 1 or embedding_dim % n or _HIDDEN % n:

@@ -261,7 +261,14 @@ class SAPADeform(nnx.Module):
     ):
         check_floating(dtype=dtype, param_dtype=param_dtype)
         guide_features = need_guide("sapa_deform", guide_features)
-        check_whole(scale=scale, num_point=num_point, groups=groups, embedding_dim=embedding_dim)
+        check_whole(
+            features=features,
+            guide_features=guide_features,
+            scale=scale,
+            num_point=num_point,
+            groups=groups,
+            embedding_dim=embedding_dim,
+        )
         need(features % groups == 0, f"groups must divide features={features}, got {groups}")
         self.features, self.guide_features = features, guide_features
         self.scale, self.num_point, self.groups = scale, num_point, groups
