@@ -115,6 +115,18 @@ def test_an_image_in_a_padded_batch_gets_its_own_windows():
             np.testing.assert_allclose(result[:h, :w], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("sizes", [None, [[13, 17], [9, 8]]])
+def test_slide_under_x64(sizes):
+    """Where a literal is an int64."""
+    images = draw((2, 13, 17))
+    infer = Inference("slide", (6, 5), (4, 3), scales=(1.0, 1.5), flip=True, multiple=2)
+    run = lambda images, sizes: infer(per_window, images, sizes=sizes)  # noqa: E731
+    expected = jax.jit(run)(images, sizes if sizes is None else np.array(sizes, np.int32))
+    with jax.enable_x64(True):
+        logits = jax.jit(run)(images, sizes if sizes is None else np.array(sizes, np.int64))
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_windows_are_averaged_in_float32():
     images = draw((1, 12, 12))
     half = lambda images: per_window(images).astype(jnp.bfloat16)  # noqa: E731
@@ -127,8 +139,8 @@ def test_windows_are_averaged_in_float32():
 
 def hidden(images):
     """A model with 256 channels inside."""
-    x = images.astype(jnp.float32) @ jnp.ones((3, 256)) / 255
-    return jnp.tanh(x) @ jnp.ones((256, 2))
+    x = images.astype(jnp.float32) @ jnp.ones((3, 256), jnp.float32) / 255
+    return jnp.tanh(x) @ jnp.ones((256, 2), jnp.float32)
 
 
 def test_memory_is_that_of_a_step():
@@ -350,6 +362,14 @@ def test_wrong_arrays(as_users_call):
             infer(per_pixel, images, sizes=jnp.array([8, 8]))
         with pytest.raises(ValueError, match="apply must return logits"):
             infer(lambda images: per_pixel(images)[:, ::4, ::4], images)
+        with pytest.raises(ValueError, match="images must be floating point, got int32"):
+            infer(per_pixel, images.astype(jnp.int32))
+        with pytest.raises(ValueError, match="images must have no axis of length 0"):
+            infer(per_pixel, images[:, :0])
+        with pytest.raises(ValueError, match="sizes must be whole numbers of pixels, got float"):
+            infer(per_pixel, images, sizes=jnp.full((2, 2), 8.0))
+        with pytest.raises(ValueError, match="what apply returns must be floating point"):
+            infer(lambda images: per_pixel(images).astype(jnp.int32), images)
     with pytest.raises(ValueError, match="2 or more classes, got 1"):
         Inference(flip=True)(lambda images: per_pixel(images)[..., :1], images)
     with pytest.raises(ValueError, match="stride must be at most"):

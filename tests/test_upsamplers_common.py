@@ -330,6 +330,75 @@ def test_wrong_inputs_are_named(name, as_users_call):
         create_upsampler(name, features=16, guide_features=16, scale=0)
 
 
+def named(name, arrays):
+    """The call's arrays by their names, values for those that take them."""
+    named = dict(zip(("features", "guide"), arrays, strict=False))
+    return named | (dict(values=arrays[0]) if name in REASSEMBLING else {})
+
+
+@every
+def test_what_is_not_real_is_refused(name):
+    up, arrays = build(name), named(name, inputs(name, batch=1))
+    for argument, a in arrays.items():
+        for dtype in (jnp.int32, jnp.uint8, jnp.bool_, jnp.complex64):
+            with pytest.raises(ValueError, match=f"^{argument} must be floating point, got"):
+                up(**arrays | {argument: a.astype(dtype)})
+    for wrong in (jnp.int32, "uint8", bool, jnp.complex64, "floaty"):
+        for argument in ("dtype", "param_dtype"):
+            with pytest.raises(ValueError, match=f"^{argument} must be a floating-point dtype"):
+                create_upsampler(name, features=16, guide_features=16, scale=2, **{argument: wrong})
+
+
+@every
+def test_float16_with_bfloat16_is_float32(name):
+    """The narrowest type that holds both."""
+    up, arrays = build(name), named(name, inputs(name, batch=1))
+    for argument in arrays if len(arrays) > 1 else ():
+        mixed = {
+            n: a.astype(jnp.float16 if n == argument else jnp.bfloat16) for n, a in arrays.items()
+        }
+        wide = {n: a.astype(jnp.float32) for n, a in mixed.items()}
+        y, expected = (run(up, (), **arrays) for arrays in (mixed, wide))
+        assert y.dtype == jnp.float32
+        goldens.assert_close(y, expected, 2e-6, argument)
+
+
+@pytest.mark.parametrize("name", REASSEMBLING)
+def test_values_are_not_narrowed_to_the_features(name):
+    features, *guide = (a.astype(jnp.bfloat16) for a in inputs(name, batch=1))
+    up, values = build(name), 1 + 1e-4 * inputs(name, batch=1)[0]
+    y = run(up, (features, *guide), values=values)
+    assert y.dtype == jnp.float32
+    if name == "nearest":
+        np.testing.assert_array_equal(y[:, ::2, ::2], values)
+
+
+@every
+def test_an_empty_batch(name):
+    """An empty result, empty gradients to inputs, and zeros to parameters."""
+    up, arrays = build(name), inputs(name, batch=0)
+    assert up(*arrays).shape == (0, 6, 10, 16)
+    y = run(build(name, dtype=jnp.bfloat16), (), **named(name, arrays))
+    assert (y.shape, y.dtype) == ((0, 6, 10, 16), jnp.bfloat16)
+    params, d_inputs = _gradients(*nnx.split(up), arrays)
+    assert [g.shape for g in d_inputs] == [a.shape for a in arrays]
+    for g in jax.tree.leaves(params):
+        np.testing.assert_array_equal(g, jnp.zeros_like(g))
+    y = jax.jit(jax.vmap(up))(*(jnp.zeros((3, *a.shape)) for a in arrays))
+    assert y.shape == (3, 0, 6, 10, 16)
+    y = jax.jit(jax.vmap(up))(*(jnp.zeros((0, 2, *a.shape[1:])) for a in arrays))
+    assert y.shape == (0, 2, 6, 10, 16)
+
+
+@every
+def test_maps_without_pixels_or_channels_are_refused(name):
+    up, arrays = build(name), named(name, inputs(name, batch=1))
+    for argument, a in arrays.items():
+        for none in (a[:, :0], a[:, :, :0], a[..., :0]):
+            with pytest.raises(ValueError, match=f"^{argument} must have no axis of length 0"):
+                up(**arrays | {argument: none})
+
+
 @pytest.mark.parametrize("name", GUIDED)
 def test_the_guide_matters(name):
     x, guide = inputs(name, batch=1)
