@@ -112,7 +112,7 @@ class Figures:
       results: memory of the results.
       hbm: read from and written to main memory (`benchmarks.hlo`).
       xla: the compiler's own "bytes accessed", which includes a TPU's VMEM. None for a GPU.
-      flops: operations, of the compiled program for a TPU, of the program before optimisation for a GPU.
+      flops: operations, of a TPU's compiled program, or of a GPU's before it is optimised.
       estimate_ms: the TPU compiler's estimates of cycles, at the target's clock. It has none for
         kernels in Pallas and some other operations. None for a GPU.
       kernels: operations by kind, each once.
