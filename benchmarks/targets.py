@@ -112,7 +112,7 @@ class Figures:
       results: memory of the results.
       hbm: read from and written to main memory (`benchmarks.hlo`).
       xla: the compiler's own "bytes accessed", which includes a TPU's VMEM. None for a GPU.
-      flops: of the compiled program for a TPU, of the program before optimisation for a GPU.
+      flops: operations, of a TPU's compiled program, or of a GPU's before it is optimised.
       estimate_ms: the TPU compiler's estimates of cycles, at the target's clock. It has none for
         kernels in Pallas and some other operations. None for a GPU.
       kernels: operations by kind, each once.
@@ -126,7 +126,7 @@ class Figures:
     results: int
     hbm: int
     xla: float | None
-    flops: float | None
+    flops: float
     estimate_ms: float | None
     kernels: dict[str, int]
     loops: tuple[int, ...]
@@ -209,7 +209,7 @@ def compile_for(target: str, f: Callable[..., Any], *args: Any) -> Figures:
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     if not cost:  # the compiler for GPUs tells nothing of its program
         plain = jax.jit(f).trace(*shapes).lower(lowering_platforms=(TARGETS[target].platform,))
-        cost = {"flops": plain.cost_analysis()["flops"]}
+        cost = {"flops": (plain.cost_analysis() or {}).get("flops")}
     counts = hlo.count(compiled.as_text())
     hertz = TARGETS[target].hertz
     return Figures(
@@ -218,7 +218,7 @@ def compile_for(target: str, f: Callable[..., Any], *args: Any) -> Figures:
         results=memory.output_size_in_bytes,
         hbm=counts.bytes,
         xla=cost.get("bytes accessed"),
-        flops=cost.get("flops"),
+        flops=cost.get("flops") or 0.0,  # left out where there are none
         estimate_ms=1e3 * counts.cycles / hertz if hertz else None,
         kernels=dict(counts.kernels.most_common()),
         loops=counts.loops,
@@ -276,7 +276,7 @@ def measure(
         temporary_mb=figures.temporaries / 1e6,
         hbm_mb=figures.hbm / 1e6,
         xla_mb=None if figures.xla is None else figures.xla / 1e6,
-        gflop=None if figures.flops is None else figures.flops / 1e9,
+        gflop=figures.flops / 1e9,
         estimate_ms=figures.estimate_ms,
         kernels=sum(figures.kernels.values()),
         loops=figures.loops,

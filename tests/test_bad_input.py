@@ -55,8 +55,96 @@ def resized(size, tmp_path):
     return ops.resize(jnp.zeros((1, 2, 2, 1)), size)
 
 
+def op(name, argument, *arrays, **keywords):
+    """Calls the op with ones of these shapes, and the value as one more argument."""
+
+    def call(value, tmp_path):
+        given = [jnp.ones(shape) for shape in arrays]
+        return getattr(ops, name)(*given, **keywords | {argument: value})
+
+    return call
+
+
+def upsampler(argument, name="carafe", **options):
+    """Calls an upsampler of 8 channels, with the value as this argument."""
+
+    def call(value, tmp_path):
+        up = create_upsampler(name, features=8, guide_features=8, scale=2, **options)
+        return up(**{"features": jnp.ones((1, 4, 4, 8)), argument: value})
+
+    return call
+
+
+def built(argument, name="carafe"):
+    """Builds an upsampler with the value as this argument."""
+    return lambda value, tmp_path: create_upsampler(
+        name, **dict(features=8, guide_features=8, scale=2) | {argument: value}
+    )
+
+
+X, NORM = (1, 4, 4, 8), dict(bias=jnp.ones(8), groups=2)
+GRID = jnp.zeros((1, 2, 2, 2))
+POINT_SHAPES = [(1, 4, 4, 16), (1, 2, 2, 16), (1, 2, 2, 16), (1, 4, 4, 1, 9, 2)]
+PHASES = jnp.ones((1, 4, 4, 8), jnp.complex64)
+LABELS, NO_ROWS = jnp.ones((1, 4, 4, 8), jnp.int32), jnp.ones((1, 0, 4, 8))
+REAL, EMPTY = "must be floating point, got .*; cast it", "must have no axis of length 0"
+
 OPS: list[Bad] = [
     Bad("ops.resize", "size", (1, 2**29 + 1), resized, r"at most 2\*\*29.*536870913"),
+    Bad("conv", "x", LABELS, op("conv", "x", kernel=jnp.ones((1, 1, 8, 8))), REAL),
+    Bad("conv", "kernel", jnp.ones((1, 1, 8, 8), bool), op("conv", "kernel", X), REAL),
+    Bad("group_norm", "scale", jnp.ones(1), op("group_norm", "scale", X, **NORM), r"\(channels,\)"),
+    Bad("box_filter", "x", NO_ROWS, op("box_filter", "x", radius=1), EMPTY),
+    Bad("box_filter", "x", 1.5, op("box_filter", "x", radius=1), "must be an array, got float"),
+    Bad(
+        "grid_sample",
+        "x",
+        PHASES,
+        op("grid_sample", "x", grid=GRID),
+        r"jnp.abs\(x\)",
+    ),
+    Bad(
+        "deformable_attention",
+        "bias",
+        jnp.ones((2, 9, 8)),  # as many values, for two heads
+        op("deformable_attention", "bias", *POINT_SHAPES, heads=1),
+        r"= \(1, 9, 16\) .*float32, got \(2, 9, 8\)",
+    ),
+    Bad(
+        "deformable_attention",
+        "bias",
+        jnp.ones((1, 9, 16), jnp.bfloat16),
+        op("deformable_attention", "bias", *POINT_SHAPES, heads=1),
+        "have q's dtype float32, got .* bfloat16",
+    ),
+    Bad(
+        "deformable_attention",
+        "points",
+        jnp.ones((1, 4, 4, 9, 2)),
+        op("deformable_attention", "points", *POINT_SHAPES[:3]),
+        "points must be",
+    ),
+    Bad(
+        "grouped_linear",
+        "kernel",
+        jnp.ones((8, 6)),
+        op("grouped_linear", "kernel", X, groups=2),
+        "must be .8/groups, 6.",
+    ),
+    Bad("carafe", "features", LABELS, upsampler("features"), REAL),
+    Bad("carafe", "features", NO_ROWS, upsampler("features"), EMPTY),
+    Bad("carafe", "values", LABELS, upsampler("values"), REAL),
+    Bad("sapa", "guide", LABELS, upsampler("guide", "sapa"), REAL),
+    Bad("sapa", "guide", jnp.ones((1, 8, 0, 8)), upsampler("guide", "sapa"), EMPTY),
+    Bad("carafe", "dtype", jnp.int32, built("dtype"), "a floating-point dtype.*got int32"),
+    Bad("carafe", "dtype", "half-ish", built("dtype"), "a floating-point dtype.*got 'half-ish'"),
+    Bad("carafe", "param_dtype", complex, built("param_dtype"), "a floating-point dtype.*complex"),
+    Bad("carafe", "features", 0, built("features"), "positive whole number"),
+    Bad("nearest", "features", -1, built("features", "nearest"), "positive whole number"),
+    Bad("sapa", "guide_features", 2.5, built("guide_features", "sapa"), "positive whole number"),
+    Bad("nearest", "scale", float("nan"), built("scale", "nearest"), "scale must be a positive number"),
+    Bad("bilinear", "scale", float("inf"), built("scale", "bilinear"), "scale must be a positive number"),
+    Bad("lda_aqu", "scale", float("inf"), built("scale", "lda_aqu"), "scale must be a positive number"),
 ]
 
 

@@ -139,8 +139,8 @@ def test_windows_are_averaged_in_float32():
 
 def hidden(images):
     """A model with 256 channels inside."""
-    x = images.astype(jnp.float32) @ jnp.ones((3, 256)) / 255
-    return jnp.tanh(x) @ jnp.ones((256, 2))
+    x = images.astype(jnp.float32) @ jnp.ones((3, 256), jnp.float32) / 255
+    return jnp.tanh(x) @ jnp.ones((256, 2), jnp.float32)
 
 
 def test_memory_is_that_of_a_step():
@@ -366,7 +366,7 @@ def test_wrong_arrays(as_users_call):
             infer(per_pixel, images.astype(jnp.int32))
         with pytest.raises(ValueError, match="images must have no axis of length 0"):
             infer(per_pixel, images[:, :0])
-        with pytest.raises(ValueError, match="sizes must be whole numbers of pixels, got float32"):
+        with pytest.raises(ValueError, match="sizes must be whole numbers of pixels, got float"):
             infer(per_pixel, images, sizes=jnp.full((2, 2), 8.0))
         with pytest.raises(ValueError, match="what apply returns must be floating point"):
             infer(lambda images: per_pixel(images).astype(jnp.int32), images)

@@ -97,6 +97,7 @@ def test_figures_of_a_known_program(target):
     assert figures.temporaries == 0 and figures.loops == () and sum(figures.kernels.values()) == 1
     assert figures.estimate_ms > 0 and figures.compile_s > 0
     assert product.flops == pytest.approx(2 * 1024**3, rel=0.01)
+    assert targets.compile_for(target, lambda x: x[0], x).flops == 0
 
 
 @with_libtpu
