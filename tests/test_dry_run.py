@@ -88,7 +88,7 @@ def test_a_dry_run_leaves_nothing(tmp_path):
     left = [path.name for path in tmp_path.iterdir()]
     assert all(name.endswith("tfds") for name in left)  # tfds's own, empty
     done = train()
-    assert done.returncode != 0 and "--workdir must have a value" in done.stdout + done.stderr
+    assert done.returncode != 0 and "--workdir has to name" in done.stdout + done.stderr
 
 
 def test_values_of_another_type_are_told_before_data_are_made(monkeypatch):

@@ -1,10 +1,12 @@
 """Upsamplers: one file, one paper. Chosen by name through `create_upsampler`."""
 
 from resfu_jax._checks import check_whole
+from resfu_jax.ops._checks import check_floating
 from resfu_jax.upsamplers._layers import (
     check_features,
     check_guide,
     check_output_size,
+    compute_dtype,
     need_guide,
     reassembled,
 )
@@ -35,9 +37,11 @@ __all__ = [
     "ReSFU",
     "SAPADeform",
     "check_features",
+    "check_floating",
     "check_guide",
     "check_output_size",
     "check_whole",
+    "compute_dtype",
     "create_upsampler",
     "keeps_space",
     "list_upsamplers",
