@@ -142,9 +142,9 @@ OPS: list[Bad] = [
     Bad("carafe", "features", 0, built("features"), "positive whole number"),
     Bad("nearest", "features", -1, built("features", "nearest"), "positive whole number"),
     Bad("sapa", "guide_features", 2.5, built("guide_features", "sapa"), "positive whole number"),
-    Bad("nearest", "scale", float("nan"), built("scale", "nearest"), "scale must be a positive number"),
-    Bad("bilinear", "scale", float("inf"), built("scale", "bilinear"), "scale must be a positive number"),
-    Bad("lda_aqu", "scale", float("inf"), built("scale", "lda_aqu"), "scale must be a positive number"),
+    Bad("nearest", "scale", float("nan"), built("scale", "nearest"), "a positive number"),
+    Bad("bilinear", "scale", float("inf"), built("scale", "bilinear"), "a positive number"),
+    Bad("lda_aqu", "scale", float("inf"), built("scale", "lda_aqu"), "a positive number"),
 ]
 
 
