@@ -16,6 +16,10 @@ from flax import nnx
 
 from resfu_jax.training import CheckpointError, Checkpoints
 
+# Orbax reads many arrays at once: of a damaged checkpoint the first error ends its loop, the others
+# find it closed, perhaps while the next test runs already.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 class Net(nnx.Module):
     def __init__(self, width, rngs):
@@ -307,8 +311,6 @@ def test_nothing_is_put_aside_when_no_checkpoint_is_intact(tmp_path):
     assert folders(tmp_path) == {1, 2}
 
 
-# Orbax reads many arrays at once: the first error ends its loop, the others find it closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_checkpoints_of_older_versions_have_no_sums(tmp_path):
     for step in (1, 2):
         (saved(tmp_path) / str(step) / "SHA256SUMS").unlink()

@@ -857,8 +857,10 @@ def read_config(workdir: pathlib.Path) -> Config:
     unknown, wrong = [], []
     config = _filled(_config_of_before(), tree, "", unknown, wrong)
     if unknown:
+        near = difflib.get_close_matches(unknown[0], dict(_fields(config)), n=1)
+        hint = f"did you mean {near[0]}? Or " if near else ""
         raise ConfigError(
-            f"{path} has fields that this version does not know: {', '.join(unknown[:20])}; "
+            f"{path} has fields that this version does not know: {', '.join(unknown[:20])}; {hint}"
             "another version of resfu_jax wrote it, a newer one perhaps: use that one"
         )
     if wrong:
