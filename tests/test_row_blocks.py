@@ -194,7 +194,7 @@ def test_local_attention(size, groups, values):
         result = with_gradients(attention, scores, scale, v, **options)
         chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="scale must be a factor"):
-        local_attention(scores, v, scale=scale[:, 1:], groups=groups)
+        local_attention(scores, v, scale=jnp.concatenate([scale, scale], 3), groups=groups)
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 3])
