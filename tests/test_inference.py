@@ -119,8 +119,11 @@ def test_an_image_in_a_padded_batch_gets_its_own_windows():
 def test_slide_under_x64(sizes):
     """Where a literal is an int64."""
     images = draw((2, 13, 17))
-    infer = Inference("slide", (6, 5), (4, 3), scales=(1.0, 1.5), flip=True, multiple=2)
-    run = lambda images, sizes: infer(per_window, images, sizes=sizes)  # noqa: E731
+    infer = Inference("slide", (6, 5), (4, 3), scales=(1.0, 1.5), flip=True)
+
+    def run(images, sizes):
+        return infer(per_window, images, sizes=sizes, preprocess=Preprocess(multiple=2))
+
     expected = jax.jit(run)(images, sizes if sizes is None else np.array(sizes, np.int32))
     with jax.enable_x64(True):
         logits = jax.jit(run)(images, sizes if sizes is None else np.array(sizes, np.int64))
@@ -362,7 +365,7 @@ def test_wrong_arrays(as_users_call):
             infer(per_pixel, images, sizes=jnp.array([8, 8]))
         with pytest.raises(ValueError, match="apply must return logits"):
             infer(lambda images: per_pixel(images)[:, ::4, ::4], images)
-        with pytest.raises(ValueError, match="images must be floating point, got int32"):
+        with pytest.raises(ValueError, match="images must be uint8 or floating point, got int32"):
             infer(per_pixel, images.astype(jnp.int32))
         with pytest.raises(ValueError, match="images must have no axis of length 0"):
             infer(per_pixel, images[:, :0])
