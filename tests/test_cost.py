@@ -84,10 +84,13 @@ def test_dysample_of_small_maps(workload, limit):
 @pytest.mark.skipif(not bfloat16_is_native(), reason="XLA copies bfloat16 maps before JAX 0.11.2")
 @pytest.mark.parametrize(
     ("name", "forward", "both"),
-    [("sapa", 0.3, 0.37), ("carafe", 0.2, 0.35), ("dysample", 0.02, 0.04), ("resfu", 0.52, 1.5)],
+    [("sapa", 0.3, 0.37), ("carafe", 0.2, 0.35), ("dysample", 0.02, 0.04), ("resfu", 0.6, 1.55)],
 )
 def test_bfloat16(name, forward, both):
-    """28 x 28 to 448 x 448, 384 channels, in outputs, which are half as large."""
+    """28 x 28 to 448 x 448, 384 channels, in outputs, which are half as large.
+
+    ReSFU's includes the normalisation's statistics in float32: they were 0.07 lower in bfloat16.
+    """
     for direction, limit in (("forward", forward), ("both", both)):
         used, output = temporary(name, WORKLOADS["dino"], direction, dtype=jnp.bfloat16)
         assert used <= limit * output, direction

@@ -70,7 +70,9 @@ def test_conversion_refuses_other_geometries():
     with pytest.raises(ValueError, match="must equal scale"):
         conv_transpose(state, in_channels=2, out_channels=3, kernel_size=4, stride=2)
     with pytest.raises(ValueError, match="out_channels_conv"):
-        conv_pixel_shuffle({}, in_channels=4, out_channels_conv=4, upscale_factor=2)
+        conv_pixel_shuffle(
+            {}, in_channels=4, out_channels_conv=4, kernel_size=3, padding=1, upscale_factor=2
+        )
 
 
 @pytest.mark.parametrize("name", INTERPOLATIONS)
