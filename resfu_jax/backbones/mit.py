@@ -23,9 +23,9 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_flag, check_rate, check_sizes, check_whole
+from resfu_jax._layers import DepthwiseConv
 from resfu_jax.backbones._layers import LayerNorm, PatchConv, check_images
 from resfu_jax.ops.checks import check_floating
-from resfu_jax.ops.depthwise_conv import depthwise_conv
 from resfu_jax.ops.dtypes import at_least_float32
 
 
@@ -55,6 +55,7 @@ _EPSILON = 1e-5  # of all LayerNorms
 # standard deviations: never.
 _linear_init = nnx.initializers.normal(0.02)
 _conv_init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+_depthwise_init = nnx.initializers.normal((2 / 9) ** 0.5)  # fan-out of a depthwise 3x3 kernel: 9
 
 
 class MiT(nnx.Module):
@@ -314,23 +315,11 @@ class MixFFN(nnx.Module):
     ):
         types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.expand = nnx.Linear(features, hidden, kernel_init=_linear_init, **types)
-        self.depthwise = DepthwiseConv(hidden, **types)
+        self.depthwise = DepthwiseConv(
+            hidden, kernel_init=_depthwise_init, param_dtype=param_dtype, rngs=rngs
+        )
         self.contract = nnx.Linear(hidden, features, kernel_init=_linear_init, **types)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """The feed-forward branch."""
         return self.contract(jax.nn.gelu(self.depthwise(self.expand(x)), approximate=False))
-
-
-class DepthwiseConv(nnx.Module):
-    """Depthwise 3x3 convolution with bias."""
-
-    def __init__(self, features: int, *, dtype: Dtype | None, param_dtype: Dtype, rngs: nnx.Rngs):
-        init = nnx.initializers.normal((2 / 9) ** 0.5)  # fan-out of a depthwise 3x3 kernel: 9
-        self.kernel = nnx.Param(init(rngs.params(), (3, 3, features), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Filter every channel."""
-        y = depthwise_conv(x, self.kernel[...].astype(x.dtype))
-        return y + jnp.expand_dims(self.bias[...].astype(x.dtype), (0, 1, 2))

@@ -32,8 +32,8 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from resfu_jax._batch_norm import BatchNorm
 from resfu_jax._checks import check_choice, check_flag, check_sizes, check_whole
+from resfu_jax._layers import BatchNorm
 from resfu_jax.backbones._layers import check_images
 from resfu_jax.ops.checks import check_floating
 

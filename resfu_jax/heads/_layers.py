@@ -8,8 +8,8 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from resfu_jax._batch_norm import BatchNorm
 from resfu_jax._checks import check_rate, check_whole, need
+from resfu_jax._layers import BatchNorm
 from resfu_jax.ops.checks import check_floating, check_not_empty, check_real
 from resfu_jax.upsamplers import create_upsampler, upsampler_entry
 

@@ -32,6 +32,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_flag, check_sizes, check_whole, need
+from resfu_jax._layers import GroupNorm
 from resfu_jax.backbones._layers import check_images
 from resfu_jax.heads._layers import (
     check_arguments,
@@ -40,7 +41,6 @@ from resfu_jax.heads._layers import (
     create_head_upsampler,
 )
 from resfu_jax.ops.conv import conv
-from resfu_jax.ops.group_norm import group_norm
 from resfu_jax.ops.sizes import Size
 from resfu_jax.upsamplers import keeps_space
 
@@ -100,7 +100,7 @@ class LinearHead(nnx.Module):
         self.in_features = tuple(in_features)
         self.num_classes = num_classes
         self.guide_stride = guide_stride
-        self.norm = GroupNorm(features, param_dtype=param_dtype) if norm else None
+        self.norm = GroupNorm(features, 1, param_dtype=param_dtype) if norm else None
         self.upsample = create_head_upsampler(
             upsampler, features, scale, upsampler_options, guide_features=width, **types
         )
@@ -182,32 +182,22 @@ class ImageStem(nnx.Module):
         rngs: nnx.Rngs,
     ):
         types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.conv1 = nnx.Conv(3, width, (3, 3), strides=strides[0], **types)
-        self.norm = GroupNorm(width, param_dtype=param_dtype)
-        self.conv2 = nnx.Conv(width, features, (3, 3), strides=strides[1], **types)
+        self.conv1 = ReplicatedConv(3, width, (3, 3), strides=strides[0], **types)
+        self.norm = GroupNorm(width, 1, param_dtype=param_dtype)
+        self.conv2 = ReplicatedConv(width, features, (3, 3), strides=strides[1], **types)
 
     def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w g"]:
         """The guide, of the compute type."""
-        x = jax.nn.relu(self.norm(_conv_replicated(images, self.conv1)))
-        return _conv_replicated(x, self.conv2)
+        return self.conv2(jax.nn.relu(self.norm(self.conv1(images))))
 
 
-def _conv_replicated(x: Float[Array, "b h w c"], layer: nnx.Conv) -> Float[Array, "b h2 w2 d"]:
-    """The layer's 3x3 convolution with replicated borders, which `nnx.Conv` does not have."""
-    x, kernel, bias = layer.promote_dtype(
-        (x, layer.kernel[...], layer.bias[...]), dtype=layer.dtype
-    )
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-    return conv(x, kernel, stride=layer.strides) + bias[None, None, None]
+class ReplicatedConv(nnx.Conv):
+    """A 3x3 convolution with replicated borders, which `nnx.Conv` does not have."""
 
-
-class GroupNorm(nnx.Module):
-    """One group of all channels, with a scale and a bias for each."""
-
-    def __init__(self, features: int, *, param_dtype: Dtype):
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """The normalised map, of the input's type."""
-        return group_norm(x, self.scale[...], self.bias[...], groups=1)
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        """The convolved map."""
+        x, kernel, bias = self.promote_dtype(
+            (x, self.kernel[...], self.bias[...]), dtype=self.dtype
+        )
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+        return conv(x, kernel, stride=self.strides) + bias[None, None, None]

@@ -2,7 +2,7 @@
 
 from resfu_jax._checks import check_whole
 from resfu_jax.ops.checks import check_floating
-from resfu_jax.upsamplers._layers import (
+from resfu_jax.upsamplers._inputs import (
     check_features,
     check_guide,
     check_output_size,

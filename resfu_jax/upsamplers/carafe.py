@@ -20,19 +20,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_odd, check_whole, need
+from resfu_jax._layers import XAVIER_UNIFORM, Conv, Linear
 from resfu_jax.ops import Implementation
 from resfu_jax.ops.checks import check_floating
 from resfu_jax.ops.local_window import local_attention
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
 from resfu_jax.ops.sizes import Size
-from resfu_jax.upsamplers._layers import (
-    XAVIER_UNIFORM,
-    apply_conv,
-    apply_linear,
+from resfu_jax.upsamplers._inputs import (
     check_features,
     check_output_size,
     compute_dtype,
-    conv,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
@@ -94,10 +91,8 @@ class CARAFE(nnx.Module):
         self.up_kernel, self.up_group = up_kernel, up_group
         self.implementation, self.dtype = implementation, dtype
         types = dict(param_dtype=param_dtype, rngs=rngs)
-        self.compress = nnx.Linear(
-            features, compressed_channels, kernel_init=XAVIER_UNIFORM, **types
-        )
-        self.encode = conv(
+        self.compress = Linear(features, compressed_channels, kernel_init=XAVIER_UNIFORM, **types)
+        self.encode = Conv(
             compressed_channels,
             up_kernel**2 * up_group * scale**2,
             encoder_kernel,
@@ -133,4 +128,4 @@ class CARAFE(nnx.Module):
 
     def scores(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W d"]:
         """What a softmax over K*K makes the kernels of."""
-        return pixel_shuffle(apply_conv(apply_linear(x, self.compress), self.encode), self.scale)
+        return pixel_shuffle(self.encode(self.compress(x)), self.scale)

@@ -28,7 +28,7 @@ from resfu_jax.ops.checks import check_floating
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
 from resfu_jax.ops.resize import Method, resize
 from resfu_jax.ops.sizes import Size
-from resfu_jax.upsamplers._layers import (
+from resfu_jax.upsamplers._inputs import (
     check_features,
     check_output_size,
     compute_dtype,

@@ -23,14 +23,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_flag, check_whole, need
+from resfu_jax._layers import Linear
 from resfu_jax.ops import Implementation
 from resfu_jax.ops.checks import check_floating
 from resfu_jax.ops.deformable_sample import deformable_sample
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
 from resfu_jax.ops.sizes import Size
-from resfu_jax.upsamplers._layers import (
-    apply_linear,
+from resfu_jax.upsamplers._inputs import (
     check_features,
     check_output_size,
     compute_dtype,
@@ -100,9 +100,9 @@ class DySample(nnx.Module):
         out = 2 * groups
         widths = (features, out * scale**2) if style == "lp" else (features // scale**2, out)
         types = dict(param_dtype=param_dtype, rngs=rngs)
-        self.offset = nnx.Linear(*widths, kernel_init=nnx.initializers.normal(0.001), **types)
+        self.offset = Linear(*widths, kernel_init=nnx.initializers.normal(0.001), **types)
         self.scope = (
-            nnx.Linear(*widths, use_bias=False, kernel_init=nnx.initializers.zeros, **types)
+            Linear(*widths, use_bias=False, kernel_init=nnx.initializers.zeros, **types)
             if dyscope
             else None
         )
@@ -157,7 +157,7 @@ class DySample(nnx.Module):
         own = jnp.stack(jnp.meshgrid(own(hh), own(ww), indexing="ij"), axis=-1)
         return (offset + own[None, :, :, None])[..., None, :]
 
-    def _project(self, x: Float[Array, "b h w c"], layer: nnx.Linear) -> Float[Array, "b H W d"]:
+    def _project(self, x: Float[Array, "b h w c"], layer: Linear) -> Float[Array, "b H W d"]:
         if self.style == "pl":
-            return apply_linear(pixel_shuffle(x, self.scale), layer)
-        return pixel_shuffle(apply_linear(x, layer), self.scale)
+            return layer(pixel_shuffle(x, self.scale))
+        return pixel_shuffle(layer(x), self.scale)

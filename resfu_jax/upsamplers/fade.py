@@ -26,20 +26,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_flag, check_odd, check_whole, need
+from resfu_jax._layers import XAVIER_UNIFORM, Conv, DepthwiseConv, Linear
 from resfu_jax.ops import Implementation
 from resfu_jax.ops.checks import check_floating
-from resfu_jax.ops.depthwise_conv import depthwise_conv
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.local_window import local_attention
 from resfu_jax.ops.resize import resize
-from resfu_jax.upsamplers._layers import (
-    XAVIER_UNIFORM,
-    apply_conv,
-    apply_linear,
+from resfu_jax.upsamplers._inputs import (
     check_features,
     check_guide,
     compute_dtype,
-    conv,
     need_guide,
     reassembled,
 )
@@ -109,10 +105,10 @@ class FADE(nnx.Module):
         width = taps if lite else embedding_dim
         types = dict(param_dtype=param_dtype, rngs=rngs)
         linear = dict(kernel_init=XAVIER_UNIFORM, **types)
-        self.compress_guide = nnx.Linear(guide_features, width, **linear)
-        self.compress = nnx.Linear(features, width, use_bias=False, **linear)
-        self.encode = Depthwise(taps, **types) if lite else conv(width, taps, 3, **types)
-        self.gate = nnx.Linear(features, 1, **linear) if gate else None
+        self.compress_guide = Linear(guide_features, width, **linear)
+        self.compress = Linear(features, width, use_bias=False, **linear)
+        self.encode = DepthwiseConv(taps, **types) if lite else Conv(width, taps, 3, **types)
+        self.gate = Linear(features, 1, **linear) if gate else None
 
     def __call__(
         self,
@@ -130,8 +126,7 @@ class FADE(nnx.Module):
         check_guide(features, guide, self.guide_features)
         dtype = compute_dtype(self.dtype, features, guide, values)
         x, y = features.astype(dtype), guide.astype(dtype)
-        encoder, decoder = apply_linear(y, self.compress_guide), apply_linear(x, self.compress)
-        scores = self._scores(encoder, decoder)
+        scores = self._scores(x, y)
         options = dict(implementation=self.implementation)
         if self.gate is None:
             return local_attention(scores, reassembled(x, values), **options)
@@ -141,8 +136,7 @@ class FADE(nnx.Module):
             f"values must have the guide's {y.shape[3]} channels, with which the gate mixes them, "
             f"got {v.shape[3]}; use 'semishift' (gate=False)",
         )
-        gate = apply_linear(x, self.gate)
-        gate = jax.nn.sigmoid(resize(gate, y.shape[1:3], method="nearest"))
+        gate = jax.nn.sigmoid(resize(self.gate(x), y.shape[1:3], method="nearest"))
         # The gate goes into the kernels, so that the upsampled features are never kept.
         up = local_attention(scores, v, scale=1 - gate, **options)
         return gate * y + up
@@ -151,21 +145,17 @@ class FADE(nnx.Module):
         self, x: Float[Array, "b h w c"], y: Float[Array, "b H W cg"]
     ) -> Float[Array, "b H W taps"]:
         """The K*K weights of every output pixel, which sum to 1."""
-        encoder, decoder = apply_linear(y, self.compress_guide), apply_linear(x, self.compress)
-        return jax.nn.softmax(self._scores(encoder, decoder))
+        return jax.nn.softmax(self._scores(x, y))
 
     def _scores(
-        self, encoder: Float[Array, "b H W d"], decoder: Float[Array, "b h w d"]
+        self, x: Float[Array, "b h w c"], y: Float[Array, "b H W cg"]
     ) -> Float[Array, "b H W taps"]:
-        """From the compressed guide and features, what the softmax makes kernels of."""
-        encode = self.encode if isinstance(self.encode, Depthwise) else self._conv3x3
-        decoder = encode(decoder)
-        encoder = self._scrambled(encoder) if self.scrambled_phases else encode(encoder)
+        """What the softmax makes kernels of."""
+        encode_guide = self._scrambled if self.scrambled_phases else self.encode
+        encoder = encode_guide(self.compress_guide(y))
+        decoder = self.encode(self.compress(x))
         scores = encoder + resize(decoder, encoder.shape[1:3], method="nearest")
         return scores.astype(at_least_float32(scores.dtype))
-
-    def _conv3x3(self, x: Array) -> Array:
-        return apply_conv(x, self.encode)
 
     def _scrambled(self, y: Float[Array, "b H W c"]) -> Float[Array, "b H W taps"]:
         """Conv3x3 as a stride-2 convolution a phase, the phases mixed up as in FADE_H2L.py.
@@ -196,21 +186,3 @@ class FADE(nnx.Module):
         ]
         out = jnp.stack(out, axis=3).reshape(b, hh // 2, ww // 2, 2, 2, -1)
         return out.transpose(0, 1, 3, 2, 4, 5).reshape(b, hh, ww, -1)
-
-
-class Depthwise(nnx.Module):
-    """Depthwise 3x3 convolution with bias, zero padding; FADE-Lite's encoder."""
-
-    def __init__(self, features: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        # Xavier uniform with the fans that PyTorch counts: 9 in, 9 * features out.
-        bound = (6 / (9 + 9 * features)) ** 0.5
-        shape = (3, 3, features)
-        self.kernel = nnx.Param(
-            jax.random.uniform(rngs.params(), shape, param_dtype, -bound, bound)
-        )
-        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """The convolution, in the dtype of x."""
-        y = depthwise_conv(x, self.kernel[...].astype(x.dtype))
-        return y + self.bias[...].astype(x.dtype)[None, None, None]

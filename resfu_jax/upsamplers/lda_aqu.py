@@ -34,22 +34,16 @@ from resfu_jax._checks import (
     check_whole,
     need,
 )
+from resfu_jax._layers import XAVIER_UNIFORM, Conv, DepthwiseConv, LayerNorm, Linear
 from resfu_jax.ops import Implementation
 from resfu_jax.ops.checks import check_floating
 from resfu_jax.ops.deformable_attention import deformable_attention
-from resfu_jax.ops.depthwise_conv import depthwise_conv
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
 from resfu_jax.ops.sizes import Size
-from resfu_jax.upsamplers._layers import (
-    EPS,
-    XAVIER_UNIFORM,
-    apply_conv,
-    apply_linear,
-    apply_norm,
+from resfu_jax.upsamplers._inputs import (
     check_features,
     compute_dtype,
-    conv,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
@@ -126,9 +120,9 @@ class LDAAQU(nnx.Module):
         width = features // reduction_factor
         types = dict(param_dtype=param_dtype, rngs=rngs)
         linear = dict(use_bias=False, kernel_init=XAVIER_UNIFORM, **types)
-        self.norm = nnx.LayerNorm(features, epsilon=EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0))
-        self.q = nnx.Linear(features, width, **linear)
-        self.k = nnx.Linear(features, width, **linear)
+        self.norm = LayerNorm(features, param_dtype=param_dtype)
+        self.q = Linear(features, width, **linear)
+        self.k = Linear(features, width, **linear)
         self.offset = Offset(width // n_groups, 2 * k_u**2, k_e, **types)
         table = (nh, k_u**2, width // nh)
         self.table = nnx.Param(_WEIGHT_INIT(rngs.params(), table, param_dtype)) if rpb else None
@@ -152,14 +146,14 @@ class LDAAQU(nnx.Module):
         """
         check_features(features, self.features)
         x = features.astype(compute_dtype(self.dtype, features, values))
-        normed = apply_norm(x, self.norm)
+        normed = self.norm(x)
         if output_size is None:
             output_size = tuple(_times(n, self.scale) for n in x.shape[1:3])
-        q = resize(apply_linear(normed, self.q), output_size, align_corners=True)
+        q = resize(self.q(normed), output_size, align_corners=True)
         points = self.points(q, x.shape[1:3])
         return deformable_attention(
             q * (q.shape[-1] // self.nh) ** -0.5,
-            apply_linear(normed, self.k),
+            self.k(normed),
             reassembled(x, values, groups=self.value_groups),
             points,
             heads=self.nh,
@@ -191,7 +185,7 @@ class LDAAQU(nnx.Module):
         return points * jnp.stack(steps).reshape(1, 1, 1, 1, 1, 2)
 
 
-class Offset(nnx.Module):
+class Offset(DepthwiseConv):
     """Predicts the offsets from the queries: depthwise 3x3, LayerNorm, GELU, convolution."""
 
     def __init__(
@@ -203,14 +197,9 @@ class Offset(nnx.Module):
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        # Xavier uniform with the fans that PyTorch counts: 9 in, 9 * features out.
-        bound = (6 / (9 + 9 * features)) ** 0.5
-        shape = (3, 3, features)
-        self.kernel = nnx.Param(
-            jax.random.uniform(rngs.params(), shape, param_dtype, -bound, bound)
-        )
-        self.norm = nnx.LayerNorm(features, epsilon=EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0))
-        self.conv = conv(
+        super().__init__(features, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+        self.norm = LayerNorm(features, param_dtype=param_dtype)
+        self.conv = Conv(
             features,
             out_features,
             kernel_size,
@@ -221,8 +210,8 @@ class Offset(nnx.Module):
 
     def __call__(self, q: Float[Array, "n H W d"]) -> Float[Array, "n H W o"]:
         """Offsets before the hyperbolic tangent, (row, column) per tap."""
-        q = depthwise_conv(q, self.kernel[...].astype(q.dtype))
-        return apply_conv(jax.nn.gelu(apply_norm(q, self.norm), approximate=False), self.conv)
+        q = self.norm(super().__call__(q))
+        return self.conv(jax.nn.gelu(q, approximate=False))
 
 
 def _times(n: Size, scale: int | float) -> Size:

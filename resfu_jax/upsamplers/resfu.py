@@ -35,6 +35,7 @@ from resfu_jax._checks import (
     check_whole,
     need,
 )
+from resfu_jax._layers import GroupNorm, Linear, normalised
 from resfu_jax.ops import Implementation
 from resfu_jax.ops.checks import check_floating
 from resfu_jax.ops.dtypes import at_least_float32
@@ -50,9 +51,7 @@ from resfu_jax.ops.pcdc import PCDCParameters, pcdc
 from resfu_jax.ops.resize import resize
 from resfu_jax.ops.sizes import Size
 from resfu_jax.ops.softmax import softmax
-from resfu_jax.upsamplers._layers import (
-    EPS,
-    apply_linear_of_norm,
+from resfu_jax.upsamplers._inputs import (
     check_features,
     check_guide,
     compute_dtype,
@@ -178,12 +177,10 @@ class ReSFU(nnx.Module):
                     "or switch that norm off with normx=False / normy=False"
                 )
             groups = 32 if width >= 32 else width
-            return nnx.GroupNorm(
-                width, groups, epsilon=EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0)
-            )
+            return GroupNorm(width, groups, param_dtype=param_dtype)
 
         def projection(width):
-            return nnx.Linear(
+            return Linear(
                 width,
                 embedding_dim,
                 use_bias=qkv_bias,
@@ -240,11 +237,11 @@ class ReSFU(nnx.Module):
 
     def query(self, y: Array) -> Array:
         """Queries q, `(B, H, W, E)`."""
-        return apply_linear_of_norm(y, self.norm_y, self.q)
+        return normalised(y, self.norm_y) if self.q is None else self.q(y, norm=self.norm_y)
 
     def key(self, x: Array) -> Array:
         """Keys k, `(B, h, w, E)`."""
-        return apply_linear_of_norm(x, self.norm_x, self.k)
+        return self.k(x, norm=self.norm_x)
 
     def query_blurred(self, q: Array) -> Array:
         """Partner of q in the detail branch: its own blur."""
@@ -309,17 +306,13 @@ class PCDC(nnx.Module):
         init = nnx.initializers.normal(std)
         self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(jnp.zeros((hidden,), param_dtype))
-        self.norm = nnx.GroupNorm(
-            width, gn_dim, epsilon=EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0)
-        )
+        self.norm = GroupNorm(width, gn_dim, param_dtype=param_dtype)
         self.mix_kernel = nnx.Param(
             _WEIGHT_INIT(rngs.params(), (hidden // groups, hidden), param_dtype)
         )
         self.mix_bias = nnx.Param(jnp.zeros((hidden,), param_dtype))
-        self.hidden_norm = nnx.GroupNorm(
-            hidden, gn_dim, epsilon=EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0)
-        )
-        self.project = nnx.Linear(
+        self.hidden_norm = GroupNorm(hidden, gn_dim, param_dtype=param_dtype)
+        self.project = Linear(
             hidden, k * k, kernel_init=_WEIGHT_INIT, param_dtype=param_dtype, rngs=rngs
         )
 
@@ -339,6 +332,7 @@ class PCDC(nnx.Module):
             dilation=self.dilation,
             groups=self.groups,
             norm_groups=self.gn_dim,
+            eps=self.norm.epsilon,
             implementation=implementation,
             tile=tile,
         )

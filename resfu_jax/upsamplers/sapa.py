@@ -35,6 +35,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_flag, check_odd, check_whole, need
+from resfu_jax._layers import GroupNorm, LayerNorm, Linear, normalised
 from resfu_jax.ops import Implementation
 from resfu_jax.ops.checks import check_floating
 from resfu_jax.ops.deformable_attention import deformable_attention
@@ -46,11 +47,7 @@ from resfu_jax.ops.local_window import (
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
 from resfu_jax.ops.resize import resize
 from resfu_jax.ops.sizes import cell_index, whole_ratio
-from resfu_jax.upsamplers._layers import (
-    EPS,
-    apply_linear,
-    apply_linear_of_norm,
-    apply_norm,
+from resfu_jax.upsamplers._inputs import (
     check_features,
     check_guide,
     compute_dtype,
@@ -166,7 +163,7 @@ class SAPA(nnx.Module):
         x, y = features.astype(dtype), guide.astype(dtype)
         scores = self._scores(x, y)
         if values is None and self.v is not None:
-            v = apply_linear(apply_norm(x, self.norm_x), self.v)
+            v = self.v(x, norm=self.norm_x)
         else:
             v = reassembled(x, values)
         return local_attention(scores, v, implementation=self.implementation)
@@ -182,10 +179,10 @@ class SAPA(nnx.Module):
     ) -> Float[Array, "b H W taps"]:
         """Similarities to the K*K pixels around every output pixel."""
         if self.q is None:
-            q, k = apply_norm(y, self.norm_y), apply_norm(x, self.norm_x)
+            q, k = normalised(y, self.norm_y), normalised(x, self.norm_x)
         else:
             q = self._query(x, y)
-            k = apply_linear_of_norm(x, self.norm_x, self.k)
+            k = self.k(x, norm=self.norm_x)
         return local_similarity(
             q, k, kernel_size=self.up_kernel_size, implementation=self.implementation
         )
@@ -197,15 +194,13 @@ class SAPA(nnx.Module):
             return resize(a, y.shape[1:3], method="nearest")
 
         if self.q_mode == "cat":
-            both = jnp.concatenate([apply_norm(y, self.norm_y), up(x)], axis=-1)
-            return apply_linear(both, self.q)
-        q = apply_linear_of_norm(y, self.norm_y, self.q)
+            return self.q(jnp.concatenate([normalised(y, self.norm_y), up(x)], axis=-1))
+        q = self.q(y, norm=self.norm_y)
         if self.q_mode == "encoder_only":
             return q
-        gate = up(jax.nn.sigmoid(apply_linear_of_norm(x, self.norm_x, self.gate)))
-        own = apply_linear(x, self.qx)
+        gate = up(jax.nn.sigmoid(self.gate(x, norm=self.norm_x)))
         # A linear map and nearest-neighbour upsampling commute.
-        return gate * q + (1 - gate) * up(own)
+        return gate * q + (1 - gate) * up(self.qx(x))
 
 
 @register("sapa_deform")
@@ -301,9 +296,8 @@ class SAPADeform(nnx.Module):
         check_guide(features, guide, self.guide_features)
         dtype = compute_dtype(self.dtype, features, guide, values)
         x, y = features.astype(dtype), guide.astype(dtype)
-        normed = apply_norm(x, self.norm_x)
-        q = apply_linear(apply_norm(y, self.norm_y), self.q)
-        k = apply_linear(normed, self.k)
+        normed = normalised(x, self.norm_x)
+        q, k = self.q(y, norm=self.norm_y), self.k(normed)
         points = self.points(normed, y.shape[1:3])
         v = reassembled(x, values, groups=self.value_groups)
         return deformable_attention(
@@ -313,7 +307,7 @@ class SAPADeform(nnx.Module):
     def points(self, normed_x: Float[Array, "b h w c"], size: tuple) -> Float[Array, "b H W g p 2"]:
         """Where every output pixel looks: (row, column) in pixels of the features."""
         ratio = whole_ratio(normed_x.shape[1:3], size)
-        offset = apply_linear(normed_x, self.offset)
+        offset = self.offset(normed_x)
         if not self.high_offset:
             offset = resize(offset, size, method="nearest")
         else:
@@ -334,20 +328,19 @@ class SAPADeform(nnx.Module):
         return cells[None, :, :, None, None] + offset[..., ::-1]
 
 
-def _linear(n: int, m: int, use_bias: bool, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(
+def _linear(n: int, m: int, use_bias: bool, param_dtype: DTypeLike, rngs: nnx.Rngs) -> Linear:
+    return Linear(
         n, m, use_bias=use_bias, kernel_init=_WEIGHT_INIT, param_dtype=param_dtype, rngs=rngs
     )
 
 
 def _norm(
     name: str, width: int, kind: Norm | None, param_dtype: DTypeLike
-) -> nnx.GroupNorm | nnx.LayerNorm | None:
+) -> GroupNorm | LayerNorm | None:
     check_choice((*get_args(Norm), None), norm=kind)
     if kind is None:
         return None
-    types = dict(epsilon=EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0))
     if kind == "layer":
-        return nnx.LayerNorm(width, **types)
+        return LayerNorm(width, param_dtype=param_dtype)
     need(width % 32 == 0, f"norm='group' needs {name} to be a multiple of 32, got {width}")
-    return nnx.GroupNorm(width, 32, **types)
+    return GroupNorm(width, 32, param_dtype=param_dtype)

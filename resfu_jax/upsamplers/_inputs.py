@@ -1,88 +1,11 @@
-"""What the upsamplers share: layers applied in the compute dtype, and checks of their inputs."""
+"""What the upsamplers share: their compute dtype, and checks of their inputs."""
 
-from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from resfu_jax import ops
 from resfu_jax._checks import check_whole, need
 from resfu_jax.ops.dtypes import promote
 from resfu_jax.ops.sizes import Size
-
-EPS = 1e-5  # of every norm of the published modules
-XAVIER_UNIFORM = nnx.initializers.xavier_uniform()
-
-
-def conv(
-    in_features: int,
-    features: int,
-    kernel_size: int,
-    *,
-    dilation: int = 1,
-    use_bias: bool = True,
-    kernel_init=XAVIER_UNIFORM,
-    param_dtype: DTypeLike,
-    rngs: nnx.Rngs,
-) -> nnx.Conv:
-    """A convolution with zero padding that keeps the size; apply it with `apply_conv`."""
-    return nnx.Conv(
-        in_features,
-        features,
-        (kernel_size, kernel_size),
-        padding=dilation * (kernel_size - 1) // 2,
-        kernel_dilation=dilation,
-        use_bias=use_bias,
-        kernel_init=kernel_init,
-        param_dtype=param_dtype,
-        rngs=rngs,
-    )
-
-
-def apply_conv(x: Float[Array, "b h w c"], layer: nnx.Conv) -> Float[Array, "b h w d"]:
-    """`layer(x)` in the dtype of x."""
-    kernel = layer.kernel[...].astype(x.dtype)
-    y = ops.conv(x, kernel, padding=layer.padding, dilation=layer.kernel_dilation)
-    return y if layer.bias is None else y + layer.bias[...].astype(x.dtype)[None, None, None]
-
-
-def apply_linear(x: Float[Array, "b h w c"], layer: nnx.Linear) -> Float[Array, "b h w d"]:
-    """`layer(x)` in the dtype of x."""
-    x = x @ layer.kernel[...].astype(x.dtype)
-    return x if layer.bias is None else x + layer.bias[...].astype(x.dtype)[None, None, None]
-
-
-def apply_norm(
-    x: Float[Array, "b h w c"], norm: nnx.GroupNorm | nnx.LayerNorm | None
-) -> Float[Array, "b h w c"]:
-    """`norm(x)` in the dtype of x, statistics in float32 or better; x itself without a norm."""
-    if norm is None:
-        return x
-    scale, bias = norm.scale[...], norm.bias[...]
-    if isinstance(norm, nnx.GroupNorm):
-        return ops.group_norm(x, scale, bias, groups=norm.num_groups, eps=norm.epsilon)
-    return ops.layer_norm(x, scale, bias, eps=norm.epsilon)
-
-
-def apply_linear_of_norm(
-    x: Float[Array, "b h w c"],
-    norm: nnx.GroupNorm | nnx.LayerNorm | None,
-    layer: nnx.Linear | None,
-) -> Float[Array, "b h w d"]:
-    """`layer(norm(x))` in the dtype of x; either may be absent."""
-    if layer is None or norm is None:
-        x = apply_norm(x, norm)
-        return x if layer is None else apply_linear(x, layer)
-    is_group = isinstance(norm, nnx.GroupNorm)
-    return ops.norm_linear(
-        x,
-        norm.scale[...],
-        norm.bias[...],
-        layer.kernel[...],
-        None if layer.bias is None else layer.bias[...],
-        norm="group" if is_group else "layer",
-        groups=norm.num_groups if is_group else 1,
-        eps=norm.epsilon,
-    )
 
 
 def compute_dtype(dtype: DTypeLike | None, *inputs: Array | None) -> DTypeLike:
