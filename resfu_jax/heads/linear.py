@@ -126,7 +126,7 @@ class LinearHead(nnx.Module):
             upsampler cannot go.
         """
         x, other = self.upsampler_inputs(features, images)
-        groups = getattr(self.upsample, "value_groups", 1)
+        groups = self.upsample.value_groups
         # Another classifier may have been put in, like none at all to get the features.
         linear = isinstance(self.classify, nnx.Linear) and keeps_space(self.upsample)
         if linear and groups * self.num_classes < x.shape[-1]:

@@ -33,7 +33,7 @@ from resfu_jax.backbones import backbone_strides, check_backbone_options
 from resfu_jax.heads import check_head_options
 from resfu_jax.inference import Inference
 from resfu_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from resfu_jax.upsamplers._registry import upsampler_entry
+from resfu_jax.upsamplers import upsampler_entry
 
 
 @dataclasses.dataclass

@@ -16,6 +16,7 @@ from resfu_jax.upsamplers._registry import (
     register,
     upsampler_entry,
 )
+from resfu_jax.upsamplers._upsampler import Upsampler
 from resfu_jax.upsamplers._weights import keeps_space, pixel_weights, takes_values
 from resfu_jax.upsamplers.carafe import CARAFE
 from resfu_jax.upsamplers.classic import Deconvolution, Interpolation, PixelShuffle
@@ -36,6 +37,7 @@ __all__ = [
     "PixelShuffle",
     "ReSFU",
     "SAPADeform",
+    "Upsampler",
     "check_features",
     "check_floating",
     "check_guide",

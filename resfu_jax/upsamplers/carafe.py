@@ -33,10 +33,11 @@ from resfu_jax.upsamplers._inputs import (
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
+from resfu_jax.upsamplers._upsampler import Upsampler
 
 
 @register("carafe")
-class CARAFE(nnx.Module):
+class CARAFE(Upsampler):
     """Upsamples features by a whole scale with kernels predicted from the features.
 
     Args:
@@ -59,6 +60,8 @@ class CARAFE(nnx.Module):
     """
 
     guide = "none"
+    needs_whole_scale = True
+    weights_are_convex = True
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class CARAFE(nnx.Module):
         check_choice((*get_args(Implementation), None), implementation=implementation)
         need(features % up_group == 0, f"up_group must divide features={features}, got {up_group}")
         self.features, self.scale = features, scale
-        self.up_kernel, self.up_group = up_kernel, up_group
+        self.up_kernel, self.value_groups = up_kernel, up_group
         self.implementation, self.dtype = implementation, dtype
         types = dict(param_dtype=param_dtype, rngs=rngs)
         self.compress = Linear(features, compressed_channels, kernel_init=XAVIER_UNIFORM, **types)
@@ -100,11 +103,6 @@ class CARAFE(nnx.Module):
             kernel_init=nnx.initializers.normal(0.001),
             **types,
         )
-
-    @property
-    def value_groups(self) -> int:
-        """Groups of channels, blocks of successive ones, that have weights of their own."""
-        return self.up_group
 
     def __call__(
         self,
@@ -123,7 +121,7 @@ class CARAFE(nnx.Module):
         x = features.astype(compute_dtype(self.dtype, features, values))
         v = reassembled(x, values, groups=self.value_groups)
         return local_attention(
-            self.scores(x), v, groups=self.up_group, implementation=self.implementation
+            self.scores(x), v, groups=self.value_groups, implementation=self.implementation
         )
 
     def scores(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W d"]:

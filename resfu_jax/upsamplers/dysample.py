@@ -37,6 +37,7 @@ from resfu_jax.upsamplers._inputs import (
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
+from resfu_jax.upsamplers._upsampler import Upsampler
 
 Style = Literal["lp", "pl"]
 
@@ -45,7 +46,7 @@ Style = Literal["lp", "pl"]
 @register("dysample_plus", style="lp", groups=4, dyscope=True)
 @register("dysample_s", style="pl", groups=8)
 @register("dysample_s_plus", style="pl", groups=8, dyscope=True)
-class DySample(nnx.Module):
+class DySample(Upsampler):
     """Upsamples features by a whole scale, one sampling point per output pixel and group.
 
     Args:
@@ -68,6 +69,8 @@ class DySample(nnx.Module):
     """
 
     guide = "none"
+    needs_whole_scale = True
+    weights_are_convex = True
 
     def __init__(
         self,
@@ -94,7 +97,7 @@ class DySample(nnx.Module):
             f"style 'pl' needs features divisible by scale**2 = {scale**2}, got {features}; "
             "use style 'lp'",
         )
-        self.features, self.scale, self.groups = features, scale, groups
+        self.features, self.scale, self.value_groups = features, scale, groups
         self.style = style
         self.implementation, self.dtype = implementation, dtype
         out = 2 * groups
@@ -106,11 +109,6 @@ class DySample(nnx.Module):
             if dyscope
             else None
         )
-
-    @property
-    def value_groups(self) -> int:
-        """Groups of channels, blocks of successive ones, that have weights of their own."""
-        return self.groups
 
     def __call__(
         self,
@@ -148,7 +146,7 @@ class DySample(nnx.Module):
             offset = 0.5 * jax.nn.sigmoid(scope.astype(offset.dtype)) * offset
         b, hh, ww, _ = offset.shape
         # The channels are (column, row) times group.
-        offset = offset.reshape(b, hh, ww, 2, self.groups)[..., ::-1, :].swapaxes(-1, -2)
+        offset = offset.reshape(b, hh, ww, 2, self.value_groups)[..., ::-1, :].swapaxes(-1, -2)
 
         def own(n):
             p = jnp.arange(n, dtype=jnp.int32)

@@ -40,12 +40,13 @@ from resfu_jax.upsamplers._inputs import (
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
+from resfu_jax.upsamplers._upsampler import Upsampler
 
 
 @register("fade")
 @register("fade_lite", lite=True)
 @register("semishift", gate=False)
-class FADE(nnx.Module):
+class FADE(Upsampler):
     """Upsamples features to the size of a guide, and fuses the guide in through a gate.
 
     Args:
@@ -99,6 +100,8 @@ class FADE(nnx.Module):
         )
         need(not (lite and scrambled_phases), "scrambled_phases does not apply to lite")
         self.features, self.guide_features = features, guide_features
+        self.same_width = self.mixes = gate
+        self.weights_are_convex = not gate
         self.scrambled_phases = scrambled_phases
         self.implementation, self.dtype = implementation, dtype
         taps = up_kernel_size**2

@@ -47,12 +47,13 @@ from resfu_jax.upsamplers._inputs import (
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
+from resfu_jax.upsamplers._upsampler import Upsampler
 
 _WEIGHT_INIT = nnx.initializers.normal(0.02)
 
 
 @register("lda_aqu")
-class LDAAQU(nnx.Module):
+class LDAAQU(Upsampler):
     """Upsamples features by local attention to deformable points, queried by the features.
 
     Args:
@@ -81,6 +82,7 @@ class LDAAQU(nnx.Module):
     """
 
     guide = "none"
+    weights_are_convex = True
 
     def __init__(
         self,
@@ -115,6 +117,7 @@ class LDAAQU(nnx.Module):
             )
         self.features, self.scale = features, scale
         self.nh, self.k_u, self.n_groups = nh, k_u, n_groups
+        self.value_groups = math.lcm(nh, n_groups)
         self.range_factor = range_factor
         self.implementation, self.dtype = implementation, dtype
         width = features // reduction_factor
@@ -126,11 +129,6 @@ class LDAAQU(nnx.Module):
         self.offset = Offset(width // n_groups, 2 * k_u**2, k_e, **types)
         table = (nh, k_u**2, width // nh)
         self.table = nnx.Param(_WEIGHT_INIT(rngs.params(), table, param_dtype)) if rpb else None
-
-    @property
-    def value_groups(self) -> int:
-        """Groups of channels, blocks of successive ones, that have weights of their own."""
-        return math.lcm(self.nh, self.n_groups)
 
     def __call__(
         self,

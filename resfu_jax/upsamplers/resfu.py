@@ -59,6 +59,7 @@ from resfu_jax.upsamplers._inputs import (
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
+from resfu_jax.upsamplers._upsampler import Upsampler
 
 _HIDDEN = 128  # channels of the score branches, fixed in the official module
 _WEIGHT_INIT = nnx.initializers.normal(0.02)
@@ -70,7 +71,7 @@ _OUTSIDE = -1e7
 @register("resfu")
 @register("resfu_segmenter", lr_mult=500.0)
 @register("resfu_segformer", lr_mult=500.0)
-class ReSFU(nnx.Module):
+class ReSFU(Upsampler):
     """Upsamples features to the size of a guide.
 
     Args:
@@ -108,6 +109,9 @@ class ReSFU(nnx.Module):
     """
 
     guide = "features"
+    weights_are_convex = True
+    # The norm of a score branch has both arguments, whose difference its bias cancels in.
+    without_gradient = (("semantic_scores", "norm", "bias"), ("detail_scores", "norm", "bias"))
 
     def __init__(
         self,

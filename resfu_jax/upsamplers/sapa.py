@@ -55,6 +55,7 @@ from resfu_jax.upsamplers._inputs import (
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
+from resfu_jax.upsamplers._upsampler import Upsampler
 
 Query = Literal["encoder_only", "cat", "gate"]
 Norm = Literal["layer", "group"]
@@ -65,7 +66,7 @@ _WEIGHT_INIT = nnx.initializers.normal(0.02)
 @register("sapa")
 @register("sapa_g", q_mode="gate")
 @register("sapa_i", embedding_dim=None)
-class SAPA(nnx.Module):
+class SAPA(Upsampler):
     """Upsamples features to the size of a guide by local similarity.
 
     Args:
@@ -92,6 +93,7 @@ class SAPA(nnx.Module):
     """
 
     guide = "features"
+    weights_are_convex = True
 
     def __init__(
         self,
@@ -143,7 +145,9 @@ class SAPA(nnx.Module):
         self.k = linear(features, embedding_dim) if embedded else None
         self.qx = linear(features, embedding_dim) if gated else None
         self.gate = linear(features, 1) if gated else None
-        self.v = linear(features, out_dim) if v_embed or out_dim != features else None
+        self.same_width = not embedded
+        self.mixes = v_embed or out_dim != features
+        self.v = linear(features, out_dim) if self.mixes else None
 
     def __call__(
         self,
@@ -204,7 +208,7 @@ class SAPA(nnx.Module):
 
 
 @register("sapa_deform")
-class SAPADeform(nnx.Module):
+class SAPADeform(Upsampler):
     """SAPA-D: similarity with P sampled points per output pixel and group, instead of a window.
 
         u = cell(p) + Linear(N(x)),   attn = softmax over P (<q[p], k(u)>),   out = sum attn x(u)
@@ -230,6 +234,7 @@ class SAPADeform(nnx.Module):
     """
 
     guide = "features"
+    weights_are_convex = True
 
     def __init__(
         self,
@@ -261,8 +266,8 @@ class SAPADeform(nnx.Module):
         check_choice((*get_args(Implementation), None), implementation=implementation)
         need(features % groups == 0, f"groups must divide features={features}, got {groups}")
         self.features, self.guide_features = features, guide_features
-        self.scale, self.num_point, self.groups = scale, num_point, groups
-        self.high_offset = high_offset
+        self.scale, self.num_point, self.value_groups = scale, num_point, groups
+        self.high_offset = self.needs_whole_scale = high_offset
         self.implementation, self.dtype = implementation, dtype
 
         def linear(n, m):
@@ -274,11 +279,6 @@ class SAPADeform(nnx.Module):
         self.k = linear(features, groups * embedding_dim)
         phases = scale**2 if high_offset else 1
         self.offset = linear(features, 2 * groups * num_point * phases)
-
-    @property
-    def value_groups(self) -> int:
-        """Groups of channels, blocks of successive ones, that have weights of their own."""
-        return self.groups
 
     def __call__(
         self,
@@ -301,7 +301,7 @@ class SAPADeform(nnx.Module):
         points = self.points(normed, y.shape[1:3])
         v = reassembled(x, values, groups=self.value_groups)
         return deformable_attention(
-            q, k, v, points, heads=self.groups, implementation=self.implementation
+            q, k, v, points, heads=self.value_groups, implementation=self.implementation
         )
 
     def points(self, normed_x: Float[Array, "b h w c"], size: tuple) -> Float[Array, "b H W g p 2"]:
@@ -318,7 +318,7 @@ class SAPADeform(nnx.Module):
             )
             offset = pixel_shuffle(offset, self.scale)
         offset = offset.astype(at_least_float32(offset.dtype))
-        offset = offset.reshape(*offset.shape[:3], self.groups, self.num_point, 2)
+        offset = offset.reshape(*offset.shape[:3], self.value_groups, self.num_point, 2)
         rows, cols = (
             cell_index(n, m).astype(offset.dtype)
             for n, m in zip(normed_x.shape[1:3], size, strict=True)
