@@ -78,6 +78,14 @@ class SegmentationModel(nnx.Module):
             features = self.features(images)
         return self.head(features, self.normalise(images))
 
+    def upsampled(
+        self, images: Num[Array, "b h w 3"], features: Features | None = None
+    ) -> Float[Array, "b h4 w4 c"]:
+        """What the head classifies, at the head's resolution, in its compute type."""
+        if features is None:
+            features = self.features(images)
+        return self.head.upsampled(features, self.normalise(images))
+
     def features(self, images: Num[Array, "b h w 3"]) -> Features:
         """The backbone's feature maps of the normalised images."""
         if not self.frozen:

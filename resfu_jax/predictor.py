@@ -478,8 +478,7 @@ class Predictor:
             results["probabilities"] = jax.nn.softmax(logits.astype(jnp.float32))
         if features:
             # The same pass up to the classifier; XLA computes it once where it is the same.
-            model.head.classify = lambda x: x
-            results["features"] = model.logits(images).astype(jnp.float32)
+            results["features"] = model.upsampled(images).astype(jnp.float32)
         return results
 
 

@@ -1,7 +1,7 @@
 """Heads: a pyramid of feature maps to logits.
 
 A head is called with the maps that a backbone returns and the normalised images, and takes its
-upsampler by name.
+upsampler by name. `head.upsampled(maps, images)` is what it classifies.
 """
 
 import inspect

@@ -127,11 +127,15 @@ class LinearHead(nnx.Module):
         """
         x, other = self.upsampler_inputs(features, images)
         groups = self.upsample.value_groups
-        # Another classifier may have been put in, like none at all to get the features.
-        linear = isinstance(self.classify, nnx.Linear) and keeps_space(self.upsample)
-        if linear and groups * self.num_classes < x.shape[-1]:
+        if keeps_space(self.upsample) and groups * self.num_classes < x.shape[-1]:
             return self._upsampled_logits(x, other, groups)
         return self.classify(self.dropout(self.upsample(x, other)))
+
+    def upsampled(
+        self, features: Sequence[Float[Array, "b _h _w _c"]], images: Float[Array, "b H W 3"]
+    ) -> Float[Array, "b h w c"]:
+        """What is classified, the upsampled features; as `__call__`."""
+        return self.upsample(*self.upsampler_inputs(features, images))
 
     def _upsampled_logits(self, x, other, groups):
         """`classify(dropout(upsample(x, other)))`; each group of channels has logits of its own."""

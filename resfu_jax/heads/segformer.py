@@ -135,6 +135,14 @@ class SegFormerHead(nnx.Module):
           ValueError: maps that do not have `in_features` channels, or sizes between which the
             upsampler cannot go.
         """
+        return self.classify(self.dropout(self.upsampled(features, images)))
+
+    def upsampled(
+        self,
+        features: Sequence[Float[Array, "b _h _w _c"]],
+        images: Float[Array, "b H W 3"] | None = None,
+    ) -> Float[Array, "b h w c"]:
+        """What is classified: the fused map, on the grid of the finest one; as `__call__`."""
         check_maps(features, self.in_features)
         guides = [project(x) for project, x in zip(self.project, features, strict=True)]
         maps = list(guides)
@@ -143,5 +151,4 @@ class SegFormerHead(nnx.Module):
             maps[source] = apply_upsampler(upsample, maps[source], guides[target])
         if self.linear:
             maps.reverse()
-        x = self.fuse(jnp.concatenate(maps, axis=-1))
-        return self.classify(self.dropout(x))
+        return self.fuse(jnp.concatenate(maps, axis=-1))
