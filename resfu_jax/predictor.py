@@ -234,8 +234,7 @@ class Predictor:
                 num_classes=info.num_classes,
                 rngs=nnx.Rngs(0),
             )
-            graphdef, params, rest = nnx.split(model, model.trainable, ...)
-            return graphdef, {"params": nnx.as_pure(params), "rest": nnx.as_pure(rest)}
+            return training.split_model(model)
 
         layout = training.Layout(training.ParallelConfig(), devices)
         graphdef, wanted = jax.eval_shape(weights)
@@ -248,7 +247,7 @@ class Predictor:
         finally:
             checkpoints.close()
         predictor = cls(
-            nnx.merge(graphdef, state["params"], state["rest"]),
+            training.merge_model(graphdef, state["params"], state["rest"]),
             class_names=info.class_names,
             palette=info.palette,
             inference=inference,

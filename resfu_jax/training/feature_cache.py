@@ -5,6 +5,8 @@ import io
 import os
 import pathlib
 import zipfile
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,11 @@ from flax import nnx
 from jaxtyping import UInt8
 
 from resfu_jax._files import local_path, write_whole
+from resfu_jax.data import default_data_dir
 from resfu_jax.model import SegmentationModel
+from resfu_jax.training.config import Config
+from resfu_jax.training.devices import Layout
+from resfu_jax.training.state import State, merge_model
 
 Path = str | os.PathLike[str]
 
@@ -80,6 +86,22 @@ class FeatureCache:
             self._folders[size] = self._root / digest.hexdigest()
             self._folders[size].mkdir(parents=True, exist_ok=True)
         return self._folders[size]
+
+
+def feature_lookup(
+    config: Config, layout: Layout, graphdef: nnx.GraphDef, state: State
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What adds to a batch the backbone's features, from a cache beside the run's dataset.
+
+    Where the config does not ask for a cache, batches stay as they are.
+    """
+    if not config.model.backbone.cache_features:
+        return lambda batch: batch
+    directory = pathlib.Path(config.data.dir or default_data_dir()) / "features"
+    whole = jax.jit(lambda x: x, out_shardings=layout.replicated)
+    params, rest = whole((state["params"], state["rest"]))
+    cache = FeatureCache(directory, merge_model(graphdef, params, rest))
+    return lambda batch: batch | {"features": cache(batch["image"])}
 
 
 def _copy(x: jax.Array) -> jax.Array:

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from resfu_jax.training.config import Config
+from resfu_jax.training.devices import Layout, peak_flops
+
 # One operation for each value of the result.
 _ELEMENTWISE = frozenset(
     "add add_any sub mul div rem max min neg abs sign floor ceil round exp exp2 expm1 log log1p "
@@ -34,6 +37,32 @@ def count_flops(function: Callable, *args: Any) -> float:
         *args: arrays or `jax.ShapeDtypeStruct`s, of known sizes.
     """
     return _of_program(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def count_step_flops(
+    train_step: Callable, state: Any, config: Config, layout: Layout
+) -> tuple[float | None, float | None]:
+    """Operations of a training step, and which share of the devices' peak one a second would be.
+
+    Both are None if the peak is not known: there is nothing to compare with, and to count takes
+    seconds.
+
+    Args:
+        train_step: of state and batch.
+        state: shapes and types.
+        config: has the size of a batch, and may have the peak.
+        layout: of the batch.
+    """
+    peak = peak_flops(config.parallel)
+    if peak is None:
+        return None, None
+    shape = (config.batch_size, *config.data.crop_size)
+    batch = {
+        "image": jax.ShapeDtypeStruct((*shape, 3), jnp.uint8, sharding=layout.over_batch),
+        "label": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=layout.over_batch),
+    }
+    flops = count_flops(train_step, state, batch)
+    return flops, flops / peak
 
 
 def _of_program(program: Any) -> float:

@@ -182,6 +182,9 @@ def accumulate_gradients(
         ValueError: the batch does not divide into so many parts.
     """
     check_whole(parts=parts)
+    if parts == 1:
+        (loss, rest), grads = grad_fn(params, rest, batch)
+        return loss, rest, grads
     for size in {x.shape[0] for x in jax.tree.leaves(batch)}:
         need(size % parts == 0, f"parts must divide the batch of {size}, got {parts}")
 
