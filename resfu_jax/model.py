@@ -149,7 +149,7 @@ def create_model(
     Raises:
       ValueError: unknown names, or options that do not fit together.
     """
-    types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     pyramid = create_backbone(**backbone, remat=remat, **types)
     top = create_head(**head, in_features=pyramid.features, num_classes=num_classes, **types)
     return SegmentationModel(pyramid, top, frozen=frozen, mean=mean, std=std)

@@ -15,6 +15,7 @@ Values equal `SegformerModel` of Hugging Face transformers, whose LayerNorms all
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,7 @@ class MiT(nnx.Module):
         check_floating(dtype=dtype, param_dtype=param_dtype)
         if variant not in tuple(VARIANTS):
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-        given = dict(
+        given: dict[str, Any] = dict(
             widths=widths, depths=depths, heads=heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios
         )
         given = {name: value for name, value in given.items() if value is not None}
@@ -200,7 +201,7 @@ class Stage(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.sr_ratio = sr_ratio
         self.embed = nnx.Conv(
             in_features,
@@ -243,7 +244,7 @@ class Block(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.attention_norm = LayerNorm(features, epsilon=_EPSILON, **types)
         self.attention = Attention(features, heads, sr_ratio, **types)
         self.ffn_norm = LayerNorm(features, epsilon=_EPSILON, **types)
@@ -270,7 +271,7 @@ class Attention(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.heads = heads
         self.query = nnx.Linear(features, features, kernel_init=_linear_init, **types)
         self.key = nnx.Linear(features, features, kernel_init=_linear_init, **types)
@@ -313,7 +314,7 @@ class MixFFN(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.expand = nnx.Linear(features, hidden, kernel_init=_linear_init, **types)
         self.depthwise = DepthwiseConv(
             hidden, kernel_init=_depthwise_init, param_dtype=param_dtype, rngs=rngs

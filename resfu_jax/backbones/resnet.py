@@ -127,7 +127,9 @@ class ResNet(nnx.Module):
             raise ValueError(f"stem_width must be even and positive, got {stem_width}")
         check_flag(freeze_norm=freeze_norm, remat=remat)
 
-        options = dict(frozen=freeze_norm, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        options: dict[str, Any] = dict(
+            frozen=freeze_norm, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
         self.features = tuple(width * (4 if sizes.bottleneck else 1) for width in widths)
         self.in_channels = in_channels
         self.dtype = dtype
@@ -213,7 +215,7 @@ class Block(nnx.Module):
         dilations: tuple[int, int],
         **options: Any,
     ):
-        first = dict(stride=stride, dilation=dilations[0])
+        first: dict[str, Any] = dict(stride=stride, dilation=dilations[0])
         if bottleneck:
             inside = features // 4
             layers = [
@@ -256,7 +258,7 @@ class ConvNorm(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.stride = stride
         self.pointwise = kernel_size == 1
         if self.pointwise:

@@ -96,7 +96,7 @@ class ConvBNReLU(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        options = dict(
+        options: dict[str, Any] = dict(
             use_bias=False, kernel_init=_conv_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         if kernel_size == 1:

@@ -95,7 +95,7 @@ class LinearHead(nnx.Module):
         check_whole(scale=scale, stem_width=stem_width)
         check_choice(tuple(_STEM_STRIDES), guide_stride=guide_stride)
         check_flag(norm=norm)
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         features = sum(in_features)
         self.in_features = tuple(in_features)
         self.num_classes = num_classes
@@ -185,7 +185,7 @@ class ImageStem(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.conv1 = ReplicatedConv(3, width, (3, 3), strides=strides[0], **types)
         self.norm = GroupNorm(width, 1, param_dtype=param_dtype)
         self.conv2 = ReplicatedConv(width, features, (3, 3), strides=strides[1], **types)

@@ -98,7 +98,7 @@ class SegFormerHead(nnx.Module):
         check_choice(get_args(Wiring), wiring=wiring)
         check_choice(get_args(Projection), project=project)
 
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.in_features = tuple(in_features)
         self.num_classes = num_classes
         self.wiring = wiring

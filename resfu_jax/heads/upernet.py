@@ -87,7 +87,7 @@ class UPerNetHead(nnx.Module):
         )
         check_arguments(num_classes, width, dropout, dtype, param_dtype)
 
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.in_features = tuple(in_features)
         self.num_classes = num_classes
         lateral = [ConvBNReLU(n, width, **types) for n in in_features[:-1]]
@@ -164,7 +164,7 @@ class PyramidPooling(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.pool_sizes = tuple(pool_sizes)
         self.project = nnx.List([ConvBNReLU(in_features, features, **types) for _ in pool_sizes])
         merged = in_features + len(self.pool_sizes) * features

@@ -12,7 +12,7 @@ Source: Wang et al., "CARAFE: Content-Aware ReAssembly of FEatures", ICCV 2019, 
 and section 3.2; the semantics are those of mmcv's `CARAFEPack`.
 """
 
-from typing import get_args
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from flax import nnx
@@ -93,7 +93,7 @@ class CARAFE(Upsampler):
         self.features, self.scale = features, scale
         self.up_kernel, self.value_groups = up_kernel, up_group
         self.implementation, self.dtype = implementation, dtype
-        types = dict(param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(param_dtype=param_dtype, rngs=rngs)
         self.compress = Linear(features, compressed_channels, kernel_init=XAVIER_UNIFORM, **types)
         self.encode = Conv(
             compressed_channels,

@@ -14,7 +14,7 @@ from C / s^2 to 2 G). It starts near zero, so that training starts from bilinear
 Source: Liu et al., "Learning to Upsample by Learning to Sample", ICCV 2023, section 3.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,7 @@ class DySample(Upsampler):
         self.implementation, self.dtype = implementation, dtype
         out = 2 * groups
         widths = (features, out * scale**2) if style == "lp" else (features // scale**2, out)
-        types = dict(param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(param_dtype=param_dtype, rngs=rngs)
         self.offset = Linear(*widths, kernel_init=nnx.initializers.normal(0.001), **types)
         self.scope = (
             Linear(*widths, use_bias=False, kernel_init=nnx.initializers.zeros, **types)

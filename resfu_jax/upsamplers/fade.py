@@ -17,7 +17,7 @@ ECCV 2022 (semi-shift convolution, section 3.2; gated fusion, section 3.3), and 
 extension for FADE-Lite.
 """
 
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -106,8 +106,8 @@ class FADE(Upsampler):
         self.implementation, self.dtype = implementation, dtype
         taps = up_kernel_size**2
         width = taps if lite else embedding_dim
-        types = dict(param_dtype=param_dtype, rngs=rngs)
-        linear = dict(kernel_init=XAVIER_UNIFORM, **types)
+        types: dict[str, Any] = dict(param_dtype=param_dtype, rngs=rngs)
+        linear: dict[str, Any] = dict(kernel_init=XAVIER_UNIFORM, **types)
         self.compress_guide = Linear(guide_features, width, **linear)
         self.compress = Linear(features, width, use_bias=False, **linear)
         self.encode = DepthwiseConv(taps, **types) if lite else Conv(width, taps, 3, **types)
@@ -130,7 +130,7 @@ class FADE(Upsampler):
         dtype = compute_dtype(self.dtype, features, guide, values)
         x, y = features.astype(dtype), guide.astype(dtype)
         scores = self._scores(x, y)
-        options = dict(implementation=self.implementation)
+        options: dict[str, Any] = dict(implementation=self.implementation)
         if self.gate is None:
             return local_attention(scores, reassembled(x, values), **options)
         v = reassembled(x, values)

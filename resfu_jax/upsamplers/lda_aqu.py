@@ -17,7 +17,7 @@ Multimedia 2024; the semantics are those of the authors' released module.
 """
 
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -121,8 +121,8 @@ class LDAAQU(Upsampler):
         self.range_factor = range_factor
         self.implementation, self.dtype = implementation, dtype
         width = features // reduction_factor
-        types = dict(param_dtype=param_dtype, rngs=rngs)
-        linear = dict(use_bias=False, kernel_init=XAVIER_UNIFORM, **types)
+        types: dict[str, Any] = dict(param_dtype=param_dtype, rngs=rngs)
+        linear: dict[str, Any] = dict(use_bias=False, kernel_init=XAVIER_UNIFORM, **types)
         self.norm = LayerNorm(features, param_dtype=param_dtype)
         self.q = Linear(features, width, **linear)
         self.k = Linear(features, width, **linear)

@@ -197,7 +197,7 @@ class ReSFU(Upsampler):
         self.norm_y = norm("guide_features", guide_features) if normy else None
         self.q = projection(guide_features) if y_conv else None
         self.k = projection(features)
-        branch = dict(
+        branch: dict[str, Any] = dict(
             width=embedding_dim,
             dilation=dilation,
             kernel_size=kernel_size,
