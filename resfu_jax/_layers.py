@@ -2,6 +2,8 @@
 
 Flax's own compute in the dtype that holds both: bfloat16 features and float32 parameters would be
 float32. Parameters have Flax's names.
+
+The calls leave out Flax's arguments for sharding and masks, hence `type: ignore[override]`.
 """
 
 import jax
@@ -23,10 +25,15 @@ DEPTHWISE_XAVIER_UNIFORM = nnx.initializers.variance_scaling(
 class LayerNorm(nnx.LayerNorm):
     """Every pixel over its channels; epsilon is PyTorch's, statistics are float32 or better."""
 
+    scale: nnx.Param
+    bias: nnx.Param
+
     def __init__(self, features: int, *, epsilon: float = 1e-5, param_dtype: Dtype):
         super().__init__(features, epsilon=epsilon, param_dtype=param_dtype, rngs=nnx.Rngs(0))
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def __call__(  # type: ignore[override]
+        self, x: Float[Array, "b h w c"]
+    ) -> Float[Array, "b h w c"]:
         """The normalised map, of the input's dtype."""
         return ops.layer_norm(x, self.scale[...], self.bias[...], eps=self.epsilon)
 
@@ -34,12 +41,17 @@ class LayerNorm(nnx.LayerNorm):
 class GroupNorm(nnx.GroupNorm):
     """Groups of channels over space; epsilon is PyTorch's, statistics are float32 or better."""
 
+    scale: nnx.Param
+    bias: nnx.Param
+
     def __init__(self, features: int, groups: int, *, epsilon: float = 1e-5, param_dtype: Dtype):
         super().__init__(
             features, groups, epsilon=epsilon, param_dtype=param_dtype, rngs=nnx.Rngs(0)
         )
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def __call__(  # type: ignore[override]
+        self, x: Float[Array, "b h w c"]
+    ) -> Float[Array, "b h w c"]:
         """The normalised map, of the input's dtype."""
         return ops.group_norm(
             x, self.scale[...], self.bias[...], groups=self.num_groups, eps=self.epsilon
@@ -57,20 +69,19 @@ def normalised(x: Float[Array, "b h w c"], norm: Norm | None) -> Float[Array, "b
 class Linear(nnx.Linear):
     """A linear map of the channels, and of the norm before it."""
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, x: Float[Array, "b h w c"], *, norm: Norm | None = None
     ) -> Float[Array, "b h w d"]:
         """The map of x, or of `norm(x)`, which `ops.norm_linear` need not write."""
         if norm is not None:
-            grouped = isinstance(norm, GroupNorm)
             return ops.norm_linear(
                 x,
                 norm.scale[...],
                 norm.bias[...],
                 self.kernel[...],
                 None if self.bias is None else self.bias[...],
-                norm="group" if grouped else "layer",
-                groups=norm.num_groups if grouped else 1,
+                norm="group" if isinstance(norm, GroupNorm) else "layer",
+                groups=norm.num_groups if isinstance(norm, GroupNorm) else 1,
                 eps=norm.epsilon,
             )
         return _biased(x @ self.kernel[...].astype(x.dtype), self.bias)
@@ -101,7 +112,9 @@ class Conv(nnx.Conv):
             rngs=rngs,
         )
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+    def __call__(  # type: ignore[override]
+        self, x: Float[Array, "b h w c"]
+    ) -> Float[Array, "b h w d"]:
         """The convolved map."""
         kernel = self.kernel[...].astype(x.dtype)
         padding = self.dilation * (kernel.shape[0] // 2)

@@ -51,8 +51,8 @@ class SegmentationModel(nnx.Module):
         three = all(len(v) == 3 and all(map(is_number, v)) for v in (mean, std))
         if not three or min(std) <= 0:
             raise ValueError(f"mean and std must be three numbers, std > 0, got {mean} and {std}")
-        self.backbone = backbone
-        self.head = head
+        self.backbone: Any = backbone
+        self.head: Any = head
         self.frozen = frozen
         self.mean = tuple(mean)
         self.std = tuple(std)
@@ -150,6 +150,6 @@ def create_model(
       ValueError: unknown names, or options that do not fit together.
     """
     types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    pyramid = create_backbone(**backbone, remat=remat, **types)
+    pyramid: Any = create_backbone(**backbone, remat=remat, **types)
     top = create_head(**head, in_features=pyramid.features, num_classes=num_classes, **types)
     return SegmentationModel(pyramid, top, frozen=frozen, mean=mean, std=std)

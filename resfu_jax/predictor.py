@@ -258,7 +258,7 @@ class Predictor:
         return predictor
 
     @property
-    def model(self) -> nnx.Module:
+    def model(self) -> Any:
         """The model, set to evaluation."""
         return nnx.merge(self._graphdef, self._weights)
 
@@ -298,7 +298,8 @@ class Predictor:
         """
         alone = isinstance(images, str | os.PathLike) and not os.path.isdir(images)
         alone |= getattr(images, "ndim", None) == 3
-        results, errors = {}, {}
+        results: dict[int, Prediction] = {}
+        errors: dict[int, ImageError] = {}
         for index, result in self._stream(images, probabilities, features):
             (errors if isinstance(result, ImageError) else results)[index] = result
         if errors and (alone or not results and isinstance(images, str | os.PathLike)):
@@ -465,7 +466,7 @@ class Predictor:
         probabilities: bool,
         features: bool,
     ) -> dict[str, Array]:
-        model = nnx.merge(self._graphdef, weights)
+        model: Any = nnx.merge(self._graphdef, weights)
         logits = self.inference(model, images, sizes=sizes, preprocess=self.preprocess)
         if logits.shape[-1] != len(self.class_names):
             raise ValueError(

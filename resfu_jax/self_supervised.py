@@ -77,7 +77,7 @@ class GuidedUpsampler(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        def create(guide_features: int, rngs: nnx.Rngs) -> nnx.Module:
+        def create(guide_features: int, rngs: nnx.Rngs) -> Any:
             widths = dict(features=features, guide_features=guide_features)
             return create_upsampler(upsampler, **widths, scale=scale, rngs=rngs, **options)
 

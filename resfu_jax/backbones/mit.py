@@ -165,7 +165,8 @@ class MiT(nnx.Module):
         for stage in self.stages:
             x = stage(x, remat=self.remat)
             pyramid.append(x)
-        return tuple(pyramid)
+        c1, c2, c3, c4 = pyramid
+        return c1, c2, c3, c4
 
     def _check_size(self, size: tuple) -> None:
         if not all(isinstance(n, int) for n in size):

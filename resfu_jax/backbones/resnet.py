@@ -195,7 +195,8 @@ class ResNet(nnx.Module):
             for block in blocks:
                 x = nnx.remat(Block.__call__)(block, x) if self.remat else block(x)
             pyramid.append(x)
-        return tuple(pyramid)
+        c1, c2, c3, c4 = pyramid
+        return c1, c2, c3, c4
 
 
 class Block(nnx.Module):
@@ -261,6 +262,7 @@ class ConvNorm(nnx.Module):
         types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.stride = stride
         self.pointwise = kernel_size == 1
+        self.conv: nnx.Linear | nnx.Conv
         if self.pointwise:
             self.conv = nnx.Linear(
                 in_features, features, use_bias=False, kernel_init=_conv_init, **types

@@ -168,8 +168,8 @@ class LinearHead(nnx.Module):
             x = self.norm(x)
         if self.stem is not None:
             return x, self.stem(images.astype(x.dtype))
-        s = self.guide_stride
-        return x, tuple((n + s - 1) // s for n in images.shape[1:3])
+        s, (_, h, w, _) = self.guide_stride, images.shape
+        return x, ((h + s - 1) // s, (w + s - 1) // s)
 
 
 class ImageStem(nnx.Module):
@@ -198,7 +198,11 @@ class ImageStem(nnx.Module):
 class ReplicatedConv(nnx.Conv):
     """A 3x3 convolution with replicated borders, which `nnx.Conv` does not have."""
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+    bias: nnx.Param
+
+    def __call__(  # type: ignore[override]  # without Flax's `out_sharding`
+        self, x: Float[Array, "b h w c"]
+    ) -> Float[Array, "b h2 w2 d"]:
         """The convolved map."""
         x, kernel, bias = self.promote_dtype(
             (x, self.kernel[...], self.bias[...]), dtype=self.dtype

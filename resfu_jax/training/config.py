@@ -487,7 +487,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one dictionary with dotted keys; an empty one stays a value."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
@@ -505,7 +505,8 @@ def check_overrides(arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: naming every unknown field and its near matches.
     """
-    known, groups = [], []
+    known: list[str] = []
+    groups: list[str] = []
     for path, value in _fields(Config()):
         (groups if dataclasses.is_dataclass(value) else known).append(path)
     wrong = []
@@ -854,7 +855,8 @@ def read_config(workdir: pathlib.Path) -> Config:
     except (ValueError, RecursionError) as error:
         what = f"not JSON: {error}" if content.strip(b"\0 \r\n") else "it is empty"
         raise ConfigError(f"{path} cannot be read ({what}): {advice}") from error
-    unknown, wrong = [], []
+    unknown: list[str] = []
+    wrong: list[str] = []
     config = _filled(_config_of_before(), tree, "", unknown, wrong)
     if unknown:
         near = difflib.get_close_matches(unknown[0], dict(_fields(config)), n=1)

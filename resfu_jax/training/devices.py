@@ -68,7 +68,7 @@ def initialize_distributed(
             "others"
         )
     if not detect:
-        if missing:
+        if coordinator_address is None or num_processes is None or process_id is None:
             raise ConfigError(f"{' and '.join(missing)} missing: the three flags go together")
         if not re.fullmatch(r".+:\d+", coordinator_address):
             raise ConfigError(
@@ -139,7 +139,9 @@ def check_together(workdir: pathlib.Path, config: Config) -> None:
         return
     fields = {name: value for name, value in flatten(to_dict(config)).items() if name != "data.dir"}
     path, mine = workdir / ".together", zlib.crc32(json.dumps(fields).encode())
-    mark = multihost_utils.broadcast_one_to_all(np.uint32([mine, int.from_bytes(os.urandom(4))]))
+    mark = multihost_utils.broadcast_one_to_all(
+        np.array([mine, int.from_bytes(os.urandom(4))], np.uint32)
+    )
     if is_main_process():
         path.write_text(str(mark[1]))
     multihost_utils.sync_global_devices("written")

@@ -70,8 +70,9 @@ class FeatureCache:
             filled = some + some[-1:] * (self._batch_size - len(some))
             maps = jax.device_get(self._features(self._state, images[np.array(filled)]))
             for row, i in enumerate(some):
-                rows[i] = [x[row] for x in maps]
-                _write(paths[i], rows[i])
+                found = [x[row] for x in maps]
+                rows[i] = found
+                _write(paths[i], found)
         return tuple(np.stack(maps) for maps in zip(*rows, strict=True))
 
     def _folder(self, size: tuple[int, ...]) -> pathlib.Path:

@@ -95,7 +95,7 @@ def _programs_of(params: dict[str, Any]) -> Iterator[Any]:
 def _of_equation(equation: Any) -> float:
     name, params = equation.primitive.name, equation.params
     result = equation.outvars[0].aval if equation.outvars else None
-    if not jnp.issubdtype(getattr(result, "dtype", np.int32), jnp.floating):
+    if result is None or not jnp.issubdtype(getattr(result, "dtype", np.int32), jnp.floating):
         return 0.0
     out = math.prod(result.shape)
     if name == "dot_general":

@@ -20,7 +20,7 @@ T = TypeVar("T", bound=type[nnx.Module])
 class Entry:
     """A registered upsampler: its class and the options that its published name fixes."""
 
-    cls: type[nnx.Module]
+    cls: Any  # of an `Upsampler`, or of a module with its attributes
     options: dict[str, Any]
 
 
@@ -47,7 +47,7 @@ def register(name: str, **options: Any) -> Callable[[T], T]:
         _ENTRIES[name] = Entry(cls, options)
         if not hasattr(cls.__call__, "maps"):  # not yet, under another name
             maps = [n for n in inspect.signature(cls.__call__).parameters if n in _MAPS]
-            cls.__call__ = takes_maps(*maps)(cls.__call__)
+            setattr(cls, "__call__", takes_maps(*maps)(cls.__call__))  # noqa: B010
         return cls
 
     return add

@@ -19,7 +19,7 @@ def takes_values(upsampler: nnx.Module | type[nnx.Module]) -> bool:
     return "values" in inspect.signature(cls.__call__).parameters
 
 
-def keeps_space(upsampler: nnx.Module) -> bool:
+def keeps_space(upsampler: Any) -> bool:
     """Whether every output is a sum of features alone, so that the two can be compared."""
     return takes_values(upsampler) and not upsampler.mixes
 

@@ -148,11 +148,11 @@ class DySample(Upsampler):
         # The channels are (column, row) times group.
         offset = offset.reshape(b, hh, ww, 2, self.value_groups)[..., ::-1, :].swapaxes(-1, -2)
 
-        def own(n):
+        def centres(n: Size) -> Array:
             p = jnp.arange(n, dtype=jnp.int32)
             return (2 * p + (1 - self.scale)).astype(offset.dtype) / (2 * self.scale)
 
-        own = jnp.stack(jnp.meshgrid(own(hh), own(ww), indexing="ij"), axis=-1)
+        own = jnp.stack(jnp.meshgrid(centres(hh), centres(ww), indexing="ij"), axis=-1)
         return (offset + own[None, :, :, None])[..., None, :]
 
     def _project(self, x: Float[Array, "b h w c"], layer: Linear) -> Float[Array, "b H W d"]:

@@ -344,7 +344,8 @@ class PCDC(nnx.Module):
     def _parameters(self, dtype: DTypeLike) -> PCDCParameters:
         """In the compute dtype, their gradients times `lr_mult`."""
 
-        def read(variable: nnx.Param) -> Array:
+        def read(variable: nnx.Param | None) -> Array:
+            assert variable is not None  # all layers here have biases
             value = variable[...].astype(dtype)
             return value if self.lr_mult == 1 else scale_gradient(value, self.lr_mult)
 
