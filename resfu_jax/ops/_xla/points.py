@@ -38,9 +38,10 @@ def sample(x: Array, points: Array, *, padding_mode: str) -> Array:
             maps,
             preferred_element_type=at_least_float32(x.dtype),
         )
-        return out.astype(x.dtype)
+        return out.astype(x.dtype).reshape(*out.shape[:2], x.shape[3])  # groups apart: padded
 
-    return _in_strips(strip, x, _planes(x, points, padding_mode))
+    out = _in_strips(strip, x, _planes(x, points, padding_mode))
+    return out.reshape(*points.shape[:5], maps.shape[4])
 
 
 def attention(
@@ -118,4 +119,4 @@ def _in_strips(f: Callable[..., Array], x: Array, planes: list[Array], *maps: Ar
 
     strips = [*(split(a, 3) for a in planes), *(split(a, 1) for a in maps)]
     out = jax.lax.map(jax.checkpoint(lambda strip: f(*strip)), tuple(strips))
-    return jnp.moveaxis(out, 0, 1).reshape(b, height, width, *out.shape[3:])
+    return jnp.moveaxis(out, 0, 1).reshape(b, height, width, out.shape[3])
