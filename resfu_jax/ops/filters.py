@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._polyphase import extend, extend_axis, upsample_extended
+from resfu_jax.ops._polyphase import extend_axis
 from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32, promote
 from resfu_jax.ops.resize import resize
-from resfu_jax.ops.sizes import Size, whole_ratio
+from resfu_jax.ops.sizes import Size
 
 T = TypeVar("T")
 
@@ -223,7 +223,8 @@ def guided_filter_subsampled(
     zero = small_guide.astype(at_least_float32(dtype)).mean(axis=(1, 2), keepdims=True)
     zero = jax.lax.stop_gradient(zero)
     a, b = _models(small_guide, small_x, zero, radius, eps)
-    return _linear_model(a, b, guide.astype(zero.dtype) - zero).astype(dtype)
+    a, b = (resize(x, guide.shape[1:3]) for x in (a, b))
+    return (a * (guide.astype(zero.dtype) - zero) + b).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -247,18 +248,6 @@ def _models_bwd(radius, eps, saved, g):
 
 
 _models.defvjp(lambda *args: (_models(*args), args[:3]), _models_bwd)
-
-
-def _linear_model(
-    a: Float[Array, "b h w c"], b: Float[Array, "b h w c"], guide: Float[Array, "b H W c"]
-) -> Array:
-    """`a guide + b`, a and b upsampled bilinearly to the guide's size."""
-    ratio = whole_ratio(a.shape[1:3], guide.shape[1:3])
-    if ratio is None:
-        a, b = (resize(x, guide.shape[1:3]) for x in (a, b))
-    else:
-        a, b = (upsample_extended(extend(x, 1), ratio) for x in (a, b))
-    return a * guide + b
 
 
 def subsample(x: Float[Array, "b H W c"], step: int) -> Float[Array, "b h w c"]:

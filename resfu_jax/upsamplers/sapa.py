@@ -318,14 +318,17 @@ class SAPADeform(Upsampler):
             )
             offset = pixel_shuffle(offset, self.scale)
         offset = offset.astype(at_least_float32(offset.dtype))
-        offset = offset.reshape(*offset.shape[:3], self.value_groups, self.num_point, 2)
+        # As planes, which accelerators like better than pairs of points of groups.
+        b, hh, ww, _ = offset.shape
+        offset = jnp.moveaxis(offset, 3, 1).reshape(b, self.value_groups, self.num_point, 2, hh, ww)
         rows, cols = (
             cell_index(n, m).astype(offset.dtype)
             for n, m in zip(normed_x.shape[1:3], size, strict=True)
         )
-        cells = jnp.stack(jnp.meshgrid(rows, cols, indexing="ij"), axis=-1)
+        cells = jnp.stack(jnp.meshgrid(rows, cols, indexing="ij"))
         # The channels are (column, row).
-        return cells[None, :, :, None, None] + offset[..., ::-1]
+        points = cells[None, None, None] + offset[:, :, :, ::-1]
+        return jnp.moveaxis(points, (4, 5), (1, 2))
 
 
 def _linear(n: int, m: int, use_bias: bool, param_dtype: DTypeLike, rngs: nnx.Rngs) -> Linear:

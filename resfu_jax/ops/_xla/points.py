@@ -29,8 +29,8 @@ def sample(x: Array, points: Array, *, padding_mode: str) -> Array:
     """Form of `ops.deformable_sample`."""
     maps = x.reshape(*x.shape[:3], points.shape[3], -1)
 
-    def strip(points):
-        rows, columns = _hats(x, points, padding_mode)
+    def strip(rows, columns):
+        rows, columns = _hats(x, rows, columns)
         weights = rows[:, :, :, :, None] * columns[:, :, :, None]
         out = jnp.einsum(
             "bgptvx,btvgc->bxgpc",
@@ -38,9 +38,10 @@ def sample(x: Array, points: Array, *, padding_mode: str) -> Array:
             maps,
             preferred_element_type=at_least_float32(x.dtype),
         )
-        return out.astype(x.dtype)
+        return out.astype(x.dtype).reshape(*out.shape[:2], x.shape[3])  # groups apart: padded
 
-    return _in_strips(strip, x, (points,))
+    out = _in_strips(strip, x, _planes(x, points, padding_mode))
+    return out.reshape(*points.shape[:5], maps.shape[4])
 
 
 def attention(
@@ -52,10 +53,10 @@ def attention(
     keys, values = (a.reshape(*a.shape[:3], units, -1) for a in (k, v))
     wide = at_least_float32(q.dtype)
 
-    def strip(q, points):
+    def strip(rows, columns, q):
         b, pixels, _ = q.shape
         rows, columns = (
-            jnp.repeat(hats, units // groups, axis=1) for hats in _hats(k, points, "zeros")
+            jnp.repeat(hats, units // groups, axis=1) for hats in _hats(k, rows, columns)
         )
         weights = rows[:, :, :, :, None] * columns[:, :, :, None]  # b u p t v x
         similarity = jnp.einsum(
@@ -78,16 +79,21 @@ def attention(
         )
         return out.astype(v.dtype).reshape(b, pixels, -1)
 
-    return _in_strips(strip, k, (q, points))
+    return _in_strips(strip, k, _planes(k, points, "zeros"), q)
+
+
+def _planes(x: Array, points: Array, padding_mode: str) -> list[Float[Array, "b g p H W"]]:
+    """Rows and columns of the points, with pixels last: pairs and points last would be padded."""
+    return [jnp.moveaxis(u, (1, 2), (3, 4)) for u in positions(x, points, padding_mode)]
 
 
 def _hats(
-    x: Array, points: Float[Array, "b x g p 2"], padding_mode: str
+    x: Array, rows: Float[Array, "b g p x"], columns: Float[Array, "b g p x"]
 ) -> tuple[Float[Array, "b g p t x"], Float[Array, "b g p v x"]]:
     """Weights of the rows and of the columns of x."""
     hats = []
-    for u, n in zip(positions(x, points[:, None], padding_mode), x.shape[1:3], strict=True):
-        u = jnp.moveaxis(u[:, 0], 1, 3)[:, :, :, None]
+    for u, n in zip((rows, columns), x.shape[1:3], strict=True):
+        u = u[:, :, :, None]
         lower = jnp.floor(u)
         key = jnp.arange(n, dtype=jnp.int32).astype(u.dtype)[None, None, None, :, None]
         # As the literal form, whose slope at a pixel's centre is that beyond it.
@@ -96,20 +102,21 @@ def _hats(
     return tuple(hats)
 
 
-def _in_strips(f: Callable[..., Array], x: Array, arrays: tuple[Array, ...]) -> Array:
-    """`f` of strips of rows of the arrays, with the pixels of a strip in one axis."""
-    *_, points = arrays
-    b, height, width, groups, number, _ = points.shape
+def _in_strips(f: Callable[..., Array], x: Array, planes: list[Array], *maps: Array) -> Array:
+    """`f` of strips of rows of planes and maps, with the pixels of a strip in one axis."""
+    b, groups, number, height, width = planes[0].shape
     count = height
     if all(isinstance(n, int) for n in (*x.shape[:3], height, width)):
         a_row = b * width * groups * number * x.shape[1] * x.shape[2]
         most = max(1, _WEIGHTS // max(1, a_row))
         count = height // max(n for n in range(1, min(most, height) + 1) if height % n == 0)
 
-    def split(a):
-        a = a.reshape(b, count, height // count * width, *a.shape[3:])
-        return jnp.moveaxis(a, 1, 0)
+    def split(a, axis):
+        pixels = height // count * width
+        return jnp.moveaxis(
+            a.reshape(*a.shape[:axis], count, pixels, *a.shape[axis + 2 :]), axis, 0
+        )
 
-    out = jax.lax.map(jax.checkpoint(lambda strip: f(*strip)), tuple(map(split, arrays)))
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(b, height, width, *out.shape[3:])
+    strips = [*(split(a, 3) for a in planes), *(split(a, 1) for a in maps)]
+    out = jax.lax.map(jax.checkpoint(lambda strip: f(*strip)), tuple(strips))
+    return jnp.moveaxis(out, 0, 1).reshape(b, height, width, out.shape[3])

@@ -93,9 +93,9 @@ def _reassemble(
     keys = _keys(values, rows, cols, mode)
     keys = keys.reshape(*keys.shape[:5], groups, -1)
     out = jnp.einsum(
-        "bgtvspnx,bsntvgc->bspnxgc",
-        band,
+        "bsntvgc,bgtvspnx->bspnxgc",
         keys,
+        band,
         preferred_element_type=at_least_float32(values.dtype),
     )
     out = out.astype(values.dtype).reshape(*out.shape[:5], -1)
