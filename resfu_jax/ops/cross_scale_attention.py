@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._forms import Form, Forms, Implementation
+from resfu_jax.ops._pallas import cross_scale as pallas
 from resfu_jax.ops._windows import check_pair, repeated_members
 from resfu_jax.ops._xla import cross_scale as xla
 from resfu_jax.ops.checks import takes_maps
@@ -102,4 +103,5 @@ _FORMS = Forms(
     "cross_scale_attention",
     _reference,
     xla=Form(xla.attention, xla.refusal),
+    pallas=pallas.attention,
 )
