@@ -52,6 +52,9 @@ OPS = {
     "local_attention": Op(dict(scores=(2, 6, 4, 9), v=SMALL, scale=(2, 6, 4, 1))),
     "local_reassembly": Op(dict(weights=(2, 6, 4, 9), v=SMALL)),
     "local_similarity": Op(dict(q=X, k=SMALL), keywords=dict(kernel_size=3)),
+    "cross_scale_attention": Op(
+        dict(q=(2, 6, 4, 2, 3), k=(2, 3, 2, 2, 3), v=(2, 3, 2, 2, 5)), keywords=dict(kernel_size=2)
+    ),
     "neighborhood_attention": Op(
         dict(q=(2, 6, 4, 2, 3), k=(2, 6, 4, 2, 3), v=(2, 6, 4, 2, 5)), keywords=dict(kernel_size=3)
     ),

@@ -37,10 +37,13 @@ class Form(NamedTuple):
     Attributes:
       function: of the op's arrays and options; differentiable.
       refusal: of the same arguments, why the form does not apply to them, or None if it does.
+      chosen: what runs instead where nobody asked for the form by its name; `function` if not
+        given.
     """
 
     function: Callable[..., Array]
     refusal: Callable[..., Refusal] = _applies
+    chosen: Callable[..., Array] | None = None
 
 
 # Best first. Another platform (a GPU's are "cuda" and "rocm") takes "gpu"'s.
@@ -113,7 +116,7 @@ class Forms:
         for name in (*self._preference[platform], "reference"):
             form = self._forms.get(name)
             if form is not None and form.refusal(*arrays, **options) is None:
-                return form.function
+                return form.chosen or form.function
         raise AssertionError(f"the reference of {self._name} applies to everything")
 
 

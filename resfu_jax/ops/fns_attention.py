@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from resfu_jax.ops._cpu import fns_attention as cpu
 from resfu_jax.ops._forms import Form, Forms, Implementation, needs_whole_ratio
 from resfu_jax.ops._interp import half_pixel_taps, take_clamped
+from resfu_jax.ops._pallas import windows as pallas
 from resfu_jax.ops._xla import windows as xla
 from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32
@@ -41,7 +42,8 @@ def fns_attention(
       x: low-resolution features.
       implementation: `"reference"` samples the neighbours one after the other; `"xla"` spreads the
         weights of a strip of pixels over all of x around it, for one matrix product; `"cpu"`, for
-        whole ratios, goes phase by phase. `None` takes the best of the platform.
+        whole ratios, goes phase by phase; `"pallas"`, for whole ratios on a TPU, is `"xla"` without
+        the spread weights ever leaving the chip. `None` takes the best of the platform.
       tile: most rows of the output that the CPU's form computes at a time; forward, all at once if
         not given. The results are the same, from less temporary memory.
 
@@ -88,4 +90,5 @@ _FORMS = Forms(
     _reference,
     xla=xla.fns_attention,
     cpu=Form(cpu.fns_attention, needs_whole_ratio),
+    pallas=pallas.fns_attention,
 )

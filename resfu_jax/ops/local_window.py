@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._cpu import windows as cpu
 from resfu_jax.ops._forms import Form, Forms, Implementation, needs_whole_ratio
+from resfu_jax.ops._pallas import windows as pallas
 from resfu_jax.ops._xla import windows as xla
 from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32, promote
@@ -102,7 +103,8 @@ def local_attention(
       groups: groups of channels with weights of their own.
       implementation: `"reference"` gathers every pixel's window; `"xla"` spreads the weights of a
         strip of pixels over all values around them, for one matrix product; `"cpu"`, for whole
-        ratios, sums up shifted maps. `None` takes the best of the platform.
+        ratios, sums up shifted maps; `"pallas"`, for whole ratios on a TPU, is `"xla"` without the
+        spread weights ever leaving the chip. `None` takes the best of the platform.
 
     Returns:
       Values at (H, W), in the dtype of v; sums and the softmax are in float32 or better.
@@ -145,7 +147,11 @@ _SIMILARITY = Forms(
     cpu=Form(cpu.similarity, needs_whole_ratio),
 )
 _ATTENTION = Forms(
-    "local_attention", _attention, xla=xla.attention, cpu=Form(cpu.attention, needs_whole_ratio)
+    "local_attention",
+    _attention,
+    xla=xla.attention,
+    cpu=Form(cpu.attention, needs_whole_ratio),
+    pallas=pallas.attention,
 )
 
 
