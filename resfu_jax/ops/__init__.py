@@ -1,6 +1,6 @@
 """Pure functions of NHWC arrays: no parameters, no Flax.
 
-What all have in common (`_checks.takes_maps`): arrays are of real numbers, unless a function only
+What all have in common (`checks.takes_maps`): arrays are of real numbers, unless a function only
 moves them; float16 maps with bfloat16 ones are made float32; an empty batch gives an empty result.
 """
 

@@ -1,7 +1,7 @@
 """Upsamplers: one file, one paper. Chosen by name through `create_upsampler`."""
 
 from resfu_jax._checks import check_whole
-from resfu_jax.ops._checks import check_floating
+from resfu_jax.ops.checks import check_floating
 from resfu_jax.upsamplers._layers import (
     check_features,
     check_guide,
