@@ -321,3 +321,25 @@ def test_taps_are_what_a_convolution_sees():
     g = normal(1, *block.shape)
     (d_a,) = jax.vjp(lambda a: cut((a,), 1, (taps,))[0], a)[1](g)
     np.testing.assert_allclose(add(jnp.zeros_like(a), g, 1, taps), d_a, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradients_take_the_place_of_arrays(dtype):
+    """In bfloat16, too, which a loop may hold as its bits."""
+    block, x = Rows(1, 2, 2), normal(0, 2, 8, 3).astype(dtype)
+
+    def gradient(in_place):
+        def f(x):
+            (y,) = map_row_blocks(
+                lambda _, a: (jnp.sin(a[0]),), 4, (block,), (block,), (), (x,), in_place=in_place
+            )
+            return y.sum()
+
+        return jax.grad(f)(x)
+
+    np.testing.assert_array_equal(gradient(True), gradient(False))
+    points = (4 * jax.random.uniform(jax.random.key(4), (2, 16, 5, 2, 1, 2)) - 0.5).astype(dtype)
+    f = functools.partial(with_gradients, deformable_sample, normal(0, 2, 4, 3, 600), points)
+    chex.assert_trees_all_close(
+        f(implementation="cpu"), f(implementation="reference"), rtol=1e-4, atol=1e-3
+    )

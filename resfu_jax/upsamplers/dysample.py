@@ -22,6 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from resfu_jax import ops
 from resfu_jax._checks import check_choice, check_flag, check_whole, need
 from resfu_jax._layers import Linear
 from resfu_jax.ops import Implementation
@@ -158,4 +159,7 @@ class DySample(Upsampler):
     def _project(self, x: Float[Array, "b h w c"], layer: Linear) -> Float[Array, "b H W d"]:
         if self.style == "pl":
             return layer(pixel_shuffle(x, self.scale))
-        return pixel_shuffle(layer(x), self.scale)
+        # As a convolution, whose gradients have a form for CPUs.
+        y = ops.conv(x, layer.kernel[...].astype(x.dtype)[None, None])
+        y = y if layer.bias is None else y + layer.bias[...].astype(x.dtype)[None, None, None]
+        return pixel_shuffle(y, self.scale)

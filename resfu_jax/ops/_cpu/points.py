@@ -13,6 +13,7 @@ from resfu_jax.ops._cpu.rows import (
     Rows,
     add,
     add_to_sums,
+    as_dtype,
     block_rows,
     cut,
     cut_parts,
@@ -74,13 +75,13 @@ def _in_blocks_bwd(padding_mode, saved, g):
 
     def body(i, state):
         d_padded, d_points = state
-        (p,) = cut((points,), i, (block,))
+        p = as_dtype(*cut((d_points,), i, (block,)), points.dtype)
         d_out = _cut_samples(g, i, block, p)
         d_padded, d_p = _sample_bwd(d_padded, x, padded, p, d_out, padding_mode, border)
         return d_padded, add(d_points, d_p, i, block)
 
-    d_points = jnp.zeros_like(points)
-    d_padded, d_points = loop(count, body, (d_padded, d_points))
+    # The points give way to their gradient.
+    d_padded, d_points = loop(count, body, (d_padded, points))
     return bilinear.unpad(d_padded, border).reshape(x.shape).astype(x.dtype), d_points
 
 

@@ -111,6 +111,7 @@ def map_row_blocks(
     arrays: tuple[Array, ...],
     *,
     forward: Function | None = None,
+    in_place: bool = False,
 ) -> tuple[Array, ...]:
     """Run `f(params, blocks) -> blocks` over `count` blocks of rows.
 
@@ -124,6 +125,8 @@ def map_row_blocks(
       arrays: the arrays.
       forward: gives the same from all rows at once. With it, blocks are for the gradient only. (If
         one block is all, `f` runs for both.)
+      in_place: gradients to arrays whose blocks do not overlap are written over the arrays, block
+        by block. For arrays that nothing else reads later: others would be copied.
 
     Returns:
       The output arrays.
@@ -131,7 +134,7 @@ def map_row_blocks(
     if isinstance(count, int) and count == 1:
         # One block is all: nothing to loop over, nothing to recompute.
         return f(params, cut(arrays, 0, inputs))
-    return _map(f, count, inputs, outputs, forward, params, arrays)
+    return _map(f, count, inputs, outputs, forward, in_place, params, arrays)
 
 
 def map_row_blocks_normalised(
@@ -170,23 +173,23 @@ def map_row_blocks_normalised(
     return _map_normalised(layers, count, inputs, narrow, output, keep, params, last, arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
-def _map(f, count, inputs, outputs, forward, params, arrays):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4, 5))
+def _map(f, count, inputs, outputs, forward, in_place, params, arrays):
     if forward is not None:
         return forward(params, arrays)
     return _run(lambda *args: (f(*args), ()), count, inputs, outputs, params, arrays)[0]
 
 
-def _map_bwd(f, count, inputs, outputs, forward, saved, d_outputs):
+def _map_bwd(f, count, inputs, outputs, forward, in_place, saved, d_outputs):
     params, arrays = saved
 
     def cotangents(i, _):
         return cut(d_outputs, i, outputs)
 
-    return _run_backward(f, count, inputs, params, arrays, cotangents)
+    return _run_backward(f, count, inputs, params, arrays, cotangents, in_place)
 
 
-_map.defvjp(lambda *args: (_map(*args), args[5:]), _map_bwd)
+_map.defvjp(lambda *args: (_map(*args), args[6:]), _map_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4, 5))
@@ -271,21 +274,27 @@ def _run(f, count, inputs, outputs, params, arrays):
     return tuple(buffers), sums
 
 
-def _run_backward(f, count, inputs, params, arrays, cotangents):
+def _run_backward(f, count, inputs, params, arrays, cotangents, in_place=False):
     """Gradients of the blocks' `f(params, blocks)`, made again.
 
     `cotangents(i, results)` are those of the results of block i.
     """
     d_params = zero_sums(params)
-    d_arrays = []
+    d_arrays, over = [], []
     for a, rows in zip(arrays, inputs, strict=True):
         filled = _are_apart(rows) and a.shape[rows.axis] == count * rows.step
+        over.append(filled and in_place)
         dtype = a.dtype if filled else at_least_float32(a.dtype)
-        d_arrays.append(jnp.zeros(a.shape, dtype))
+        d_arrays.append(a if over[-1] else jnp.zeros(a.shape, dtype))
 
     def body(i, state):
         d_params, d_arrays = state
-        results, vjp = jax.vjp(f, params, cut(arrays, i, inputs))
+        left = (d if o else a for a, d, o in zip(arrays, d_arrays, over, strict=True))
+        blocks = cut(tuple(left), i, inputs)
+        blocks = (
+            as_dtype(b, a.dtype) if o else b for a, b, o in zip(arrays, blocks, over, strict=True)
+        )
+        results, vjp = jax.vjp(f, params, tuple(blocks))
         parts, blocks = vjp(cotangents(i, results))
         d_params = add_to_sums(d_params, parts)
         d_arrays = [add(a, b, i, r) for a, b, r in zip(d_arrays, blocks, inputs, strict=True)]
@@ -320,7 +329,7 @@ def loop(count: Size, body, state):
     bound = count if isinstance(count, int) else jnp.asarray(count, jnp.int32)
     dtypes = jax.tree.map(lambda a: a.dtype, state)
     state = jax.lax.fori_loop(0, bound, body, jax.tree.map(_words, state))
-    return jax.tree.map(_as, state, dtypes)
+    return jax.tree.map(as_dtype, state, dtypes)
 
 
 def _words(a: Array) -> Array:
@@ -330,11 +339,11 @@ def _words(a: Array) -> Array:
     whole array again. Of the bits, a loop's result is copied once.
     """
     needed = a.dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11, 2)
-    return _as(a, jnp.dtype(jnp.uint16)) if needed else a
+    return as_dtype(a, jnp.dtype(jnp.uint16)) if needed else a
 
 
-def _as(a: Array, dtype: np.dtype) -> Array:
-    """In the dtype of an array of the state, or back from it."""
+def as_dtype(a: Array, dtype: np.dtype) -> Array:
+    """In the dtype of an array of a loop's state, or back from it."""
     if a.dtype == dtype:
         return a
     if dtype == jnp.uint16:
@@ -362,14 +371,14 @@ def cut_parts(a: Array, i, rows: Rows, shape: tuple[Size, ...]) -> list[Array]:
     for k in range(shape[-2]):
         start = _start(words, i, rows)
         start[-2] = jnp.asarray(k, start[0].dtype)
-        parts.append(_as(jax.lax.dynamic_slice(words, start, length)[..., 0, :], dtype))
+        parts.append(as_dtype(jax.lax.dynamic_slice(words, start, length)[..., 0, :], dtype))
     return parts
 
 
 def _cut(a: Array, i, rows: Block) -> Any:
     if isinstance(i, int):
         return _cut_words(a, i, rows)
-    return jax.tree.map(lambda block: _as(block, a.dtype), _cut_words(_words(a), i, rows))
+    return jax.tree.map(lambda block: as_dtype(block, a.dtype), _cut_words(_words(a), i, rows))
 
 
 def _cut_words(a: Array, i, rows: Block) -> Any:
@@ -416,7 +425,7 @@ def _start_of_tap(a: Array, i, taps: Taps, offset) -> list[Array]:
 
 def put(a: Array, block: Array, i, rows: Rows, offset: Size = 0) -> Array:
     """The array with its block i, or the block so many slices further on, replaced."""
-    return jax.lax.dynamic_update_slice(a, _as(block, a.dtype), _start(a, i, rows, offset))
+    return jax.lax.dynamic_update_slice(a, as_dtype(block, a.dtype), _start(a, i, rows, offset))
 
 
 def _are_apart(rows: Block) -> bool:

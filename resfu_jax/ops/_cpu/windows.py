@@ -48,7 +48,9 @@ def attention(scores: Array, scale: Array | None, v: Array, *, groups: int, soft
 
     count, windows, pixels = _blocks(v, scores.shape[1:3], kernel_size)
     inputs = (*[pixels] * len(narrow), windows)
-    (out,) = map_row_blocks(block, count, inputs, (pixels,), (), (*narrow, v), forward=whole)
+    (out,) = map_row_blocks(
+        block, count, inputs, (pixels,), (), (*narrow, v), forward=whole, in_place=True
+    )
     return out
 
 
