@@ -121,11 +121,9 @@ def test_window_sums_use_all_cores(dtype):
 
 
 def test_dino_hd_fits():
-    """768 channels, 64 x 64 to 1024 x 1024, forward and backward, in outputs of 3.2 GB."""
-    f, args, _ = call("resfu", WORKLOADS["dino_hd"], "both")
-    memory = jax.jit(f).lower(*args).compile(AS_IN_USE).memory_analysis()
-    parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
-    assert sum(getattr(memory, part) for part in parts) < 24e9
+    """768 channels, 64 x 64 to 1024 x 1024, with backward: 2.8 GB beside an output of 3.2."""
+    used, output = temporary("resfu", WORKLOADS["dino_hd"], "both")
+    assert used <= 0.95 * output
 
 
 def test_tile_needs_less():
