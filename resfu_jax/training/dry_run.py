@@ -58,7 +58,7 @@ def shrink(config: Config, *, devices: int = 1) -> Config:
     small.eval.every = small.checkpoint.every = 2
     small.eval.batch_size = max(2, devices)
     small.eval.pad_to = None
-    if config.eval.crop is not None:
+    if config.eval.crop is not None and config.eval.stride is not None:
         small.eval.crop = (side, side)
         small.eval.stride = scaled(config.eval.stride, config.eval.crop)
     small.profile.steps = 0

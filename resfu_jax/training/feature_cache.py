@@ -116,7 +116,9 @@ def _digest(image: np.ndarray) -> str:
 
 def _write(path: pathlib.Path, maps: list[np.ndarray]) -> None:
     # NumPy's files do not know bfloat16: types go into the names.
-    arrays = {f"{i} {x.dtype}": np.ascontiguousarray(x).view(np.uint8) for i, x in enumerate(maps)}
+    arrays: dict[str, Any] = {
+        f"{i} {x.dtype}": np.ascontiguousarray(x).view(np.uint8) for i, x in enumerate(maps)
+    }
     content = io.BytesIO()
     np.savez(content, **arrays)
     write_whole(path, content.getbuffer())
