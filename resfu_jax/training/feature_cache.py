@@ -33,12 +33,12 @@ class FeatureCache:
     image; one that is damaged is written anew.
 
     Args:
-        directory: where features are kept.
-        model: its backbone must be frozen. Its arrays are copied.
-        batch_size: images computed at once.
+      directory: where features are kept.
+      model: its backbone must be frozen. Its arrays are copied.
+      batch_size: images computed at once.
 
     Raises:
-        ValueError: the backbone is not frozen, or the directory is not one of this machine.
+      ValueError: the backbone is not frozen, or the directory is not one of this machine.
     """
 
     def __init__(self, directory: Path, model: SegmentationModel, *, batch_size: int = 4):
