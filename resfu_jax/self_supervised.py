@@ -167,7 +167,7 @@ def fitted(
 
 
 def fit(
-    module: nnx.Module,
+    module: Any,
     extract: Extract,
     images: Sequence[Num[np.ndarray, "_h _w 3"]],
     *,
@@ -207,7 +207,8 @@ def fit(
         )
     every = np.concatenate([np.asarray(high).reshape(-1, module.features) for _, high, _ in pairs])
     deviation = jnp.asarray(every.std(axis=0) + 1e-6)[None, None, None]
-    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    graphdef, *states = nnx.split(module, nnx.Param, ...)
+    params, rest = states
     params = nnx.as_pure(params)
 
     def loss_fn(params, low, high, image):

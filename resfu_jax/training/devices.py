@@ -45,14 +45,14 @@ def initialize_distributed(
     """Joins the processes of a run; without arguments, there is one. Before any other use of JAX.
 
     Args:
-        detect: ask the TPU pod, Slurm or Open MPI, as `jax.distributed.initialize()` does.
-        coordinator_address: by hand: host:port of process 0, as all processes reach it.
-        num_processes: by hand: how many there are.
-        process_id: by hand: which one this is, from 0.
+      detect: ask the TPU pod, Slurm or Open MPI, as `jax.distributed.initialize()` does.
+      coordinator_address: by hand: host:port of process 0, as all processes reach it.
+      num_processes: by hand: how many there are.
+      process_id: by hand: which one this is, from 0.
 
     Raises:
-        ConfigError: some but not all of the three are given, or they make no sense, or there is
-            nothing to ask.
+      ConfigError: some but not all of the three are given, or they make no sense, or there is
+        nothing to ask.
     """
     by_hand = {
         "--coordinator_address": coordinator_address,
@@ -120,9 +120,9 @@ def check_together(workdir: pathlib.Path, config: Config) -> None:
     """Makes the directory; checks that all processes have the same config and directory.
 
     Raises:
-        ConfigError: a directory is not one of this machine, or cannot be made or written to; or, in
-            all processes: one has another config, but for the place of the dataset, or does not
-            see what process 0 writes.
+      ConfigError: a directory is not one of this machine, or cannot be made or written to; or, in
+        all processes: one has another config, but for the place of the dataset, or does not
+        see what process 0 writes.
     """
     try:
         if config.data.dir is not None:
@@ -166,9 +166,9 @@ def agreed_stop(received: int, *, ask: bool) -> int:
     """The signal that any process has received, or 0; the same in all processes.
 
     Args:
-        received: the signal that this process has received, or 0.
-        ask: whether this is a step at which the processes ask each other, which waits for the
-            slowest. At other steps the answer of several processes is 0.
+      received: the signal that this process has received, or 0.
+      ask: whether this is a step at which the processes ask each other, which waits for the
+        slowest. At other steps the answer of several processes is 0.
     """
     if jax.process_count() == 1:
         return received
@@ -180,13 +180,13 @@ class Layout:
     """Which device has what.
 
     Args:
-        config: whether, and from which size on, arrays are sharded.
-        devices: those of the mesh; None means all.
+      config: whether, and from which size on, arrays are sharded.
+      devices: those of the mesh; None means all.
 
     Attributes:
-        mesh: all devices, along the axis "data".
-        replicated: the sharding of arrays that are whole on every device.
-        over_batch: the sharding of arrays with the batch axis first.
+      mesh: all devices, along the axis "data".
+      replicated: the sharding of arrays that are whole on every device.
+      over_batch: the sharding of arrays with the batch axis first.
     """
 
     def __init__(self, config: ParallelConfig, devices: list[jax.Device] | None = None):
@@ -285,8 +285,8 @@ class Profile:
     """Traces a few steps of the main process, for XProf, TensorBoard or Perfetto.
 
     Args:
-        config: which steps.
-        directory: where the trace goes.
+      config: which steps.
+      directory: where the trace goes.
     """
 
     def __init__(self, config: ProfileConfig, directory: str | os.PathLike[str]):
@@ -299,8 +299,8 @@ class Profile:
         """Starts or ends the trace where it has to; called before each step.
 
         Args:
-            step: the step that comes next.
-            state: what the step before it computes; waited for, so that a trace has whole steps.
+          step: the step that comes next.
+          state: what the step before it computes; waited for, so that a trace has whole steps.
         """
         if self._running != (step in self._steps):
             jax.block_until_ready(state)

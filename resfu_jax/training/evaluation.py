@@ -26,12 +26,12 @@ def evaluate_batch(
     """Counts and predicted classes of a batch of `resfu_jax.data.eval_batches`; works inside `jit`.
 
     Args:
-        model: set to evaluation.
-        infer: how images become logits.
-        batch: `image`, `label` and `size`; with `features` of the backbone they are used instead
-            of computed, for which `infer` has to be plain.
-        info: the classes of the labels.
-        dilation_ratio: width of the boundary, see `count`.
+      model: set to evaluation.
+      infer: how images become logits.
+      batch: `image`, `label` and `size`; with `features` of the backbone they are used instead
+        of computed, for which `infer` has to be plain.
+      info: the classes of the labels.
+      dilation_ratio: width of the boundary, see `count`.
     """
     if "features" in batch:
         logits = model(batch["image"], batch["features"])

@@ -33,12 +33,12 @@ class FeatureCache:
     image; one that is damaged is written anew.
 
     Args:
-        directory: where features are kept.
-        model: its backbone must be frozen. Its arrays are copied.
-        batch_size: images computed at once.
+      directory: where features are kept.
+      model: its backbone must be frozen. Its arrays are copied.
+      batch_size: images computed at once.
 
     Raises:
-        ValueError: the backbone is not frozen, or the directory is not one of this machine.
+      ValueError: the backbone is not frozen, or the directory is not one of this machine.
     """
 
     def __init__(self, directory: Path, model: SegmentationModel, *, batch_size: int = 4):
@@ -116,7 +116,9 @@ def _digest(image: np.ndarray) -> str:
 
 def _write(path: pathlib.Path, maps: list[np.ndarray]) -> None:
     # NumPy's files do not know bfloat16: types go into the names.
-    arrays = {f"{i} {x.dtype}": np.ascontiguousarray(x).view(np.uint8) for i, x in enumerate(maps)}
+    arrays: dict[str, Any] = {
+        f"{i} {x.dtype}": np.ascontiguousarray(x).view(np.uint8) for i, x in enumerate(maps)
+    }
     content = io.BytesIO()
     np.savez(content, **arrays)
     write_whole(path, content.getbuffer())

@@ -33,8 +33,8 @@ def count_flops(function: Callable, *args: Any) -> float:
     operations that the formula needs, so that the count is the same on every machine.
 
     Args:
-        function: traced once for this.
-        *args: arrays or `jax.ShapeDtypeStruct`s, of known sizes.
+      function: traced once for this.
+      *args: arrays or `jax.ShapeDtypeStruct`s, of known sizes.
     """
     return _of_program(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -48,10 +48,10 @@ def count_step_flops(
     seconds.
 
     Args:
-        train_step: of state and batch.
-        state: shapes and types.
-        config: has the size of a batch, and may have the peak.
-        layout: of the batch.
+      train_step: of state and batch.
+      state: shapes and types.
+      config: has the size of a batch, and may have the peak.
+      layout: of the batch.
     """
     peak = peak_flops(config.parallel)
     if peak is None:

@@ -1,7 +1,7 @@
-"""The images of an experiment: `resfu_jax.data` as its config says."""
+"""The images of an experiment: `resfu_jax.data` as its config, which is checked, says."""
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -39,9 +39,9 @@ def train_batches(config: Config, source: data.Source, info: data.DatasetInfo) -
         source,
         info,
         batch_size=config.batch_size // jax.process_count(),
-        crop_size=config.data.crop_size,
+        crop_size=cast(tuple[int, int], config.data.crop_size),
         preprocess=create_preprocess(config),
-        scale_range=config.data.scale_range,
+        scale_range=cast(tuple[float, float], config.data.scale_range),
         max_class_share=config.data.max_class_share,
         flip=config.data.flip,
         photometric=config.data.photometric,
@@ -58,7 +58,7 @@ def eval_batches(config: Config, source: data.Source, info: data.DatasetInfo) ->
         info,
         batch_size=config.eval.batch_size // jax.process_count(),
         preprocess=create_preprocess(config),
-        pad_to=config.eval.pad_to,
+        pad_to=cast(tuple[int, int] | None, config.eval.pad_to),
         group_sizes=config.eval.group_sizes,
         shard=(jax.process_index(), jax.process_count()),
     )

@@ -33,14 +33,14 @@ class Reporter:
     line, NUL bytes) moves to `metrics.jsonl.damaged`.
 
     Args:
-        workdir: directory of the run.
-        steps: total number of steps.
-        batch_size: images per step, for the images per second.
-        start: step that the run continues from. Later lines of `metrics.jsonl` are of steps that
-            will be done again, so they are removed.
-        utilisation: share of the devices' peak that one step per second would be; with it the
-            metrics have `mfu`, the model flop/s over the peak flop/s.
-        silent: report nothing, as all processes of a run but one do.
+      workdir: directory of the run.
+      steps: total number of steps.
+      batch_size: images per step, for the images per second.
+      start: step that the run continues from. Later lines of `metrics.jsonl` are of steps that
+        will be done again, so they are removed.
+      utilisation: share of the devices' peak that one step per second would be; with it the
+        metrics have `mfu`, the model flop/s over the peak flop/s.
+      silent: report nothing, as all processes of a run but one do.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class MetricsWindow:
     """The metrics of the steps since the last report, left on the device until they are asked for.
 
     Args:
-        checkpoints: named where a metric is not finite: there it goes on from.
+      checkpoints: named where a metric is not finite: there it goes on from.
     """
 
     def __init__(self, checkpoints: Checkpoints):
@@ -165,7 +165,7 @@ class MetricsWindow:
         """Means over the window, the newest learning rate; this waits for the device.
 
         Raises:
-            NonFiniteError: the loss or its gradient is not finite at one of the steps.
+          NonFiniteError: the loss or its gradient is not finite at one of the steps.
         """
         steps, ids, metrics = zip(*self._steps, strict=True)
         metrics = jax.device_get(metrics)

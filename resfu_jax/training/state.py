@@ -20,8 +20,9 @@ def split_model(model: SegmentationModel) -> tuple[nnx.GraphDef, State]:
 
     `params` are those that learn, `rest` the others: batch statistics, dropout, a frozen backbone.
     """
-    graphdef, params, rest = nnx.split(model, model.trainable, ...)
-    return graphdef, {"params": nnx.as_pure(params), "rest": nnx.as_pure(rest)}
+    graphdef, *states = nnx.split(model, model.trainable, ...)
+    params, rest = (nnx.as_pure(state) for state in states)
+    return graphdef, {"params": params, "rest": rest}
 
 
 def merge_model(graphdef: nnx.GraphDef, params: Any, rest: Any) -> SegmentationModel:

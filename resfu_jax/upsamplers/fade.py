@@ -175,6 +175,7 @@ class FADE(Upsampler):
         phases = jnp.concatenate(
             [padded[:, i : i + hh + 1, j : j + ww + 1] for i in (0, 1) for j in (0, 1)], axis=-1
         )
+        assert self.encode.bias is not None
         kernel, bias = (a[...].astype(y.dtype) for a in (self.encode.kernel, self.encode.bias))
         out = [
             jax.lax.conv_general_dilated(

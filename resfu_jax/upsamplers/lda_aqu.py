@@ -160,7 +160,7 @@ class LDAAQU(Upsampler):
         )
 
     def points(
-        self, q: Float[Array, "b H W d"], size: tuple[Size, Size]
+        self, q: Float[Array, "b H W d"], size: tuple[Size, ...]
     ) -> Float[Array, "b H W g taps 2"]:
         """Where every output pixel looks: (row, column) in pixels of the features."""
         b, hh, ww, _ = q.shape

@@ -364,7 +364,7 @@ class PCDC(nnx.Module):
 
 
 def neighbours_inside(
-    size: tuple[Size, Size], kernel_size: int, dilation: int
+    size: tuple[Size, ...], kernel_size: int, dilation: int
 ) -> Bool[Array, "h w taps"]:
     """Whether neighbour p + dilation (j - r) of pixel p lies in an image of this size."""
 

@@ -134,18 +134,18 @@ class SAPA(Upsampler):
         self.q_mode, self.up_kernel_size = q_mode, up_kernel_size
         self.implementation, self.dtype = implementation, dtype
 
-        def linear(n, m):
+        def linear(n: int, m: int) -> Linear:
             return _linear(n, m, qkv_bias, param_dtype, rngs)
 
         self.norm_y = _norm("guide_features", guide_features, norm, param_dtype)
         self.norm_x = _norm("features", features, norm, param_dtype)
-        embedded, gated = embedding_dim is not None, q_mode == "gate"
+        width, gated = embedding_dim, q_mode == "gate"
         query_width = guide_features + (features if q_mode == "cat" else 0)
-        self.q = linear(query_width, embedding_dim) if embedded else None
-        self.k = linear(features, embedding_dim) if embedded else None
-        self.qx = linear(features, embedding_dim) if gated else None
+        self.q = None if width is None else linear(query_width, width)
+        self.k = None if width is None else linear(features, width)
+        self.qx = None if width is None or not gated else linear(features, width)
         self.gate = linear(features, 1) if gated else None
-        self.same_width = not embedded
+        self.same_width = width is None
         self.mixes = v_embed or out_dim != features
         self.v = linear(features, out_dim) if self.mixes else None
 
@@ -182,25 +182,27 @@ class SAPA(Upsampler):
         self, x: Float[Array, "b h w c"], y: Float[Array, "b H W cg"]
     ) -> Float[Array, "b H W taps"]:
         """Similarities to the K*K pixels around every output pixel."""
-        if self.q is None:
+        if self.q is None or self.k is None:
             q, k = normalised(y, self.norm_y), normalised(x, self.norm_x)
         else:
-            q = self._query(x, y)
+            q = self._query(self.q, x, y)
             k = self.k(x, norm=self.norm_x)
         return local_similarity(
             q, k, kernel_size=self.up_kernel_size, implementation=self.implementation
         )
 
-    def _query(self, x: Float[Array, "b h w c"], y: Array) -> Float[Array, "b H W d"]:
+    def _query(
+        self, project: Linear, x: Float[Array, "b h w c"], y: Array
+    ) -> Float[Array, "b H W d"]:
         """The queries."""
 
         def up(a):
             return resize(a, y.shape[1:3], method="nearest")
 
         if self.q_mode == "cat":
-            return self.q(jnp.concatenate([normalised(y, self.norm_y), up(x)], axis=-1))
-        q = self.q(y, norm=self.norm_y)
-        if self.q_mode == "encoder_only":
+            return project(jnp.concatenate([normalised(y, self.norm_y), up(x)], axis=-1))
+        q = project(y, norm=self.norm_y)
+        if self.gate is None or self.qx is None:
             return q
         gate = up(jax.nn.sigmoid(self.gate(x, norm=self.norm_x)))
         # A linear map and nearest-neighbour upsampling commute.
