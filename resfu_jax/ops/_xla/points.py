@@ -38,7 +38,8 @@ def sample(x: Array, points: Array, *, padding_mode: str) -> Array:
             maps,
             preferred_element_type=at_least_float32(x.dtype),
         )
-        return out.astype(x.dtype).reshape(*out.shape[:2], x.shape[3])  # groups apart: padded
+        # With groups and points apart, the stacked strips would be padded.
+        return out.astype(x.dtype).reshape(*out.shape[:2], math.prod(out.shape[2:]))
 
     out = _in_strips(strip, x, _planes(x, points, padding_mode))
     return out.reshape(*points.shape[:5], maps.shape[4])
