@@ -27,6 +27,7 @@ from resfu_jax.ops._pallas.tiles import (
     each_row,
     padded_bytes,
     refusal,
+    result,
     tiles,
 )
 from resfu_jax.ops._windows import extend
@@ -106,14 +107,14 @@ def _attention(q: Array, k: Array, v: Array, *, kernel: tuple[int, int], scale: 
         grid=(b, rows.parts, cols.parts),
         in_specs=[strip(q.shape[3]), *own, pl.BlockSpec(mask.shape, lambda b, s, n: (0, 0))],
         out_specs=strip(v.shape[5]),
-        out_shape=jax.ShapeDtypeStruct((b, height, width, v.shape[5]), v.dtype),
+        out_shape=result((b, height, width, v.shape[5]), v),
         compiler_params=compiler_params(),
     )(q, k, v, mask)
     return out.reshape(b, height, width, heads, -1)
 
 
 def _refusal(q: Array, k: Array, v: Array, *, kernel: tuple[int, int], scale: float) -> Refusal:
-    return refusal(k, q.shape[1:3], q, v, needs=functools.partial(_vmem, q, k, v, kernel))
+    return refusal(v, q.shape[1:3], q, k, needs=functools.partial(_vmem, q, k, v, kernel))
 
 
 def _vmem(q: Array, k: Array, v: Array, kernel: tuple[int, int]) -> int:

@@ -29,6 +29,7 @@ from resfu_jax.ops._pallas.tiles import (
     each_row,
     padded_bytes,
     refusal,
+    result,
     tiles,
 )
 from resfu_jax.ops._xla import windows as xla
@@ -131,7 +132,7 @@ def _reassemble(
         grid=(b, rows.parts, cols.parts),
         in_specs=[_whole(a) if spec is None else spec for a, spec in args.values()],
         out_specs=_block(lambda b, s, n: (b, s, n, 0), 1, rows.pixels, cols.pixels, channels),
-        out_shape=jax.ShapeDtypeStruct((b, height, width, channels), x.dtype),
+        out_shape=result((b, height, width, channels), x),
         compiler_params=compiler_params(),
     )(*(a for a, _ in args.values()))
 
