@@ -109,6 +109,13 @@ def each_row(row: Callable[[Array, Array], None], cells: int, ratio: int) -> Non
     jax.lax.fori_loop(0, cells, phases, None)
 
 
+def product(a: Array, b: Array, axes: tuple[int, int]) -> Float[Array, "x y"]:
+    """Sums over an axis of each, in float32; of bfloat16 Mosaic has no other precision."""
+    precision = jax.lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else None
+    over = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, over, precision, preferred_element_type=jnp.float32)
+
+
 def result(shape: tuple[int, ...], x: Array) -> jax.ShapeDtypeStruct:
     """Of x's dtype, and in `jax.shard_map` as different between devices as x."""
     axes = jax.typeof(x).manual_axis_type
