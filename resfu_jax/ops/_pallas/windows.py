@@ -3,14 +3,14 @@
 The arithmetic is that of `ops._xla.windows`: for each row of its pixels a program makes the weights
 (softmax, scale), spreads them over the keys around the row, the band, and multiplies the two.
 
-    in     weights: pixels x taps, as rows of planes (B, H, taps, W), and W x groups of factors
-           keys: rows of cells R and columns, R + K - 1 rows for R of output
+    in     the weights, planes of taps (B, H, taps, W), and factors of groups: once
+           the map: of each strip of R rows of cells R + K - 1 rows (K + 1 for `fns_attention`)
     out    every pixel once
-    VMEM   two of each block, the band of a row of pixels (K columns x W) and its product
+    VMEM   two of each block, the band of a row of pixels (K rows of keys x W) and its product
 
-A strip has 16 rows of output or one cell's, a tile 128 to 256 columns or more (`tiles`): for CARAFE
-(K = 5, ratio 4, 384 channels in bfloat16) 6 MiB. Traffic is the output, the weights, and
-(1 + (K - 1) ratio / 16) times the map: of all operands and results 1.3 times at most there.
+A strip has 16 rows of pixels or one cell's, a tile up to 256 columns or 128 of a wider map
+(`tiles`): 6 MiB for CARAFE (K = 5, ratio 4, 384 channels in bfloat16), whose traffic is 1.1 times
+the output.
 """
 
 import functools
