@@ -13,12 +13,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, PartitionSpec
 
 from benchmarks import __main__ as cli
 from benchmarks import hlo, targets
 from benchmarks.workloads import WORKLOADS
-from resfu_jax import list_upsamplers
+from resfu_jax import list_upsamplers, ops
 from resfu_jax.upsamplers import upsampler_entry
 
 # Where libtpu exists, it must be installed and work: nothing is skipped for its absence.
@@ -76,6 +79,60 @@ def test_every_class_has_limits():
     classes = {upsampler_entry(name).cls for name in list_upsamplers()}
     limited = {upsampler_entry(name).cls for name in LIMITS}
     assert {c for c in classes if c.__module__.startswith("resfu_jax.")} == limited
+
+
+def bf16(*shape):
+    return jax.ShapeDtypeStruct((1, *shape), jnp.bfloat16)
+
+
+def attention_across_scales(q, k, v):
+    """Of arrays whose heads are not an axis, as a module has them."""
+    q, k, v = (x.reshape(*x.shape[:3], 2, -1) for x in (q, k, v))
+    y = ops.cross_scale_attention(q, k, v, kernel_size=5)
+    return y.reshape(*y.shape[:3], -1)
+
+
+KERNELS = {
+    "local_attention": (ops.local_attention, bf16(36, 272, 25), bf16(18, 136, 128)),
+    "fns_attention": (ops.fns_attention, bf16(36, 272, 9), bf16(18, 136, 128)),
+    "cross_scale_attention": (
+        attention_across_scales,
+        bf16(72, 272, 64),
+        bf16(18, 68, 64),
+        bf16(18, 68, 128),
+    ),
+}
+
+
+@with_libtpu
+@pytest.mark.parametrize("target", ["v5e", "v6e"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels(name, target):
+    """On one device a kernel that moves operands and results about once; on several, none."""
+    f, *arrays = KERNELS[name]
+    with jax.default_matmul_precision("default"):
+        figures = targets.compile_for(target, f, *arrays)
+        precise = jax.default_matmul_precision("highest")(f)  # float32's products are in parts
+        wide = [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in arrays]
+        assert targets.compile_for(target, precise, *wide).kernels["tpu_custom_call"] == 1
+    assert figures.kernels["tpu_custom_call"] == 1 and figures.loops == ()
+    assert figures.temporaries <= 0.1 * figures.results
+    assert figures.hbm <= 2 * (figures.arguments + figures.results)
+
+
+@with_libtpu
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_on_several_devices(name):
+    f, *arrays = KERNELS[name]
+    targets.device("v5e")  # sets the compiler up
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    mesh = jax.sharding.Mesh(np.array(topology.devices), "x", axis_types=(AxisType.Auto,))
+    batch = jax.sharding.NamedSharding(mesh, PartitionSpec("x"))
+    arrays = [jax.ShapeDtypeStruct((4, *a.shape[1:]), a.dtype) for a in arrays]
+    split = jax.jit(f, in_shardings=batch, out_shardings=batch).lower(*arrays).compile().as_text()
+    assert "tpu_custom_call" not in split and "all-gather" not in split
+    parts = jax.shard_map(f, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"))
+    assert "tpu_custom_call" in jax.jit(parts).lower(*arrays).compile().as_text()
 
 
 @with_libtpu

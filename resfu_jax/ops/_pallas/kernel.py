@@ -80,9 +80,9 @@ def _of_leaves(f: Callable, options: tuple, tree: Any) -> Callable[..., Array]:
 
 @_kernel_p.def_abstract_eval
 def _abstract(*leaves, kernel, portable, options, tree):
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves]
-    out = jax.eval_shape(_of_leaves(portable, options, tree), *shapes)
-    return jax.core.ShapedArray(out.shape, out.dtype)
+    # With the types of the leaves, which in `jax.shard_map` say along which axes they vary.
+    (out,) = jax.make_jaxpr(_of_leaves(portable, options, tree))(*leaves).out_avals
+    return out
 
 
 def _batched(leaves, axes, **params):

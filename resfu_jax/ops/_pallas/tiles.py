@@ -20,7 +20,7 @@ from resfu_jax.ops._xla import windows
 from resfu_jax.ops.sizes import whole_ratio
 
 VMEM = 40 * 2**20  # bytes that a kernel may plan with; the smallest TPU of today has 64 MiB
-_ROWS, _PIXELS = 16, 256
+_ROWS, _PIXELS, _CHANNELS = 16, 256, 64
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -90,6 +90,8 @@ def refusal(x: Array, out: tuple[int, int], *others: Array, needs: Callable[[], 
         return "its sizes must be known"
     if whole_ratio(x.shape[1:3], out) is None:
         return f"it needs whole ratios, got {x.shape[1:3]} to {out}"
+    if math.prod(x.shape[3:]) < _CHANNELS:
+        return f"of less than {_CHANNELS} channels more than half would be padding"
     for a in (x, *others):
         if a.dtype.name not in _DTYPES:
             return f"it needs {' or '.join(_DTYPES)}, got {a.dtype}"
@@ -105,6 +107,19 @@ def each_row(row: Callable[[Array, Array], None], cells: int, ratio: int) -> Non
         return jax.lax.fori_loop(0, ratio, lambda phase, _: row(cell, phase), None)
 
     jax.lax.fori_loop(0, cells, phases, None)
+
+
+def product(a: Array, b: Array, axes: tuple[int, int]) -> Float[Array, "x y"]:
+    """Sums over an axis of each, in float32; of bfloat16 Mosaic has no other precision."""
+    precision = jax.lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else None
+    over = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, over, precision, preferred_element_type=jnp.float32)
+
+
+def result(shape: tuple[int, ...], x: Array) -> jax.ShapeDtypeStruct:
+    """Of x's dtype, and in `jax.shard_map` as different between devices as x."""
+    axes = jax.typeof(x).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, x.dtype, manual_axis_type=axes)
 
 
 def compiler_params() -> object:

@@ -3,20 +3,19 @@
 The arithmetic is that of `ops._xla.windows`: for each row of its pixels a program makes the weights
 (softmax, scale), spreads them over the keys around the row, the band, and multiplies the two.
 
-    in     weights: pixels x taps, as rows of planes (B, H, taps, W), and W x groups of factors
-           keys: rows of cells R and columns, R + K - 1 rows for R of output
+    in     the weights, planes of taps (B, H, taps, W), and factors of groups: once
+           the map: of each strip of R rows of cells R + K - 1 rows (K + 1 for `fns_attention`)
     out    every pixel once
-    VMEM   two of each block, the band of a row of pixels (K columns x W) and its product
+    VMEM   two of each block, the band of a row of pixels (K rows of keys x W) and its product
 
-A strip has 16 rows of output or one cell's, a tile 128 to 256 columns or more (`tiles`): for CARAFE
-(K = 5, ratio 4, 384 channels in bfloat16) 7 MiB. Traffic is the output, the weights, and
-(1 + (K - 1) ratio / 16) times the map: of all operands and results 1.3 times at most there.
+A strip has 16 rows of pixels or one cell's, a tile up to 256 columns or 128 of a wider map
+(`tiles`): 6 MiB for CARAFE (K = 5, ratio 4, 384 channels in bfloat16), whose traffic is 1.1 times
+the output.
 """
 
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -28,7 +27,9 @@ from resfu_jax.ops._pallas.tiles import (
     compiler_params,
     each_row,
     padded_bytes,
+    product,
     refusal,
+    result,
     tiles,
 )
 from resfu_jax.ops._xla import windows as xla
@@ -117,12 +118,8 @@ def _reassemble(
                     for t in range(seen)
                 ]
                 part = slice(g * wide, (g + 1) * wide)
-                out[0, p, :, part] = jax.lax.dot_general(
-                    jnp.concatenate(band).astype(x.dtype),
-                    keys[:, part],
-                    (((0,), (0,)), ((), ())),
-                    preferred_element_type=jnp.float32,
-                ).astype(x.dtype)
+                band = jnp.concatenate(band).astype(x.dtype)
+                out[0, p, :, part] = product(band, keys[:, part], (0, 0)).astype(x.dtype)
 
         each_row(row, rows.cells, ratio)
 
@@ -131,7 +128,7 @@ def _reassemble(
         grid=(b, rows.parts, cols.parts),
         in_specs=[_whole(a) if spec is None else spec for a, spec in args.values()],
         out_specs=_block(lambda b, s, n: (b, s, n, 0), 1, rows.pixels, cols.pixels, channels),
-        out_shape=jax.ShapeDtypeStruct((b, height, width, channels), x.dtype),
+        out_shape=result((b, height, width, channels), x),
         compiler_params=compiler_params(),
     )(*(a for a, _ in args.values()))
 
