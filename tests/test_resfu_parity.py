@@ -11,6 +11,7 @@ from resfu_jax.convert import from_torch
 from resfu_jax.ops.filters import gaussian_blur, guided_filter
 from resfu_jax.ops.fns_attention import fns_attention
 from resfu_jax.ops.resize import resize
+from resfu_jax.ops.sizes import whole_ratio
 from resfu_jax.upsamplers.resfu import ReSFU
 
 FILTERS = goldens.names("resfu_gf_")
@@ -136,6 +137,13 @@ def test_module(name, implementation, x64):
     g, inputs, cotangent = load(name, x64)
     buffers = {k: g.arrays[f"param/{k}"] for k in g.meta["buffers"]}
     module = from_torch("ReSFU", g.group("param"), **g.args, implementation=implementation)
+    if (
+        implementation == "cpu"
+        and whole_ratio(inputs["x"].shape[1:3], inputs["y"].shape[1:3]) is None
+    ):
+        with pytest.raises(ValueError, match="whole ratios"):
+            module(inputs["x"], inputs["y"])
+        return
     wanted = from_torch("zmhhmz/ReSFU:ReSFU", g.group("grad/param") | buffers, **g.args)
     graphdef, params = nnx.split(module)
 

@@ -91,8 +91,8 @@ def _batched(leaves, axes, **params):
         jnp.broadcast_to(a[None], (count, *a.shape)) if i is None else jnp.moveaxis(a, i, 0)
         for a, i in zip(leaves, axes, strict=True)
     ]
-    out = _kernel_p.bind(*(a.reshape(-1, *a.shape[2:]) for a in leaves), **params)
-    return out.reshape(count, -1, *out.shape[1:]), 0
+    out = _kernel_p.bind(*(a.reshape(count * a.shape[1], *a.shape[2:]) for a in leaves), **params)
+    return out.reshape(count, leaves[0].shape[1], *out.shape[1:]), 0
 
 
 def _lower(ctx, *leaves, kernel, portable, options, tree, whole=False):

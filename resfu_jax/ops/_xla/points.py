@@ -27,7 +27,8 @@ _WEIGHTS = 2**22  # of a strip, at most
 
 def sample(x: Array, points: Array, *, padding_mode: str) -> Array:
     """Form of `ops.deformable_sample`."""
-    maps = x.reshape(*x.shape[:3], points.shape[3], -1)
+    groups = points.shape[3]
+    maps = x.reshape(*x.shape[:3], groups, x.shape[3] // groups)
 
     def strip(rows, columns):
         rows, columns = _hats(x, rows, columns)
@@ -51,22 +52,21 @@ def attention(
     """Form of `ops.deformable_attention`."""
     groups = points.shape[3]
     units = math.lcm(heads, groups)  # blocks of channels that share a head and a group
-    keys, values = (a.reshape(*a.shape[:3], units, -1) for a in (k, v))
+    keys, values = (a.reshape(*a.shape[:3], units, a.shape[3] // units) for a in (k, v))
     wide = at_least_float32(q.dtype)
 
     def strip(rows, columns, q):
-        b, pixels, _ = q.shape
+        b, pixels, channels = q.shape
         rows, columns = (
             jnp.repeat(hats, units // groups, axis=1) for hats in _hats(k, rows, columns)
         )
         weights = rows[:, :, :, :, None] * columns[:, :, :, None]  # b u p t v x
-        similarity = jnp.einsum(
-            "btvuc,bxuc->butvx", keys, q.reshape(b, pixels, units, -1), preferred_element_type=wide
-        )
+        of_units = q.reshape(b, pixels, units, channels // units)
+        similarity = jnp.einsum("btvuc,bxuc->butvx", keys, of_units, preferred_element_type=wide)
         scores = (weights.astype(wide) * similarity[:, :, None]).sum(axis=(3, 4))
-        scores = scores.reshape(b, heads, units // heads, -1, pixels).sum(axis=2)
+        scores = scores.reshape(b, heads, units // heads, scores.shape[2], pixels).sum(axis=2)
         if bias is not None:
-            of_heads = q.reshape(b, pixels, heads, -1)
+            of_heads = q.reshape(b, pixels, heads, channels // heads)
             scores = scores + jnp.einsum(
                 "bxhc,hpc->bhpx", of_heads, bias, preferred_element_type=wide
             )
@@ -78,7 +78,7 @@ def attention(
             values,
             preferred_element_type=at_least_float32(v.dtype),
         )
-        return out.astype(v.dtype).reshape(b, pixels, -1)
+        return out.astype(v.dtype).reshape(b, pixels, v.shape[3])
 
     return _in_strips(strip, k, _planes(k, points, "zeros"), q)
 

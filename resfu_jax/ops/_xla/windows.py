@@ -55,7 +55,7 @@ def attention(scores: Array, scale: Array | None, v: Array, *, groups: int, soft
     """Form of `ops.local_attention` and, without the softmax, of `ops.local_reassembly`."""
     b, height, width, channels = scores.shape
     kernel_size = math.isqrt(channels // groups)
-    planes = jnp.moveaxis(scores, 3, 1).reshape(b, groups, -1, height, width)
+    planes = jnp.moveaxis(scores, 3, 1).reshape(b, groups, channels // groups, height, width)
     weights = planes.astype(promote(scores.dtype, at_least_float32(v.dtype)))
     if softmax:
         weights = jax.nn.softmax(weights, axis=2)
@@ -91,14 +91,15 @@ def _reassemble(
         for j in range(taps)
     ).astype(values.dtype)
     keys = _keys(values, rows, cols, mode)
-    keys = keys.reshape(*keys.shape[:5], groups, -1)
+    channels = values.shape[3]
+    keys = keys.reshape(*keys.shape[:5], groups, channels // groups)
     out = jnp.einsum(
         "bsntvgc,bgtvspnx->bspnxgc",
         keys,
         band,
         preferred_element_type=at_least_float32(values.dtype),
     )
-    out = out.astype(values.dtype).reshape(*out.shape[:5], -1)
+    out = out.astype(values.dtype).reshape(*out.shape[:5], channels)
     return rows.join(cols.join(out, 3), 1)
 
 
