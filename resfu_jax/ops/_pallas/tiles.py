@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._forms import Refusal
 from resfu_jax.ops._xla import windows
-from resfu_jax.ops.sizes import whole_ratio
+from resfu_jax.ops.sizes import Size, whole_ratio
 
 VMEM = 40 * 2**20  # bytes that a kernel may plan with; the smallest TPU of today has 64 MiB
 _ROWS, _PIXELS, _CHANNELS = 16, 256, 64
@@ -77,7 +77,7 @@ def padded_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
     return math.prod(major) * -(-a // rows) * rows * -(-b // 128) * 128 * dtype.itemsize
 
 
-def refusal(x: Array, out: tuple[int, int], *others: Array, needs: Callable[[], int]) -> Refusal:
+def refusal(x: Array, out: tuple[Size, Size], *others: Array, needs: Callable[[], int]) -> Refusal:
     """Why a kernel does not apply to a map, output pixels and other arrays.
 
     Args:
