@@ -132,9 +132,11 @@ def test_what_it_does_not_apply_to(change, message, as_users_call):
     assert "tpu_custom_call" not in lowered(fns_attention, ["tpu"], *arrays)
 
 
-def test_symbolic_sizes():
-    (b,) = export.symbolic_shape("b")
-    shapes = [(b, 6, 10, 9), (b, 3, 5, 64)]
+@pytest.mark.parametrize("known", ["b", "h", None])
+def test_symbolic_sizes(known):
+    b, h = export.symbolic_shape("b, h")
+    b, h = 2 if known == "b" else b, 3 if known == "h" else h
+    shapes = [(b, 2 * h, 10, 9), (b, h, 5, 64)]
     arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
     assert "tpu_custom_call" not in lowered(fns_attention, ["tpu"], *arrays)
     with pytest.raises(ValueError, match="its sizes must be known"):
