@@ -14,7 +14,7 @@ compiled ahead of time for a TPU is the TPU's, on whatever machine.
 """
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -61,7 +61,7 @@ class Forms:
       name: of the op, for messages.
       reference: the literal form, which applies to everything.
       xla, cpu, pallas: the others, as far as there are any.
-      gpu: what GPUs take, where it is not the portable form.
+      preferred: what a platform takes, best first, where it is not what most ops are best by.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Forms:
         xla: Form | Callable[..., Array] | None = None,
         cpu: Form | Callable[..., Array] | None = None,
         pallas: Form | Callable[..., Array] | None = None,
-        gpu: Implementation | None = None,
+        preferred: Mapping[str, tuple[Implementation, ...]] | None = None,
     ):
         given = {"reference": reference, "xla": xla, "cpu": cpu, "pallas": pallas}
         self._name = name
@@ -81,9 +81,7 @@ class Forms:
             for key, form in given.items()
             if form is not None
         }
-        self._preference = dict(_PREFERENCE)
-        if gpu is not None:
-            self._preference["gpu"] = (gpu,)
+        self._preference = _PREFERENCE | dict(preferred or {})
 
     def __call__(
         self, implementation: Implementation | None, *arrays: Any, **options: Hashable

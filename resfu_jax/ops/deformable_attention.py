@@ -118,4 +118,10 @@ def _cpu(q: Array, k: Array, v: Array, points: Array, bias: Array | None, *, hea
     return cpu.attention(_attend, q, k, v, points, bias, heads)
 
 
-_FORMS = Forms("deformable_attention", _reference, xla=xla.attention, cpu=_cpu, gpu="reference")
+_FORMS = Forms(
+    "deformable_attention",
+    _reference,
+    xla=xla.attention,
+    cpu=_cpu,
+    preferred={"gpu": ("reference",)},  # gathers are fast there
+)

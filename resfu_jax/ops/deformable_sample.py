@@ -66,4 +66,10 @@ def _reference(x: Array, points: Array, *, padding_mode: PaddingMode) -> Array:
     return _bilinear.sample_at(x, points, padding_mode)
 
 
-_FORMS = Forms("deformable_sample", _reference, xla=xla.sample, cpu=cpu.sample, gpu="reference")
+_FORMS = Forms(
+    "deformable_sample",
+    _reference,
+    xla=xla.sample,
+    cpu=cpu.sample,
+    preferred={"gpu": ("reference",)},  # gathers are fast there
+)

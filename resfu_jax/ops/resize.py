@@ -193,4 +193,6 @@ _FORMS = Forms(
     _reference,
     xla=Form(xla.resize, xla.resize_refusal),
     cpu=Form(cpu.resize, cpu.refusal),
+    # A matrix of a long axis takes much memory, and a CPU as many products as it has elements.
+    preferred={"cpu": ("cpu", "reference")},
 )
