@@ -196,6 +196,8 @@ def test_devices_do_not_wait_for_each_other(name, implementation, monkeypatch):
         up.implementation = implementation
     elif implementation != "reference":
         pytest.skip("it has only one form")
+    if implementation == "reference" and name.startswith("resfu"):
+        pytest.skip("XLA gathers what grouped convolutions read")
     graphdef, params = nnx.split(up)
 
     def value_and_gradients(*arrays):

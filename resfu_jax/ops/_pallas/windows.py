@@ -21,6 +21,7 @@ from jaxtyping import Array
 
 from resfu_jax.ops._forms import Refusal
 from resfu_jax.ops._interp import half_pixel_taps
+from resfu_jax.ops._pad import pad
 from resfu_jax.ops._pallas.kernel import kernel_form
 from resfu_jax.ops._pallas.tiles import (
     Tiles,
@@ -82,8 +83,7 @@ def _reassemble(
     rows, cols, (ratio, _) = cut
     k, wide = math.isqrt(taps // groups), channels // groups
     seen = 2 * rows.border + 1  # rows of keys that a row of pixels sees
-    border = [(axis.border, axis.border) for axis in (rows, cols)]
-    keys = cut.keys(jnp.pad(x, ((0, 0), *border, (0, 0)), mode=mode))
+    keys = cut.keys(pad(x, (rows.border, cols.border), mode))
     strip = functools.partial(_block, lambda b, s, n: (b, s, 0, n))
     args = {
         "planes": (jnp.moveaxis(planes, 3, 2), strip(1, rows.pixels, taps, cols.pixels)),

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from resfu_jax.ops._pad import pad
 from resfu_jax.ops._polyphase import upsampled_mean_square
 from resfu_jax.ops._xla.resample import upsample
 from resfu_jax.ops.dtypes import at_least_float32
@@ -38,7 +39,7 @@ def pcdc(k, q, p, *, dilation: int, groups: int, norm_groups: int, eps: float, t
 
 def _convolution(x: Array, kernel: Array, groups: int, dilation: int, border: int) -> Array:
     """Of the map with its edges repeated, as one product: taps and groups in one axis."""
-    x = jnp.pad(x, ((0, 0), (border, border), (border, border), (0, 0)), mode="edge")
+    x = pad(x, (border, border), "edge")
     side = kernel.shape[0]
     h, w = (n - dilation * (side - 1) for n in x.shape[1:3])
     taps = [(dilation * v, dilation * u) for v in range(side) for u in range(side)]

@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from resfu_jax.ops._interp import half_pixel_taps
+from resfu_jax.ops._pad import pad
 from resfu_jax.ops.dtypes import at_least_float32, promote
 from resfu_jax.ops.sizes import Size, cell_index, whole_ratio
 
@@ -105,8 +106,7 @@ def _reassemble(
 
 def _keys(x: Array, rows: "_Axis", cols: "_Axis", mode: str) -> Float[Array, "b s n t v c"]:
     """What each strip and tile sees of the map, extended by zeros or by its edges."""
-    border = [(axis.border, axis.border) for axis in (rows, cols)]
-    x = jnp.pad(x, ((0, 0), *border, (0, 0)), mode=mode)
+    x = pad(x, (rows.border, cols.border), mode)
     return jnp.moveaxis(cols.windows(rows.windows(x, 1), 3), 3, 2)
 
 
