@@ -39,6 +39,7 @@ from resfu_jax.training.devices import is_main_process
 Path = str | os.PathLike[str]
 
 SUMS = "SHA256SUMS"
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
 
 # No reason to warn: being told to read only.
 logging.get_absl_logger().addFilter(lambda r: "directory is read only" not in str(r.msg))
@@ -88,7 +89,6 @@ class Checkpoints:
             },
             options=ocp.CheckpointManagerOptions(
                 create=not read_only,
-                cleanup_tmp_directories=not read_only,
                 save_interval_steps=0 if read_only else 1,
                 read_only=read_only,
                 preservation_policy=_Preserved(self._kept),
@@ -285,7 +285,7 @@ class Checkpoints:
         (folder,) = (
             path
             for path in self.directory.iterdir()
-            if path.name.split(".orbax-checkpoint-tmp")[0] == str(self._saving)
+            if path.name.split(_UNFINISHED)[0] == str(self._saving)
         )
         paths = sorted(
             path for item in ("data", "state") for path in (folder / item).rglob("*")
@@ -324,8 +324,11 @@ class Checkpoints:
     def _mend(self) -> str:
         """Puts aside what is newer than the newest intact checkpoint; a message if none is intact.
 
-        A score that cannot be read is removed.
+        What a killed run has not finished writing is removed, and a score that cannot be read.
         """
+        # Orbax's own removal is a thread that goes on, and fails, while a stopped process ends.
+        for path in self.directory.glob(f"*{_UNFINISHED}*"):
+            shutil.rmtree(path, ignore_errors=True)
         damaged = {}
         for step in sorted(_steps(self.directory), reverse=True):
             if self._is_intact(step):
