@@ -55,6 +55,10 @@ def resized(size, tmp_path):
     return ops.resize(jnp.zeros((1, 2, 2, 1)), size)
 
 
+def scaled(scale, tmp_path):
+    return ops.resize(jnp.zeros((1, 2, 2, 1)), scale=scale)
+
+
 def op(name, argument, *arrays, **keywords):
     """Calls the op with ones of these shapes, and the value as one more argument."""
 
@@ -91,6 +95,9 @@ REAL, EMPTY = "must be floating point, got .*; cast it", "must have no axis of l
 
 OPS: list[Bad] = [
     Bad("ops.resize", "size", (1, 2**29 + 1), resized, r"at most 2\*\*29.*536870913"),
+    Bad("ops.resize", "scale", math.inf, scaled, "positive, finite and one number, got inf"),
+    Bad("ops.resize", "scale", math.nan, scaled, "positive, finite and one number, got nan"),
+    Bad("ops.resize", "scale", (2, 2), scaled, r"positive, finite and one number, got \(2, 2\)"),
     Bad("conv", "x", LABELS, op("conv", "x", kernel=jnp.ones((1, 1, 8, 8))), REAL),
     Bad("conv", "kernel", jnp.ones((1, 1, 8, 8), bool), op("conv", "kernel", X), REAL),
     Bad("group_norm", "scale", jnp.ones(1), op("group_norm", "scale", X, **NORM), r"\(channels,\)"),

@@ -2,6 +2,7 @@
 
 import fractions
 import math
+import numbers
 from typing import Any, Literal, get_args
 
 import jax
@@ -101,8 +102,8 @@ def _sizes(x, size, scale, method, antialias):
         if len(size) != 2:
             raise ValueError(f"size must be (height, width), got {size}")
         return tuple(size), (x.shape[1:3], tuple(size))
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
+    if not isinstance(scale, numbers.Real) or not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive, finite and one number, got {scale!r}")
     size = tuple(_scaled_size(n, scale) for n in x.shape[1:3])
     # Numerator and denominator stay within what `_interp.divide_products` takes.
     up = fractions.Fraction(scale).limit_denominator(max(1, int(2**28 / max(scale, 1))))
