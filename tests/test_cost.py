@@ -85,13 +85,13 @@ def test_dysample_of_small_maps(workload, limit):
 )
 @pytest.mark.parametrize(
     ("name", "forward", "both"),
-    [("sapa", 0.3, 0.37), ("carafe", 0.2, 0.35), ("dysample", 0.02, 0.04), ("resfu", 0.6, 1.55)],
+    [("sapa", 0.3, 0.53), ("carafe", 0.2, 0.41), ("dysample", 0.065, 0.12), ("resfu", 1.36, 2.66)],
 )
 def test_bfloat16(name, forward, both):
     """28 x 28 to 448 x 448, 384 channels, in outputs, which are half as large.
 
-    ReSFU's guided filter joins the moments of its windows in float32 whatever its maps are. With
-    moments in bfloat16, which are wrong where a map is flat, it took 0.09 of an output less.
+    Less would do: code that ordered what XLA computes, and made DySample's points block by block,
+    took 0.37, 0.35, 0.04 and 1.55 for both. It was given up for code that can be read.
     """
     for direction, limit in (("forward", forward), ("both", both)):
         used, output = temporary(name, WORKLOADS["dino"], direction, dtype=jnp.bfloat16)
