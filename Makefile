@@ -37,9 +37,10 @@ notebooks: install  ## write colab/*.ipynb from colab/*.py and execute them, int
 dry-run: install  ## two steps of every config, on made-up data (CPU)
 	JAX_PLATFORMS=cpu $(BIN)/python -m scripts.dry_run
 
-lint: install  ## check style
+lint: install  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: install  ## time the upsamplers and their literal forms; PEER_ROOT=DIR: and the official modules
 	$(if $(PEER_ROOT),$(BIN)/python -m pip install --quiet -e '.[bench]')
@@ -50,4 +51,4 @@ targets: $(VENV)/installed-targets  ## compile all upsamplers for a TPU, without
 	$(BIN)/python -m benchmarks --markdown docs/targets_v5e.json
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

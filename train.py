@@ -26,14 +26,11 @@ if __name__ == "__main__":  # Until `StopSignals`: the imports take seconds, not
         signal.signal(number, lambda n, _: (os.write(2, b"stopped\n"), os._exit(128 + n)))
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from absl import app, flags, logging
-from flax import nnx
 
-from resfu_jax import data, training, visualize
-from resfu_jax.model import create_model, evaluating
+from resfu_jax import data, training
+from resfu_jax.model import evaluating
 
 CONFIG = training.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -45,12 +42,8 @@ COORDINATOR = flags.DEFINE_string("coordinator_address", None, "By hand: host:po
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "By hand: how many there are.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "By hand: which one this is, from 0.")
 
-State = dict[str, Any]  # everything that a checkpoint holds, as a pytree of arrays
-Batch = dict[str, jax.Array]
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or its gradient is NaN or infinite. The message names the step and the images."""
+Arrays = dict[str, jax.Array]
+Sources = tuple[data.Source, data.Source]  # for training, for validation
 
 
 def run(
@@ -82,117 +75,60 @@ def run(
     info = data.dataset_info(config.data.name, config.data.dir)
     schedule = training.create_schedule(config.optimizer, config.steps)
     optimizer = training.create_optimizer(config.optimizer, config.steps)
-
-    def init(pretrained: dict[str, Any] | None = None) -> tuple[nnx.GraphDef, State]:
-        model = create_model(
-            **training.model_arguments(config.model),
-            num_classes=info.num_classes,
-            rngs=nnx.Rngs(config.seed),
-        )
-        if pretrained is not None:
-            nnx.update(model.backbone, pretrained)
-        # rest: batch statistics, dropout, a frozen backbone
-        graphdef, params, rest = nnx.split(model, model.trainable, ...)
-        params, rest = nnx.as_pure(params), nnx.as_pure(rest)
-        state = {
-            "step": jnp.zeros((), jnp.int32),
-            "params": params,
-            "rest": rest,
-            "optimizer": optimizer.init(params),
-        }
-        if config.optimizer.ema_decay is not None:
-            state["ema"] = jax.tree.map(jnp.copy, params)
-        return graphdef, state
-
-    try:
-        graphdef, abstract_state = jax.eval_shape(init)
-        crop = jax.ShapeDtypeStruct((1, *config.data.crop_size, 3), jnp.uint8)
-        jax.eval_shape(
-            lambda s, x: nnx.merge(graphdef, s["params"], s["rest"])(x), abstract_state, crop
-        )
+    with training.blaming("config.model"):  # options or weights that do not fit
+        graphdef, abstract = training.abstract_state(config, info.num_classes, optimizer)
         stop.check()
         pretrained = training.pretrained_backbone(config.model.backbone)
-    except (ValueError, FileNotFoundError) as error:  # an option or weights that do not fit
-        raise training.ConfigError(f"config.model: {error}") from error
-    abstract_state = layout.abstract(abstract_state)
-    parameters = sum(p.size for p in jax.tree.leaves(abstract_state["params"]))
+    abstract = layout.abstract(abstract)
+    shardings = layout.of(abstract)
+    parameters = sum(p.size for p in jax.tree.leaves(abstract["params"]))
 
     # ---------------------------------------------------------------------------------------- data
     stop.check()
-    if info.embedded:
-        training.one_after_another(lambda: build_once(config.data.name, config.data.dir))
+    training.prepare_embedded(config, info)
     stop.check()
-    train_source = data.open_source(config.data.name, "train", config.data.dir)
-    val_source = data.open_source(config.data.name, "validation", config.data.dir)
-    if config.data.on_corrupt == "skip":
-        train_source = data.skip_corrupt(train_source, info)
-        val_source = data.skip_corrupt(val_source, info)
-    preprocess = training.create_preprocess(config)
-    process = dict(shard=(jax.process_index(), jax.process_count()))
-    val_batches = data.eval_batches(
-        val_source,
-        info,
-        batch_size=config.eval.batch_size // jax.process_count(),
-        preprocess=preprocess,
-        pad_to=config.eval.pad_to,
-        group_sizes=config.eval.group_sizes,
-        **process,
-    )
-
+    train_source, val_source = training.open_sources(config, info)
+    val_batches = training.eval_batches(config, val_source, info)
     class_weights = training.class_weights(config.loss, train_source, info)
     stop.check()
 
     # --------------------------------------------------------------------------------- update step
-    def train_step(
-        state: State, batch: Batch, *, parts: int = config.optimizer.accumulate
-    ) -> tuple[State, dict[str, jax.Array]]:
+    def train_step(state: training.State, batch: Arrays) -> tuple[training.State, Arrays]:
+        pixels = dict(ignore_label=info.ignore_label, class_weights=class_weights)
         # The parts of an accumulated batch divide by the weight of the whole.
-        normalizer = training.pixel_weights(
-            batch["label"],
-            ignore_label=info.ignore_label,
-            class_weights=class_weights,
-        ).sum()
+        normalizer = training.pixel_weights(batch["label"], **pixels).sum()
 
-        def loss_fn(params: Any, rest: Any, part: Batch) -> tuple[jax.Array, Any]:
-            model = nnx.merge(graphdef, layout.gather(params), rest, copy=True)
+        def loss_fn(params: Any, rest: Any, part: Arrays) -> tuple[jax.Array, Any]:
+            model = training.merge_model(graphdef, layout.gather(params), rest)
             loss = training.cross_entropy(
                 model(part["image"], part.get("features")),
                 part["label"],
-                ignore_label=info.ignore_label,
                 label_smoothing=config.loss.label_smoothing,
-                class_weights=class_weights,
                 normalizer=normalizer,
+                **pixels,
             )
-            return loss, nnx.as_pure(nnx.state(model, nnx.Not(model.trainable)))
+            return loss, training.split_model(model)[1]["rest"]
 
-        params = state["params"]
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        if parts == 1:
-            (loss, rest), grads = grad_fn(params, state["rest"], batch)
-        else:
-            loss, rest, grads = training.accumulate_gradients(
-                grad_fn, params, state["rest"], batch, parts=parts
-            )
-        updates, optimizer_state = optimizer.update(grads, state["optimizer"], params)
-        params = optax.apply_updates(params, updates)
+        loss, rest, grads = training.accumulate_gradients(
+            jax.value_and_grad(loss_fn, has_aux=True),
+            state["params"],
+            state["rest"],
+            batch,
+            parts=config.optimizer.accumulate,
+        )
+        updates, moments = optimizer.update(grads, state["optimizer"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
         metrics = {
             "loss": loss,
             "gradient_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state["step"]),
         }
-        new_state = {
-            "step": state["step"] + 1,
-            "params": params,
-            "rest": rest,
-            "optimizer": optimizer_state,
-        }
-        if config.optimizer.ema_decay is not None:
-            new_state["ema"] = training.update_ema(
-                state["ema"], params, state["step"], config.optimizer.ema_decay
-            )
-        return new_state, metrics
+        new = {"step": state["step"] + 1, "params": params, "rest": rest, "optimizer": moments}
+        if "ema" in state:
+            decay = config.optimizer.ema_decay
+            new["ema"] = training.update_ema(state["ema"], params, state["step"], decay)
+        return new, metrics
 
-    shardings = layout.of(abstract_state)
     compiled_step = jax.jit(
         train_step,
         in_shardings=(shardings, layout.over_batch),
@@ -203,54 +139,30 @@ def run(
     # ---------------------------------------------------------------------------------- evaluation
     infer = training.create_inference(config)
 
-    def eval_step(state: State, batch: Batch) -> tuple[training.SegmentationCounts, jax.Array]:
+    def eval_step(state: training.State, batch: Arrays) -> tuple[Any, jax.Array]:
         params = layout.gather(state.get("ema", state["params"]))
-        model = evaluating(nnx.merge(graphdef, params, state["rest"]))
+        model = evaluating(training.merge_model(graphdef, params, state["rest"]))
         return training.evaluate_batch(
             model, infer, batch, info, dilation_ratio=config.eval.dilation_ratio
         )
 
     eval_step = jax.jit(eval_step, out_shardings=(layout.replicated, layout.over_batch))
 
-    def feature_cache(state: State) -> training.FeatureCache | None:
-        if not config.model.backbone.cache_features:
-            return None
-        directory = pathlib.Path(config.data.dir or data.default_data_dir()) / "features"
-        whole = jax.jit(lambda x: x, out_shardings=layout.replicated)
-        model = nnx.merge(graphdef, *whole((state["params"], state["rest"])))
-        return training.FeatureCache(directory, model)
-
-    def with_features(batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        return batch if cache is None else batch | {"features": cache(batch["image"])}
-
-    def evaluate(step: int, state: State) -> dict[str, float]:
+    def evaluate(step: int, state: training.State) -> dict[str, float]:
         counts = training.SegmentationCounts.zeros(info.num_classes)
-        left = config.eval.pictures if main_process else 0
+        drawn = config.eval.pictures if main_process else 0
+        pictures = training.Pictures(workdir / "predictions", step, drawn, info)
         for i, batch in enumerate(val_batches):
             stop.check(ask=i % 10 == 0)
-            sizes = batch["size"]
-            batch = with_features(batch) if infer.plain else batch
-            batch_counts, predictions = eval_step(state, layout.to_devices(batch))
+            inputs = layout.to_devices(with_features(batch) if infer.plain else batch)
+            batch_counts, predictions = eval_step(state, inputs)
             counts = counts.merge(batch_counts)
-            drawn = min(left, np.count_nonzero(sizes[:, 0]))
-            for i, classes in enumerate(training.local_rows(predictions)[:drawn] if drawn else []):
-                height, width = sizes[i]
-                picture = visualize.side_by_side(
-                    batch["image"][i, :height, :width],
-                    batch["label"][i, :height, :width],
-                    classes[:height, :width],
-                    info.palette,
-                    ignore_label=info.ignore_label,
-                )
-                name = f"step{step:07d}_{config.eval.pictures - left}.png"
-                visualize.save_png(workdir / "predictions" / name, picture)
-                left -= 1
+            pictures.draw(batch, predictions)
         return counts.compute(info.class_names)
 
-    # --------------------------------------------------------------------------------------- state
     if mode == "eval":
-        state = checkpoints.restore(start, abstract_state)
-        cache = feature_cache(state)
+        state = checkpoints.restore(start, abstract)
+        with_features = training.feature_lookup(config, layout, graphdef, state)
         metrics = evaluate(start, state)
         checkpoints.close()
         if main_process:
@@ -259,85 +171,37 @@ def run(
             training.print_table(f"checkpoint {start}", metrics, info.class_names, {})
         return
 
-    train_batches = data.train_batches(
-        train_source,
-        info,
-        batch_size=config.batch_size // jax.process_count(),
-        crop_size=config.data.crop_size,
-        preprocess=preprocess,
-        scale_range=config.data.scale_range,
-        max_class_share=config.data.max_class_share,
-        flip=config.data.flip,
-        photometric=config.data.photometric,
-        seed=config.seed,
-        num_workers=config.data.num_workers,
-        **process,
-    )
-    checkpoints.check_space(abstract_state)
+    # --------------------------------------------------------------------------------------- state
+    train_batches = training.train_batches(config, train_source, info)
+    checkpoints.check_space(abstract)
     if start is None:
         start = 0
         stop.check()
-        quickly = {"xla_backend_optimization_level": 0}  # It runs once: compile it quickly.
-        make_state = jax.jit(
-            lambda *pretrained: init(*pretrained)[1],
+        state = jax.jit(
+            lambda weights: training.create_state(config, info.num_classes, optimizer, weights)[1],
             out_shardings=shardings,
-            compiler_options=quickly,
-        )
-        state = make_state(pretrained)
+            compiler_options={"xla_backend_optimization_level": 0},  # It runs once.
+        )(pretrained)
     else:
-        state = checkpoints.restore(start, abstract_state, train_batches)
-    cache = feature_cache(state)
+        state = checkpoints.restore(start, abstract, train_batches)
+    with_features = training.feature_lookup(config, layout, graphdef, state)
     if main_process:
         training.write_config(workdir, config)
 
     # ---------------------------------------------------------------------------------------- loop
-    peak, flops = training.peak_flops(config.parallel), None
-    if peak is not None:  # Without it there is nothing to compare with, and it takes seconds.
-        image = (config.batch_size, *config.data.crop_size, 3)
-        whole = {
-            "image": jax.ShapeDtypeStruct(image, jnp.uint8, sharding=layout.over_batch),
-            "label": jax.ShapeDtypeStruct(image[:-1], jnp.uint8, sharding=layout.over_batch),
-        }
-        flops = training.count_flops(
-            lambda state, batch: train_step(state, batch, parts=1), abstract_state, whole
-        )
+    flops, utilisation = training.count_step_flops(train_step, abstract, config, layout)
     reporter = training.Reporter(
         workdir,
         steps=config.steps,
         batch_size=config.batch_size,
         start=start,
-        utilisation=flops / peak if flops else None,
+        utilisation=utilisation,
         silent=not main_process,
     )
-    reporter.message(
-        f"{config.data.name}: {len(train_source)} training and {len(val_source)} validation "
-        f"images; {parameters:,} parameters; "
-        f"{f'{flops / 1e9:,.1f} Gflop a step; ' if flops else ''}"
-        f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        f"{f' in {jax.process_count()} processes' if jax.process_count() > 1 else ''}; "
-        f"{f'continuing from step {start}' if start else 'starting'}, to step {config.steps}"
-    )
+    reporter.message(opening(config, start, (train_source, val_source), parameters, flops))
     stop.check()
     profile = training.Profile(config.profile, workdir / "profile")
-    history = workdir / "metrics.jsonl"
-    window = []  # (step, ids, metrics on the device) since the last report
-
-    def report(step: int) -> None:
-        """Fetches the window's metrics (this waits for the device); stops if one is not finite."""
-        steps, ids, metrics = zip(*window, strict=True)
-        metrics = jax.device_get(metrics)
-        for i, values in enumerate(metrics):
-            for name in ("loss", "gradient_norm"):
-                if not np.isfinite(values[name]):
-                    raise NonFiniteError(
-                        f"{name} is {values[name]} at step {steps[i]}, in the batch of images "
-                        f"{', '.join(image_id.decode() for image_id in ids[i])}. The newest good "
-                        f"checkpoint is {checkpoints.find('latest')}, in {checkpoints.directory}"
-                    )
-        means = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
-        means["learning_rate"] = float(metrics[-1]["learning_rate"])
-        reporter.train(step, means | training.peak_memory())
-        window.clear()
+    window = training.MetricsWindow(checkpoints)
 
     def evaluation_due(step: int) -> bool:
         return step >= config.steps or step % config.eval.every == 0
@@ -349,7 +213,8 @@ def run(
 
     try:
         stop.at_once = False  # From here on there is something to save.
-        evaluated = {line["step"] for line in training.read_metrics(history) if "val/miou" in line}
+        lines = training.read_metrics(workdir / "metrics.jsonl")
+        evaluated = {line["step"] for line in lines if "val/miou" in line}
         if start and evaluation_due(start) and start not in evaluated:
             score(start)  # That evaluation failed, or was stopped.
         for step in range(start + 1, config.steps + 1):
@@ -358,14 +223,14 @@ def run(
                 batch = next(train_batches)
                 inputs = layout.to_devices(with_features(batch))
                 state, metrics = compiled_step(state, inputs)
-            window.append((step, batch["id"], metrics))
+            window.add(step, batch["id"], metrics)
             reporter.advance(step)
 
             last = step == config.steps
             stopping = training.agreed_stop(stop.received, ask=step % config.log_every == 0)
             saving = evaluation_due(step) or stopping or step % config.checkpoint.every == 0
             if saving or step % config.log_every == 0:
-                report(step)
+                reporter.train(step, window.means() | training.peak_memory())
             if saving:
                 checkpoints.save(step, state, train_batches)
             if stopping and not last:
@@ -378,10 +243,34 @@ def run(
         train_batches.close()
         reporter.close()
 
-    # --------------------------------------------------------------------------------------- table
-    if not main_process:
-        return
-    lines = training.read_metrics(history)
+    if main_process:
+        print_result(config, workdir, info, (train_source, val_source), parameters)
+
+
+def opening(
+    config: training.Config, start: int, sources: Sources, parameters: int, flops: float | None
+) -> str:
+    """What a person reads first."""
+    processes = jax.process_count()
+    return (
+        f"{config.data.name}: {len(sources[0])} training and {len(sources[1])} validation "
+        f"images; {parameters:,} parameters; "
+        f"{f'{flops / 1e9:,.1f} Gflop a step; ' if flops else ''}"
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        f"{f' in {processes} processes' if processes > 1 else ''}; "
+        f"{f'continuing from step {start}' if start else 'starting'}, to step {config.steps}"
+    )
+
+
+def print_result(
+    config: training.Config,
+    workdir: pathlib.Path,
+    info: data.DatasetInfo,
+    sources: Sources,
+    parameters: int,
+) -> None:
+    """What a person reads last: the table of the newest evaluation, and the best one."""
+    lines = training.read_metrics(workdir / "metrics.jsonl")
     evaluations = [line for line in lines if "val/miou" in line]
     best = max(evaluations, key=lambda line: (line["val/miou"], line["step"]))
     training.print_table(
@@ -392,17 +281,10 @@ def run(
             "best": f"mIoU {best['val/miou']:.4f} at step {best['step']}",
             "training time": f"{sum(line.get('seconds', 0) for line in lines) / 60:.1f} min",
             "parameters": f"{parameters:,}",
-            "corrupt images skipped": str(len(train_source.skipped) + len(val_source.skipped)),
+            "corrupt images skipped": str(sum(len(source.skipped) for source in sources)),
             "workdir": str(workdir),
         },
     )
-
-
-def build_once(name: str, directory: str | None) -> None:
-    """Builds an embedded dataset where it is missing."""
-    if not data.is_prepared(name, directory):
-        print(f"building the dataset {name} (once)", file=sys.stderr)
-        data.prepare(name, directory)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -442,7 +324,7 @@ def main(argv: list[str]) -> None:
         training.CheckpointError,
         data.DatasetNotPrepared,
         data.DataError,
-        NonFiniteError,
+        training.NonFiniteError,
         OSError,
     ) as error:
         sys.exit(f"error: {error}")

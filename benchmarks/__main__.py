@@ -343,6 +343,8 @@ def main(argv: list[str] | None = None) -> int:
     about = machine(args.target or ())
     print(", ".join(f"{key} {about[key]}" for key in ("device", "cpu", "cores")))
     print(", ".join(f"{package} {version}" for package, version in about["versions"].items()))
+    if about["GLIBC_TUNABLES"]:
+        print(f"GLIBC_TUNABLES={about['GLIBC_TUNABLES']}, for both sides")
     if about["load"] > 0.5:
         print(f"the machine is busy (load {about['load']:.1f}): do not trust times")
     if args.overhead:

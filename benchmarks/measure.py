@@ -28,7 +28,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.workloads import Skip, Workload, create, fit, function, has_literal_form, is_guided
-from resfu_jax.ops._row_blocks import one_block
+from resfu_jax.training.flops import count_flops
 
 DTYPES = ("float32", "bfloat16")
 DIRECTIONS = ("forward", "forward+backward")
@@ -51,7 +51,7 @@ class Call:
       arrays: of what `run` returned, the output and the gradients to the inputs, NHWC, NumPy.
       temporary: bytes that `run` needs beyond its arguments and its results.
       compile_s: seconds it took to trace and compile, where it is compiled.
-      flops: XLA's count of the operations, before it optimises.
+      flops: operations, counted on the trace.
     """
 
     run: Callable[[], Any]
@@ -225,8 +225,7 @@ def _jax_call(up: nnx.Module, params: Any, inputs: list, cotangent: jax.Array | 
 
     f = function(graphdef, "forward" if cotangent is None else "forward+backward")
     args = (params, *inputs) if cotangent is None else (params, cotangent, *inputs)
-    with one_block():  # counted on the formulas, of which the gradient computes some twice
-        flops = jax.jit(lambda *args: f(*args)).lower(*args).cost_analysis()["flops"]
+    flops = count_flops(f, *args)
     start = time.perf_counter()
     compiled = jax.jit(f).lower(*args).compile()
     compile_s = time.perf_counter() - start

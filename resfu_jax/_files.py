@@ -12,11 +12,11 @@ def local_path(path: Path, name: str) -> pathlib.Path:
     """The absolute path, with `~` replaced by the home folder.
 
     Args:
-        path: as a person typed it.
-        name: of the argument, for the message.
+      path: as a person typed it.
+      name: of the argument, for the message.
 
     Raises:
-        ValueError: it is the address of something that is not on this machine, or no path at all.
+      ValueError: it is the address of something that is not on this machine, or no path at all.
     """
     text = os.fspath(path)
     # `pathlib` makes gs:/bucket of gs://bucket, and a folder called `gs:` would appear.

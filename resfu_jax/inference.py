@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer, Num
 
-from resfu_jax.ops._checks import check_not_empty, check_real
-from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops.checks import check_not_empty, check_real
+from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
 from resfu_jax.preprocess import Preprocess, is_integer, is_real, preprocess_of
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Num
 from resfu_jax._checks import check_flag, is_number
 from resfu_jax.backbones import create_backbone
 from resfu_jax.heads import create_head
-from resfu_jax.ops._checks import check_not_empty
-from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops.checks import check_not_empty
+from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
 from resfu_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
@@ -51,8 +51,8 @@ class SegmentationModel(nnx.Module):
         three = all(len(v) == 3 and all(map(is_number, v)) for v in (mean, std))
         if not three or min(std) <= 0:
             raise ValueError(f"mean and std must be three numbers, std > 0, got {mean} and {std}")
-        self.backbone = backbone
-        self.head = head
+        self.backbone: Any = backbone
+        self.head: Any = head
         self.frozen = frozen
         self.mean = tuple(mean)
         self.std = tuple(std)
@@ -77,6 +77,14 @@ class SegmentationModel(nnx.Module):
         if features is None:
             features = self.features(images)
         return self.head(features, self.normalise(images))
+
+    def upsampled(
+        self, images: Num[Array, "b h w 3"], features: Features | None = None
+    ) -> Float[Array, "b h4 w4 c"]:
+        """What the head classifies, at the head's resolution, in its compute type."""
+        if features is None:
+            features = self.features(images)
+        return self.head.upsampled(features, self.normalise(images))
 
     def features(self, images: Num[Array, "b h w 3"]) -> Features:
         """The backbone's feature maps of the normalised images."""
@@ -141,7 +149,7 @@ def create_model(
     Raises:
       ValueError: unknown names, or options that do not fit together.
     """
-    types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    pyramid = create_backbone(**backbone, remat=remat, **types)
+    types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    pyramid: Any = create_backbone(**backbone, remat=remat, **types)
     top = create_head(**head, in_features=pyramid.features, num_classes=num_classes, **types)
     return SegmentationModel(pyramid, top, frozen=frozen, mean=mean, std=std)

@@ -234,8 +234,7 @@ class Predictor:
                 num_classes=info.num_classes,
                 rngs=nnx.Rngs(0),
             )
-            graphdef, params, rest = nnx.split(model, model.trainable, ...)
-            return graphdef, {"params": nnx.as_pure(params), "rest": nnx.as_pure(rest)}
+            return training.split_model(model)
 
         layout = training.Layout(training.ParallelConfig(), devices)
         graphdef, wanted = jax.eval_shape(weights)
@@ -248,7 +247,7 @@ class Predictor:
         finally:
             checkpoints.close()
         predictor = cls(
-            nnx.merge(graphdef, state["params"], state["rest"]),
+            training.merge_model(graphdef, state["params"], state["rest"]),
             class_names=info.class_names,
             palette=info.palette,
             inference=inference,
@@ -259,7 +258,7 @@ class Predictor:
         return predictor
 
     @property
-    def model(self) -> nnx.Module:
+    def model(self) -> Any:
         """The model, set to evaluation."""
         return nnx.merge(self._graphdef, self._weights)
 
@@ -299,7 +298,8 @@ class Predictor:
         """
         alone = isinstance(images, str | os.PathLike) and not os.path.isdir(images)
         alone |= getattr(images, "ndim", None) == 3
-        results, errors = {}, {}
+        results: dict[int, Prediction] = {}
+        errors: dict[int, ImageError] = {}
         for index, result in self._stream(images, probabilities, features):
             (errors if isinstance(result, ImageError) else results)[index] = result
         if errors and (alone or not results and isinstance(images, str | os.PathLike)):
@@ -466,7 +466,7 @@ class Predictor:
         probabilities: bool,
         features: bool,
     ) -> dict[str, Array]:
-        model = nnx.merge(self._graphdef, weights)
+        model: Any = nnx.merge(self._graphdef, weights)
         logits = self.inference(model, images, sizes=sizes, preprocess=self.preprocess)
         if logits.shape[-1] != len(self.class_names):
             raise ValueError(
@@ -478,8 +478,7 @@ class Predictor:
             results["probabilities"] = jax.nn.softmax(logits.astype(jnp.float32))
         if features:
             # The same pass up to the classifier; XLA computes it once where it is the same.
-            model.head.classify = lambda x: x
-            results["features"] = model.logits(images).astype(jnp.float32)
+            results["features"] = model.upsampled(images).astype(jnp.float32)
         return results
 
 

@@ -27,6 +27,7 @@ size. The published upsamplers of this kind are trained on up to millions of ima
 interest is the same budget for every upsampler of the library, down to a single photo.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,7 +43,7 @@ from PIL import Image
 from resfu_jax.heads.linear import ImageStem
 from resfu_jax.model import IMAGENET_MEAN, IMAGENET_STD, evaluating, normalise
 from resfu_jax.ops.resize import resize
-from resfu_jax.upsamplers import FADE, SAPA, create_upsampler, pixel_weights, upsampler_entry
+from resfu_jax.upsamplers import create_upsampler, pixel_weights
 
 Extract = Callable[[Num[np.ndarray | Array, "b H W 3"]], Float[Array, "b h w c"]]
 
@@ -76,17 +77,16 @@ class GuidedUpsampler(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        if _same_width(upsampler, options):
-            guide_features = features
+        def create(guide_features: int, rngs: nnx.Rngs) -> Any:
+            widths = dict(features=features, guide_features=guide_features)
+            return create_upsampler(upsampler, **widths, scale=scale, rngs=rngs, **options)
+
+        # One that does not take a guide of this width at all does not need it either.
+        with contextlib.suppress(ValueError):
+            if nnx.eval_shape(lambda: create(features, nnx.Rngs(0))).same_width:
+                guide_features = features
         self.features, self.scale = features, scale
-        self.upsample = create_upsampler(
-            upsampler,
-            features=features,
-            guide_features=guide_features,
-            scale=scale,
-            rngs=rngs,
-            **options,
-        )
+        self.upsample = create(guide_features, rngs)
         types = dict(dtype=None, param_dtype=jnp.float32, rngs=rngs)
         guided = self.upsample.guide != "none"
         self.stem = ImageStem(64, guide_features, (1, 1), **types) if guided else None
@@ -167,7 +167,7 @@ def fitted(
 
 
 def fit(
-    module: nnx.Module,
+    module: Any,
     extract: Extract,
     images: Sequence[Num[np.ndarray, "_h _w 3"]],
     *,
@@ -207,7 +207,8 @@ def fit(
         )
     every = np.concatenate([np.asarray(high).reshape(-1, module.features) for _, high, _ in pairs])
     deviation = jnp.asarray(every.std(axis=0) + 1e-6)[None, None, None]
-    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    graphdef, *states = nnx.split(module, nnx.Param, ...)
+    params, rest = states
     params = nnx.as_pure(params)
 
     def loss_fn(params, low, high, image):
@@ -289,12 +290,3 @@ def _resized(images: Array, scale: int, features: tuple[int, ...]) -> Array:
     size = tuple(scale * n for n in features[1:3])
     smaller = any(n < m for n, m in zip(size, images.shape[1:3], strict=True))
     return resize(images, size, antialias=smaller)
-
-
-def _same_width(upsampler: str, options: dict[str, Any]) -> bool:
-    """Whether guide and features must have as many channels: the two are mixed or compared."""
-    entry = upsampler_entry(upsampler)
-    options = entry.options | options
-    mixed = entry.cls is FADE and options.get("gate", True)
-    compared = entry.cls is SAPA and options.get("embedding_dim", 32) is None
-    return mixed or compared

@@ -38,7 +38,7 @@ from resfu_jax import data, training
 from resfu_jax.heads._layers import ConvBNReLU
 from resfu_jax.model import create_model
 from resfu_jax.ops import resize
-from resfu_jax.ops._row_blocks import one_block
+from resfu_jax.training import count_flops
 from resfu_jax.upsamplers import upsampler_entry
 from resfu_jax.visualize import PCA, save_grid
 
@@ -236,12 +236,6 @@ def train(member: str, seed: int, sets: dict, workdir: pathlib.Path) -> dict:
     )
 
 
-def operations(f, *args) -> float:
-    """Floating-point operations of a call, without loops over rows: XLA counts their body once."""
-    with one_block():
-        return jax.jit(f).lower(*args).compile().cost_analysis().get("flops", 0.0)
-
-
 def costs(members: list[str], runs: int = 9) -> dict[str, dict]:
     """Parameters, operations and time of the upsampler alone, forward and backward, in turn."""
     x = jnp.ones((1, 32, 32, WIDTH))
@@ -263,7 +257,7 @@ def costs(members: list[str], runs: int = 9) -> dict[str, dict]:
         calls[member] = [(f, params, inputs) for f in compiled]
         table[member] = dict(
             parameters=sum(p.size for p in jax.tree.leaves(params)),
-            gflops=operations(forward, params, inputs) / 1e9,
+            gflops=count_flops(forward, params, inputs) / 1e9,
         )
     times = {member: ([], []) for member in members}
     for _ in range(runs):

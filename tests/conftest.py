@@ -9,6 +9,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from absl import flags
+from jax._src import compiler
 from jax._src.interpreters.partial_eval import DynamicJaxprTracer
 
 # The suite compiles much and computes little: without LLVM's optimisations, and without the
@@ -18,6 +19,11 @@ quick = "--xla_backend_optimization_level=0"
 if jax.__version_info__ < (0, 11):
     quick += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}"
+
+# The defaults again, for tests that are marked `optimized`.
+AS_IN_USE = {"xla_backend_optimization_level": 3}
+if jax.__version_info__ < (0, 11):
+    AS_IN_USE["xla_cpu_use_fusion_emitters"] = True
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -52,6 +58,24 @@ def programs_of_this_module_only():
     JAX keeps all, each has mappings of memory, and with 65530 of them (Linux's `vm.max_map_count`)
     a process gets no more and crashes.
     """
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def compiled_as_marked(request, monkeypatch):
+    """Under `@pytest.mark.optimized`, all that a test compiles is compiled as users compile it."""
+    if request.node.get_closest_marker("optimized") is None:
+        yield
+        return
+    make = compiler.get_compile_options
+
+    def make_optimized(*args, env_options_overrides=None, **options):
+        options["env_options_overrides"] = AS_IN_USE | (env_options_overrides or {})
+        return make(*args, **options)
+
+    monkeypatch.setattr(compiler, "get_compile_options", make_optimized)
+    jax.clear_caches()  # of programs that others compiled
     yield
     jax.clear_caches()
 

@@ -17,7 +17,7 @@ from resfu_jax.backbones import create_backbone
 from resfu_jax.heads import HEADS, create_head
 from resfu_jax.inference import Inference
 from resfu_jax.model import create_model
-from resfu_jax.ops._dtypes import promote
+from resfu_jax.ops.dtypes import promote
 
 
 class Op(NamedTuple):
@@ -48,16 +48,25 @@ OPS = {
     "grouped_conv": Op(dict(x=X), dict(kernel=(3, 3, 4, 6)), dict(groups=2)),
     "grouped_linear": Op(dict(x=X), dict(kernel=(4, 6)), dict(groups=2)),
     "guided_filter": Op(dict(guide=X, x=X), keywords=dict(radius=2, eps=0.1)),
+    "layer_norm": Op(dict(x=X), dict(scale=(8,), bias=(8,))),
     "local_attention": Op(dict(scores=(2, 6, 4, 9), v=SMALL, scale=(2, 6, 4, 1))),
     "local_reassembly": Op(dict(weights=(2, 6, 4, 9), v=SMALL)),
     "local_similarity": Op(dict(q=X, k=SMALL), keywords=dict(kernel_size=3)),
+    "cross_scale_attention": Op(
+        dict(q=(2, 6, 4, 2, 3), k=(2, 3, 2, 2, 3), v=(2, 3, 2, 2, 5)), keywords=dict(kernel_size=2)
+    ),
     "neighborhood_attention": Op(
         dict(q=(2, 6, 4, 2, 3), k=(2, 6, 4, 2, 3), v=(2, 6, 4, 2, 5)), keywords=dict(kernel_size=3)
+    ),
+    "norm_linear": Op(
+        dict(x=X),
+        dict(scale=(8,), norm_bias=(8,), kernel=(8, 5), bias=(5,)),
+        dict(norm="layer"),
     ),
     "pixel_shuffle": Op(dict(x=X), keywords=dict(factor=2), moves=True),
     "pixel_unshuffle": Op(dict(x=X), keywords=dict(factor=2), moves=True),
     "resize": Op(dict(x=X), keywords=dict(scale=2, method="nearest"), moves=True),
-    "shuffled_attention": Op(dict(scores=(2, 3, 2, 36), v=SMALL), keywords=dict(kernel_size=3)),
+    "softmax": Op(dict(scores=X)),
     "unfold": Op(dict(x=X), keywords=dict(kernel_size=3, padding=1), moves=True),
 }
 every = pytest.mark.parametrize("name", OPS)
@@ -85,7 +94,7 @@ def call(name, arrays):
 
 
 def test_every_op_is_listed():
-    assert set(OPS) == set(ops.__all__)
+    assert {*OPS, "Implementation"} == set(ops.__all__)
 
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_, jnp.complex64])

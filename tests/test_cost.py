@@ -10,8 +10,7 @@ import pytest
 from flax import nnx
 
 from benchmarks.workloads import WORKLOADS, Workload, create, fit, is_guided
-from resfu_jax.ops._dtypes import bfloat16_is_native
-from resfu_jax.ops._row_blocks import one_block
+from resfu_jax.training.flops import count_flops
 
 # tests/conftest.py switches it off, in versions that can.
 AS_IN_USE = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
@@ -51,7 +50,7 @@ def temporary(name, workload, direction, **options):
     return memory.temp_size_in_bytes, output
 
 
-@pytest.mark.parametrize(("direction", "limit"), [("forward", 0.35), ("both", 1.25)])
+@pytest.mark.parametrize(("direction", "limit"), [("forward", 1.0), ("both", 3.0)])
 def test_resfu_at_high_ratio(direction, limit):
     """28 x 28 to 448 x 448, 384 channels: the literal form needs 33 times the output for both."""
     used, output = temporary("resfu", WORKLOADS["dino"], direction)
@@ -61,61 +60,58 @@ def test_resfu_at_high_ratio(direction, limit):
 @pytest.mark.parametrize(
     ("name", "forward", "both"),
     [
-        ("sapa", 0.25, 0.35),
-        ("carafe", 0.25, 0.3),
-        ("dysample", 0.02, 0.06),
-        ("fade", 0.2, 0.7),
+        ("sapa", 0.25, 0.6),
+        ("carafe", 0.25, 0.38),
+        ("dysample", 0.05, 0.17),
+        ("fade", 0.27, 1.4),
     ],
 )
 def test_temporaries(name, forward, both):
-    """32 x 32 to 128 x 128, 384 channels, in outputs."""
+    """32 x 32 to 128 x 128, 384 channels, in outputs. (FADE has no official figure.)"""
     for direction, limit in (("forward", forward), ("both", both)):
         used, output = temporary(name, WORKLOADS["segmenter"], direction)
         assert used <= limit * output, direction
 
 
-@pytest.mark.parametrize(("workload", "limit"), [("segformer_x4", 0.09), ("segformer_x8", 0.05)])
+@pytest.mark.parametrize(("workload", "limit"), [("segformer_x4", 0.19), ("segformer_x8", 0.082)])
 def test_dysample_of_small_maps(workload, limit):
-    """Half of what the official module allocates: 3.1 and 1.6 MB, of outputs of 16.8."""
+    """What the official module allocates is 3.1 and 1.6 MB, of outputs of 16.8."""
     used, output = temporary("dysample", WORKLOADS[workload], "both")
     assert used <= limit * output
 
 
-@pytest.mark.skipif(not bfloat16_is_native(), reason="XLA copies bfloat16 maps before JAX 0.11.2")
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11, 2), reason="XLA copies bfloat16 maps before JAX 0.11.2"
+)
 @pytest.mark.parametrize(
     ("name", "forward", "both"),
-    [("sapa", 0.3, 0.37), ("carafe", 0.2, 0.35), ("dysample", 0.02, 0.04), ("resfu", 0.6, 1.55)],
+    [("sapa", 0.3, 0.53), ("carafe", 0.2, 0.41), ("dysample", 0.065, 0.12), ("resfu", 1.36, 2.66)],
 )
 def test_bfloat16(name, forward, both):
     """28 x 28 to 448 x 448, 384 channels, in outputs, which are half as large.
 
-    ReSFU's guided filter joins the moments of its windows in float32 whatever its maps are. With
-    moments in bfloat16, which are wrong where a map is flat, it took 0.09 of an output less.
+    Less would do: code that ordered what XLA computes, and made DySample's points block by block,
+    took 0.37, 0.35, 0.04 and 1.55 for both. It was given up for code that can be read.
     """
     for direction, limit in (("forward", forward), ("both", both)):
         used, output = temporary(name, WORKLOADS["dino"], direction, dtype=jnp.bfloat16)
         assert used <= limit * output, direction
 
 
-def test_carafe_at_high_ratio():
-    """The weights, the scores they are made of and their gradient have one place."""
-    used, output = temporary("carafe", WORKLOADS["dino"], "both")
-    weights = output * 25 // WORKLOADS["dino"].channels
-    assert used <= 1.4 * weights
-
-
 @pytest.mark.parametrize(
-    "workload, direction, torch",
+    "workload, direction, limit",
     [
+        ("dino", "both", 66.0e6),
         ("segformer_x8", "forward", 6.56e6),
-        ("segformer_x8", "both", 4.01e6),
-        ("segformer_x4", "both", 9.06e6),
+        # The official module's is 4.01 MB: ours has the scores of forward and backward at once.
+        ("segformer_x8", "both", 5.6e6),
+        ("segformer_x4", "both", 7.8e6),
         ("segmenter", "both", 11.4e6),
     ],
 )
-def test_carafe_of_small_maps(workload, direction, torch):
-    """At most half of what PyTorch's takes (docs/benchmarks_cpu_amd.json)."""
-    assert temporary("carafe", WORKLOADS[workload], direction)[0] <= torch / 2
+def test_carafe(workload, direction, limit):
+    """But for one row, at most what the official module takes (docs/benchmarks_cpu_amd.json)."""
+    assert temporary("carafe", WORKLOADS[workload], direction)[0] <= limit
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -126,11 +122,9 @@ def test_window_sums_use_all_cores(dtype):
 
 
 def test_dino_hd_fits():
-    """768 channels, 64 x 64 to 1024 x 1024, forward and backward: 24 GB with all arguments."""
-    f, args, _ = call("resfu", WORKLOADS["dino_hd"], "both")
-    memory = jax.jit(f).lower(*args).compile(AS_IN_USE).memory_analysis()
-    parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
-    assert sum(getattr(memory, part) for part in parts) < 24e9
+    """768 channels, 64 x 64 to 1024 x 1024, with backward: 2.8 GB beside an output of 3.2."""
+    used, output = temporary("resfu", WORKLOADS["dino_hd"], "both")
+    assert used <= 0.95 * output
 
 
 def test_tile_needs_less():
@@ -138,7 +132,7 @@ def test_tile_needs_less():
     workload = Workload(64, (128, 128), 16, 32)
     whole, _ = temporary("resfu", workload, "forward")
     tiled, _ = temporary("resfu", workload, "forward", tile=64)
-    assert tiled < 0.7 * whole
+    assert tiled < 0.75 * whole  # 4.4 of 6.2 GB
 
 
 @functools.cache
@@ -169,8 +163,7 @@ def test_cost_is_linear(name):
 
     def operations(channels, side):
         f, args, _ = call(name, Workload(channels, (side, side), 2, channels), "both")
-        with one_block():
-            return jax.jit(lambda *args: f(*args)).lower(*args).cost_analysis()["flops"]
+        return count_flops(f, *args)
 
     small = operations(64, 16)
     np.testing.assert_allclose(operations(64, 32) / small, 4, rtol=0.05)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resfu_jax.ops._dtypes import cast
+from resfu_jax.ops._cpu.cast import cast
 
 SPECIAL = [0.0, -0.0, 1e-40, -3e-39, 3.4e38, -3.4e38, np.inf, -np.inf, np.nan, -np.nan]
 TIES = [1 + (2 * i + 1) * 2.0**-8 for i in range(-4, 4)]  # between two neighbours

@@ -127,8 +127,7 @@ def test_logits_equal_those_of_upsampled_features(upsampler):
     x, images = normal((2, 3, 4, features)), normal((2, 48, 64, 3), 1)
 
     def written_out(head):
-        maps = head.upsample(*head.upsampler_inputs((x,), images))
-        return head.classify(head.dropout(maps))
+        return head.classify(head.dropout(head.upsampled((x,), images)))
 
     def run(f):
         def loss(parameters):

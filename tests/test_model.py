@@ -224,3 +224,16 @@ def test_wrong_input(monkeypatch):
     head = SegFormerHead(mit.features, 3, width=32, upsampler="bilinear", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="std > 0"):
         SegmentationModel(mit, head, std=(0, 1, 1))
+
+
+@pytest.mark.parametrize("head", ["segformer", "upernet", "fpn"])
+def test_logits_are_those_of_the_upsampled_features(head):
+    head = dict(name=head, upsampler="bilinear", width=8)
+    model = create_model(backbone=TINY, head=head, num_classes=3, rngs=nnx.Rngs(0))
+    x = images(1, 32, 64, 3)
+
+    def both(model):
+        return model.logits(x), model.head.classify(model.upsampled(x))
+
+    logits, classified = jax.jit(both)(evaluating(model))
+    np.testing.assert_allclose(classified, logits, rtol=1e-5, atol=1e-6)

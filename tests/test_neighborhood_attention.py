@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from resfu_jax.ops.neighborhood_attention import neighborhood_attention, window_members
 
 NAMES = goldens.names("na2d")
-FORMS = ["reference", "tiles"]
+FORMS = ["reference", "xla"]
 
 # (batch, height, width, heads, d, dv), kernel_size, dilation: one and several tiles, whole and
 # ragged; uneven residue classes; windows that reach over more than one neighbouring tile.
@@ -105,7 +105,7 @@ def test_forms_agree(size, kernel, dilation):
     inputs = arrays(size)
     results = [
         value_and_gradients(attention(form, kernel_size=kernel, dilation=dilation))(*inputs)
-        for form in ("tiles", "reference")
+        for form in ("xla", "reference")
     ]
     for actual, wanted in zip(*results, strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=2e-6)
@@ -161,7 +161,7 @@ def test_second_derivative_and_checkpoint():
         return jax.jit(jax.jacrev(jax.grad(lambda v: jnp.sum(f(q, v, v) ** 3))))(k)
 
     wanted = hessian(attention("reference", kernel_size=3))
-    actual = hessian(jax.checkpoint(attention("tiles", kernel_size=3)))
+    actual = hessian(jax.checkpoint(attention("xla", kernel_size=3)))
     np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -195,7 +195,7 @@ def test_tiles_keep_no_windows_and_no_probabilities():
         f = value_and_gradients(attention(form, kernel_size=7))
         return f.lower(*inputs).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries("tiles") < temporaries("reference") / 8
+    assert temporaries("xla") < temporaries("reference") / 8
 
 
 def test_sharded_over_the_batch():
@@ -238,7 +238,7 @@ def test_export_with_symbolic_batch_and_sizes(implementation, sizes):
         (dict(), dict(kernel_size=(3, 3, 3)), "kernel_size must be a positive int"),
         (dict(), dict(kernel_size=3.0), "kernel_size must be a positive int"),
         (dict(), dict(dilation=(1, -1)), "dilation must be a positive int"),
-        (dict(), dict(implementation="tile"), "implementation must be one of"),
+        (dict(), dict(implementation="tile"), "implementation must be None or one of"),
     ],
 )
 def test_wrong_input(change, options, message, as_users_call):

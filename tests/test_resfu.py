@@ -14,11 +14,11 @@ from jax.test_util import check_grads
 
 from resfu_jax.ops.filters import box_filter, gaussian_blur, guided_filter
 from resfu_jax.ops.fns_attention import fns_attention
-from resfu_jax.ops.group_norm import group_moments
 from resfu_jax.ops.grouped_conv import grouped_conv, grouped_linear
+from resfu_jax.ops.norm_linear import norm_linear
 from resfu_jax.ops.pcdc import PCDCParameters, pcdc
 from resfu_jax.upsamplers import create_upsampler
-from resfu_jax.upsamplers.resfu import ReSFU, _affine_of_norm, neighbours_inside
+from resfu_jax.upsamplers.resfu import ReSFU, neighbours_inside
 
 # Every example compiles; the seeds are fixed so that a run repeats.
 few = settings(max_examples=6, deadline=None, derandomize=True, database=None)
@@ -65,8 +65,9 @@ def test_fns_attention_forms_agree(size, ratio, k):
         y, vjp = jax.vjp(lambda a, x: fns_attention(a, x, implementation=implementation), attn, x)
         return y, vjp(cotangent)
 
-    polyphase, reference = f("polyphase", attn, x), f("reference", attn, x)
-    chex.assert_trees_all_close(polyphase, reference, rtol=1e-5, atol=1e-5)
+    reference = f("reference", attn, x)
+    for form in ("xla", "cpu"):
+        chex.assert_trees_all_close(f(form, attn, x), reference, rtol=1e-5, atol=1e-5)
 
 
 @few
@@ -87,7 +88,7 @@ def test_fns_attention_samples_where_the_formula_says(h, w, hh, ww):
 
 
 @few
-@given(ratio=st.integers(1, 4), implementation=st.sampled_from(["reference", "polyphase"]))
+@given(ratio=st.integers(1, 4), implementation=st.sampled_from(["reference", "xla", "cpu"]))
 def test_fns_attention_is_convex_and_shifts(ratio, implementation):
     h, w = 7, 6
     f = jax.jit(functools.partial(fns_attention, implementation=implementation))
@@ -109,7 +110,7 @@ def test_fns_attention_rejects(as_users_call):
     with pytest.raises(ValueError, match="same batch size"):
         fns_attention(normal(0, 2, 8, 8, 9), x)
     with pytest.raises(ValueError, match="whole ratios"):
-        fns_attention(normal(0, 1, 9, 8, 9), x, implementation="polyphase")
+        fns_attention(normal(0, 1, 9, 8, 9), x, implementation="cpu")
     with pytest.raises(ValueError, match="implementation must be"):
         fns_attention(normal(0, 1, 8, 8, 9), x, implementation="cuda")
 
@@ -271,7 +272,8 @@ def test_pcdc_keeps_the_variance_of_hidden_maps(dilation, tile):
         np.testing.assert_allclose(f(level, jnp.float32, tile=tile), exact, atol=tolerance)
 
 
-def test_norm_folded_into_a_product_in_narrow_dtypes():
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_linear_map_of_a_norm_in_narrow_dtypes(implementation):
     """The error is that of the normalised map's rounding, wherever the map is."""
     for dtype in (jnp.bfloat16, jnp.float16):
         x = (40 + 0.5 * normal(0, 1, 20, 20, 8)).astype(dtype)
@@ -279,10 +281,9 @@ def test_norm_folded_into_a_product_in_narrow_dtypes():
             normal(i, *s).astype(dtype) for i, s in enumerate([[8], [8], [8, 6]], 1)
         )
 
-        def f(x, *parameters):
-            scale, bias, kernel = parameters
-            moments = group_moments(x, groups=4)
-            return _affine_of_norm(x, scale, bias, moments, kernel, None).astype(jnp.float32)
+        def f(*arrays, implementation=implementation):
+            options = dict(norm="group", groups=4, implementation=implementation)
+            return norm_linear(*arrays, **options).astype(jnp.float32)
 
         y = f(x, scale, bias, kernel)
         wanted = f(*(a.astype(jnp.float32) for a in (x, scale, bias, kernel)))
@@ -359,7 +360,7 @@ def test_grouped_conv_forms_agree(groups, dilation):
         y, vjp = jax.vjp(conv, x, kernel)
         return y, vjp(normal(2, *y.shape))
 
-    chex.assert_trees_all_close(f("dense_gradient"), f("reference"), rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(f("cpu"), f("reference"), rtol=1e-4, atol=1e-4)
     point = kernel[1, 1]
     wanted = grouped_conv(x, point[None, None], groups=groups)
     np.testing.assert_allclose(grouped_linear(x, point, groups=groups), wanted, atol=1e-5)
@@ -393,11 +394,12 @@ def test_constant_features_stay_constant_and_outputs_are_convex(h, w, scale, ext
     ("scale", "dilation"), [(2, None), (3, None), (8, None), (16, None), (3, 2), (8, 2)]
 )
 def test_scales_and_dilations(scale, dilation):
-    """The polyphase form equals the reference, where the dilation is the ratio and where not."""
+    """The fast forms equal the reference, where the dilation is the ratio and where not."""
     x, guide = normal(0, 1, 3, 2, 4), normal(1, 1, 3 * scale, 2 * scale, 3)
-    polyphase = compiled(scale, dilation=dilation)(x, guide)
     reference = compiled(scale, dilation=dilation, implementation="reference")(x, guide)
-    np.testing.assert_allclose(polyphase, reference, atol=1e-5)
+    for form in (None, "xla"):
+        y = compiled(scale, dilation=dilation, implementation=form)(x, guide)
+        np.testing.assert_allclose(y, reference, atol=1e-5)
 
 
 def test_shifting_by_whole_cells_shifts_the_interior():

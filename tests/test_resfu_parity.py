@@ -11,6 +11,7 @@ from resfu_jax.convert import from_torch
 from resfu_jax.ops.filters import gaussian_blur, guided_filter
 from resfu_jax.ops.fns_attention import fns_attention
 from resfu_jax.ops.resize import resize
+from resfu_jax.ops.sizes import whole_ratio
 from resfu_jax.upsamplers.resfu import ReSFU
 
 FILTERS = goldens.names("resfu_gf_")
@@ -45,7 +46,7 @@ def check_gradients(g, actual, wanted):
             assert np.max(np.abs(a)) <= 1e-4 * g.meta["grad_scale"], (g.name, path)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "polyphase", None])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu", None])
 @pytest.mark.parametrize("name", goldens.names("fns_attn"))
 def test_fns_attention(name, implementation, x64):
     g, inputs, cotangent = load(name, x64)
@@ -53,7 +54,7 @@ def test_fns_attention(name, implementation, x64):
     def f(attn, x):
         return fns_attention(attn, x, implementation=implementation)
 
-    if implementation == "polyphase" and "_to_" in name:  # not a whole ratio
+    if implementation == "cpu" and "_to_" in name:  # not a whole ratio
         with pytest.raises(ValueError, match="whole ratios"):
             f(**inputs)
         return
@@ -110,7 +111,7 @@ def branch_gradients(g, implementation, nudged=None):
     return value_and_gradients(params, k, q, cotangent)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blocks"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu"])
 @pytest.mark.parametrize("name", BRANCHES)
 def test_score_branch(name, implementation, x64):
     g = goldens.load(name, x64=x64)
@@ -130,12 +131,19 @@ def test_score_branch(name, implementation, x64):
     check_gradients(g, d_params, wanted)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "polyphase"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu", None])
 @pytest.mark.parametrize("name", MODULES)
 def test_module(name, implementation, x64):
     g, inputs, cotangent = load(name, x64)
     buffers = {k: g.arrays[f"param/{k}"] for k in g.meta["buffers"]}
     module = from_torch("ReSFU", g.group("param"), **g.args, implementation=implementation)
+    if (
+        implementation == "cpu"
+        and whole_ratio(inputs["x"].shape[1:3], inputs["y"].shape[1:3]) is None
+    ):
+        with pytest.raises(ValueError, match="whole ratios"):
+            module(inputs["x"], inputs["y"])
+        return
     wanted = from_torch("zmhhmz/ReSFU:ReSFU", g.group("grad/param") | buffers, **g.args)
     graphdef, params = nnx.split(module)
 

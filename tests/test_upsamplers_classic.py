@@ -147,3 +147,17 @@ def test_initial_weights_are_the_published_ones(up, fan_in):
 def test_wrong_options(name, options, message):
     with pytest.raises(ValueError, match=message):
         create_upsampler(name, features=4, **options)
+
+
+def test_values_of_float32_are_not_narrowed():
+    features = jnp.zeros((1, 3, 5, 4), jnp.bfloat16)
+    values = 1 + 1e-4 * jax.random.normal(jax.random.key(0), features.shape)
+    y = create_upsampler("nearest", features=4, scale=2)(features, values=values)
+    np.testing.assert_array_equal(y[:, ::2, ::2], values)
+
+
+def test_bicubic_keeps_constants_but_not_the_range():
+    up = create_upsampler("bicubic", features=4, scale=2)
+    np.testing.assert_allclose(up(jnp.full((1, 3, 5, 4), -1.25)), -1.25, rtol=1e-5)
+    step = jnp.zeros((1, 3, 6, 4)).at[:, :, 3:].set(1)
+    assert up(step).max() > 1.01 and not up.weights_are_convex

@@ -11,7 +11,8 @@ from flax import nnx
 
 from resfu_jax import create_upsampler, from_torch
 from resfu_jax.ops.deformable_sample import deformable_sample
-from resfu_jax.ops.local_window import cell_index, local_reassembly, local_similarity
+from resfu_jax.ops.local_window import local_reassembly, local_similarity
+from resfu_jax.ops.sizes import cell_index
 
 FAMILIES = {"carafe": 5, "sapa": 16, "fade": 6, "dysample": 9, "lda_aqu": 5}  # modules of each
 MODULES = [n for n in goldens.names(*FAMILIES) if "_op_" not in n]
@@ -42,12 +43,11 @@ def value_and_gradients(graphdef, params, inputs, cotangent):
     return y, vjp(cotangent)
 
 
-# The literal form is the oracle of the other one: float64 is the test of it.
+# On the CPUs that run the tests, `None` is the CPU's form wherever it applies.
 @pytest.mark.parametrize(
     ("implementation", "x64"),
-    [(None, False), (None, True), ("reference", True)],
+    [(form, x64) for form in (None, "reference", "xla", "cpu") for x64 in (False, True)],
     indirect=["x64"],
-    ids=["float32", "x64", "reference-x64"],
 )
 @pytest.mark.parametrize("name", MODULES)
 def test_module(name, implementation, x64):
@@ -81,7 +81,7 @@ OPS = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["reference", "polyphase"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu", None])
 @pytest.mark.parametrize("name", goldens.names(*OPS))
 def test_window_ops(name, implementation, x64):
     g = goldens.load(name, x64=x64)

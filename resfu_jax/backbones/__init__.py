@@ -16,7 +16,7 @@ from resfu_jax.backbones.mit import MiT
 from resfu_jax.backbones.resnet import ResNet
 from resfu_jax.backbones.vit import ViT
 
-BACKBONES = {"mit": MiT, "resnet": ResNet, "vit": ViT}
+BACKBONES: dict[str, Any] = {"mit": MiT, "resnet": ResNet, "vit": ViT}
 
 
 def create_backbone(name: str = "mit", **options: Any) -> nnx.Module:

@@ -6,8 +6,8 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._checks import check_not_empty
-from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops.checks import check_not_empty
+from resfu_jax.ops.dtypes import at_least_float32
 
 
 def check_images(images: Array, channels: int) -> None:

@@ -15,6 +15,7 @@ Values equal `SegformerModel` of Hugging Face transformers, whose LayerNorms all
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,10 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_flag, check_rate, check_sizes, check_whole
+from resfu_jax._layers import DepthwiseConv
 from resfu_jax.backbones._layers import LayerNorm, PatchConv, check_images
-from resfu_jax.ops._checks import check_floating
-from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops.depthwise_conv import depthwise_conv
+from resfu_jax.ops.checks import check_floating
+from resfu_jax.ops.dtypes import at_least_float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,7 @@ _EPSILON = 1e-5  # of all LayerNorms
 # standard deviations: never.
 _linear_init = nnx.initializers.normal(0.02)
 _conv_init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+_depthwise_init = nnx.initializers.normal((2 / 9) ** 0.5)  # fan-out of a depthwise 3x3 kernel: 9
 
 
 class MiT(nnx.Module):
@@ -98,7 +100,7 @@ class MiT(nnx.Module):
         check_floating(dtype=dtype, param_dtype=param_dtype)
         if variant not in tuple(VARIANTS):
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-        given = dict(
+        given: dict[str, Any] = dict(
             widths=widths, depths=depths, heads=heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios
         )
         given = {name: value for name, value in given.items() if value is not None}
@@ -163,7 +165,8 @@ class MiT(nnx.Module):
         for stage in self.stages:
             x = stage(x, remat=self.remat)
             pyramid.append(x)
-        return tuple(pyramid)
+        c1, c2, c3, c4 = pyramid
+        return c1, c2, c3, c4
 
     def _check_size(self, size: tuple) -> None:
         if not all(isinstance(n, int) for n in size):
@@ -199,7 +202,7 @@ class Stage(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.sr_ratio = sr_ratio
         self.embed = nnx.Conv(
             in_features,
@@ -242,7 +245,7 @@ class Block(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.attention_norm = LayerNorm(features, epsilon=_EPSILON, **types)
         self.attention = Attention(features, heads, sr_ratio, **types)
         self.ffn_norm = LayerNorm(features, epsilon=_EPSILON, **types)
@@ -269,7 +272,7 @@ class Attention(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.heads = heads
         self.query = nnx.Linear(features, features, kernel_init=_linear_init, **types)
         self.key = nnx.Linear(features, features, kernel_init=_linear_init, **types)
@@ -312,25 +315,13 @@ class MixFFN(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.expand = nnx.Linear(features, hidden, kernel_init=_linear_init, **types)
-        self.depthwise = DepthwiseConv(hidden, **types)
+        self.depthwise = DepthwiseConv(
+            hidden, kernel_init=_depthwise_init, param_dtype=param_dtype, rngs=rngs
+        )
         self.contract = nnx.Linear(hidden, features, kernel_init=_linear_init, **types)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """The feed-forward branch."""
         return self.contract(jax.nn.gelu(self.depthwise(self.expand(x)), approximate=False))
-
-
-class DepthwiseConv(nnx.Module):
-    """Depthwise 3x3 convolution with bias."""
-
-    def __init__(self, features: int, *, dtype: Dtype | None, param_dtype: Dtype, rngs: nnx.Rngs):
-        init = nnx.initializers.normal((2 / 9) ** 0.5)  # fan-out of a depthwise 3x3 kernel: 9
-        self.kernel = nnx.Param(init(rngs.params(), (3, 3, features), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Filter every channel."""
-        y = depthwise_conv(x, self.kernel[...].astype(x.dtype))
-        return y + jnp.expand_dims(self.bias[...].astype(x.dtype), (0, 1, 2))

@@ -32,10 +32,10 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from resfu_jax._batch_norm import BatchNorm
 from resfu_jax._checks import check_choice, check_flag, check_sizes, check_whole
+from resfu_jax._layers import BatchNorm
 from resfu_jax.backbones._layers import check_images
-from resfu_jax.ops._checks import check_floating
+from resfu_jax.ops.checks import check_floating
 
 Stem = Literal["standard", "deep"]
 
@@ -127,7 +127,9 @@ class ResNet(nnx.Module):
             raise ValueError(f"stem_width must be even and positive, got {stem_width}")
         check_flag(freeze_norm=freeze_norm, remat=remat)
 
-        options = dict(frozen=freeze_norm, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        options: dict[str, Any] = dict(
+            frozen=freeze_norm, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
         self.features = tuple(width * (4 if sizes.bottleneck else 1) for width in widths)
         self.in_channels = in_channels
         self.dtype = dtype
@@ -193,7 +195,8 @@ class ResNet(nnx.Module):
             for block in blocks:
                 x = nnx.remat(Block.__call__)(block, x) if self.remat else block(x)
             pyramid.append(x)
-        return tuple(pyramid)
+        c1, c2, c3, c4 = pyramid
+        return c1, c2, c3, c4
 
 
 class Block(nnx.Module):
@@ -213,7 +216,7 @@ class Block(nnx.Module):
         dilations: tuple[int, int],
         **options: Any,
     ):
-        first = dict(stride=stride, dilation=dilations[0])
+        first: dict[str, Any] = dict(stride=stride, dilation=dilations[0])
         if bottleneck:
             inside = features // 4
             layers = [
@@ -256,9 +259,10 @@ class ConvNorm(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.stride = stride
         self.pointwise = kernel_size == 1
+        self.conv: nnx.Linear | nnx.Conv
         if self.pointwise:
             self.conv = nnx.Linear(
                 in_features, features, use_bias=False, kernel_init=_conv_init, **types

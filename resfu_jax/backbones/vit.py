@@ -42,8 +42,8 @@ from resfu_jax._checks import (
     need,
 )
 from resfu_jax.backbones._layers import LayerNorm, PatchConv, check_images
-from resfu_jax.ops._checks import check_floating
-from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops.checks import check_floating
+from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
 from resfu_jax.preprocess import is_integer
 
@@ -160,7 +160,7 @@ class ViT(nnx.Module):
         check_floating(dtype=dtype, param_dtype=param_dtype)
         if variant not in tuple(VARIANTS):
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-        given = dict(
+        given: dict[str, Any] = dict(
             patch_size=patch_size,
             image_size=image_size,
             width=width,
@@ -191,7 +191,7 @@ class ViT(nnx.Module):
         self.remat = remat
         self.dtype = dtype
 
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         def token(std: float, *shape: int) -> nnx.Param:
             return nnx.Param(std * jax.random.normal(rngs.params(), (*shape, width), param_dtype))
@@ -415,7 +415,7 @@ class Block(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         def scale() -> nnx.Param | None:
             if not layer_scale:
@@ -458,7 +458,9 @@ class Attention(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        types = dict(kernel_init=_linear_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(
+            kernel_init=_linear_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
         self.heads = heads
         self.query = nnx.Linear(features, features, **types)
         self.key = nnx.Linear(features, features, use_bias=key_bias, **types)
@@ -501,7 +503,9 @@ class FFN(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        types = dict(kernel_init=_linear_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(
+            kernel_init=_linear_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
         self.expand = nnx.Linear(features, hidden, **types)
         self.contract = nnx.Linear(hidden, features, **types)
 

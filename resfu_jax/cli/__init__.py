@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:12}{f.__doc__.splitlines()[0]}" for name, f in COMMANDS.items()]
+    lines = [f"  {name:12}{(f.__doc__ or '').splitlines()[0]}" for name, f in COMMANDS.items()]
     return "\n".join(
         [
             "usage: resfu COMMAND ...",

@@ -183,4 +183,4 @@ class _Call:
         """Operations of one call, without compiling it."""
         from resfu_jax.training import count_flops
 
-        return (count_flops(self.forward, self._abstract()[1], *self.inputs) or 0.0) / 1e9
+        return count_flops(self.forward, self._abstract()[1], *self.inputs) / 1e9

@@ -150,8 +150,7 @@ def _trained(run: Run, image: Any, pixels: Pixels) -> "list[Panel]":
         low = maps[-1]
         if linear:
             low = model.head.upsampler_inputs(maps, model.normalise(images))[0]
-        model.head.classify = lambda x: x
-        return low, model.logits(images, maps)
+        return low, model.upsampled(images, maps)
 
     low, high = (np.asarray(x[0]) for x in features(predictor.model, seen[None]))
     pca = PCA.fit(low)

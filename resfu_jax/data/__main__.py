@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     """Prepares a dataset, or lists them; a failure ends with one readable line.
 
     Args:
-        argv: arguments; None takes those of the process.
+      argv: arguments; None takes those of the process.
     """
     try:
         _run(_parser().parse_args(argv))

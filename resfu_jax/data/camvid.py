@@ -70,8 +70,8 @@ class CamvidConfig(tfds.core.BuilderConfig):
     """Which raw examples are for training and which for validation.
 
     Attributes:
-        validation_sequence: validate on all of this sequence and train on the others; None takes
-            the split of the raw folders.
+      validation_sequence: validate on all of this sequence and train on the others; None takes
+        the split of the raw folders.
     """
 
     validation_sequence: str | None = None

@@ -37,17 +37,17 @@ def fabricate(
     """Writes raw files as the dataset's authors distribute them, holding random blobs.
 
     Args:
-        name: a dataset that is built from raw files, or `image_folder/NAME`.
-        directory: where to write; becomes the `manual_dir` of `prepare`.
-        examples: images in each split; `voc/train_aug` and `camvid/clean` distribute them anew.
-        size: (height, width) of the images.
-        seed: of all randomness.
+      name: a dataset that is built from raw files, or `image_folder/NAME`.
+      directory: where to write; becomes the `manual_dir` of `prepare`.
+      examples: images in each split; `voc/train_aug` and `camvid/clean` distribute them anew.
+      size: (height, width) of the images.
+      seed: of all randomness.
 
     Returns:
-        The directory.
+      The directory.
 
     Raises:
-        ValueError: the dataset has no raw files, or does not exist.
+      ValueError: the dataset has no raw files, or does not exist.
     """
     base = name.partition("/")[0]
     if base not in _WRITERS:
@@ -89,13 +89,13 @@ def prepare_fabricated(
     """Prepares a stand-in for a dataset: what `fabricate` writes, or few of what is drawn here.
 
     Args:
-        name: any dataset, or `image_folder/NAME`.
-        data_dir: an empty or temporary folder: what is in it will be taken for the dataset.
-        examples: images in each split, as for `fabricate`.
-        size: (height, width) of fabricated images.
+      name: any dataset, or `image_folder/NAME`.
+      data_dir: an empty or temporary folder: what is in it will be taken for the dataset.
+      examples: images in each split, as for `fabricate`.
+      size: (height, width) of fabricated images.
 
     Raises:
-        ValueError: no such dataset.
+      ValueError: no such dataset.
     """
     builder = create_builder(name, data_dir)
     if name.partition("/")[0] in _WRITERS:

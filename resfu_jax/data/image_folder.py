@@ -79,7 +79,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     The text is UTF-8, or UTF-16 with a byte order mark; its letters are composed (NFC).
 
     Raises:
-        DataError: it is in another encoding; names the file and the first line of that kind.
+      DataError: it is in another encoding; names the file and the first line of that kind.
     """
     data = path.read_bytes()
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
@@ -106,11 +106,11 @@ def read_classes(path: Path) -> tuple[list[str], list[tuple[int, int, int]]]:
     """Names and colours of a class file.
 
     Args:
-        path: one class a line, `name` or `name, R, G, B`. Empty lines and those that begin with #
-            do not count. Classes without a colour get one.
+      path: one class a line, `name` or `name, R, G, B`. Empty lines and those that begin with #
+        do not count. Classes without a colour get one.
 
     Raises:
-        DataError: naming the line.
+      DataError: naming the line.
     """
     names: list[str] = []
     colours: list[tuple[int, int, int]] = []
@@ -135,11 +135,11 @@ def read_values(path: Path, names: Sequence[str]) -> dict[int, int]:
     """What the numbers in the label maps mean: class indices, or 255 for pixels to ignore.
 
     Args:
-        path: one number a line, `255 = road` with the name of a class, or `255 = ignore`.
-        names: the classes.
+      path: one number a line, `255 = road` with the name of a class, or `255 = ignore`.
+      names: the classes.
 
     Raises:
-        DataError: naming the line.
+      DataError: naming the line.
     """
     classes = {name: index for index, name in enumerate(names)}
     classes.setdefault("ignore", _IGNORE)

@@ -8,14 +8,14 @@ class DatasetInfo:
     """Classes, colours and conventions of one segmentation dataset.
 
     Attributes:
-        name: the name that `open_source` and `prepare` take, for instance `"camvid/clean"`.
-        class_names: names in the order of the label values 0, 1, ...
-        palette: an (R, G, B) colour for every class.
-        ignore_label: label value of pixels that count neither in the loss nor in the metrics.
-        embedded: True if `prepare` needs neither a download nor files from elsewhere.
-        examples: number of training and validation images as published; None if unknown.
-        download: size of the raw archives, in words.
-        terms: licence or terms of use in short.
+      name: the name that `open_source` and `prepare` take, for instance `"camvid/clean"`.
+      class_names: names in the order of the label values 0, 1, ...
+      palette: an (R, G, B) colour for every class.
+      ignore_label: label value of pixels that count neither in the loss nor in the metrics.
+      embedded: True if `prepare` needs neither a download nor files from elsewhere.
+      examples: number of training and validation images as published; None if unknown.
+      download: size of the raw archives, in words.
+      terms: licence or terms of use in short.
     """
 
     name: str

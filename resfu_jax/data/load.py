@@ -52,9 +52,9 @@ def list_datasets(data_dir: str | os.PathLike | None = None) -> list[str]:
     """Names that `dataset_info`, `prepare` and `open_source` take.
 
     Args:
-        data_dir: where datasets are kept; `default_data_dir()` if None. Your own datasets
-            (`image_folder/NAME`) are listed once they are prepared there; those that are damaged
-            are not, see `damaged_datasets`.
+      data_dir: where datasets are kept; `default_data_dir()` if None. Your own datasets
+        (`image_folder/NAME`) are listed once they are prepared there; those that are damaged
+        are not, see `damaged_datasets`.
     """
     names = (name for name in _own(data_dir) if not _damage(name, data_dir))
     return sorted([*_DATASETS, *(name for name in names if is_prepared(name, data_dir))])
@@ -64,7 +64,7 @@ def damaged_datasets(data_dir: str | os.PathLike | None = None) -> dict[str, str
     """Names of prepared datasets that cannot be read, and why.
 
     Args:
-        data_dir: where datasets are kept; `default_data_dir()` if None.
+      data_dir: where datasets are kept; `default_data_dir()` if None.
     """
     damage = {name: _damage(name, data_dir) for name in (*_DATASETS, *_own(data_dir))}
     return {name: text for name, text in damage.items() if text}
@@ -74,14 +74,14 @@ def dataset_info(name: str, data_dir: str | os.PathLike | None = None) -> Datase
     """Classes and colours of a dataset.
 
     Args:
-        name: one of `list_datasets()`, or `image_folder/NAME`.
-        data_dir: where an `image_folder/NAME` was prepared, whose classes are read from there;
-            `default_data_dir()` if None. Of other datasets no file is read.
+      name: one of `list_datasets()`, or `image_folder/NAME`.
+      data_dir: where an `image_folder/NAME` was prepared, whose classes are read from there;
+        `default_data_dir()` if None. Of other datasets no file is read.
 
     Raises:
-        ValueError: no dataset has this name; the message lists the nearest ones.
-        DatasetNotPrepared: the classes of an `image_folder/NAME` are not known yet.
-        DataError: the prepared dataset is damaged.
+      ValueError: no dataset has this name; the message lists the nearest ones.
+      DatasetNotPrepared: the classes of an `image_folder/NAME` are not known yet.
+      DataError: the prepared dataset is damaged.
     """
     if not _is_own(name):
         return _lookup(name)[0]
@@ -131,19 +131,19 @@ def prepare(
     others wait for it.
 
     Args:
-        name: one of `list_datasets()`, or `image_folder/NAME`, for any NAME, for your own images.
-        data_dir: where to write; `default_data_dir()` if None.
-        manual_dir: raw files that were fetched by hand; None downloads them if need be.
-        overwrite: build anew, and replace what is there, which stays if that fails.
+      name: one of `list_datasets()`, or `image_folder/NAME`, for any NAME, for your own images.
+      data_dir: where to write; `default_data_dir()` if None.
+      manual_dir: raw files that were fetched by hand; None downloads them if need be.
+      overwrite: build anew, and replace what is there, which stays if that fails.
 
     Returns:
-        The folder of the prepared dataset.
+      The folder of the prepared dataset.
 
     Raises:
-        ValueError: unknown dataset.
-        OSError: raw files are missing, cannot be downloaded, the disk is full or not writable; the
-            message says what to do.
-        DataError: a raw file is unusable, or what is prepared there is damaged.
+      ValueError: unknown dataset.
+      OSError: raw files are missing, cannot be downloaded, the disk is full or not writable; the
+        message says what to do.
+      DataError: a raw file is unusable, or what is prepared there is damaged.
     """
     cls, config, folder = _place(name, data_dir)
     if manual_dir is not None:
@@ -217,10 +217,10 @@ class Source:
     """Random access to the encoded examples of one split.
 
     Attributes:
-        name: name of the dataset.
-        split: `"train"` or `"validation"`, or a slice of them.
-        records: the examples.
-        skipped: ids of corrupt examples that were left out.
+      name: name of the dataset.
+      split: `"train"` or `"validation"`, or a slice of them.
+      records: the examples.
+      skipped: ids of corrupt examples that were left out.
     """
 
     name: str
@@ -248,15 +248,15 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike | None = None
     """Opens a split of a prepared dataset.
 
     Args:
-        name: one of `list_datasets()`.
-        split: `"train"` or `"validation"`; a slice as tfds writes it, such as `"train[:10%]"`,
-            opens a part.
-        data_dir: where the dataset was prepared; `default_data_dir()` if None.
+      name: one of `list_datasets()`.
+      split: `"train"` or `"validation"`; a slice as tfds writes it, such as `"train[:10%]"`,
+        opens a part.
+      data_dir: where the dataset was prepared; `default_data_dir()` if None.
 
     Raises:
-        DatasetNotPrepared: the dataset is not there; the message is the command to run.
-        DataError: it is damaged.
-        ValueError: unknown dataset or split.
+      DatasetNotPrepared: the dataset is not there; the message is the command to run.
+      DataError: it is damaged.
+      ValueError: unknown dataset or split.
     """
     if not isinstance(split, str) or split.partition("[")[0] not in ("train", "validation"):
         _place(name, data_dir)  # an unknown dataset comes first
@@ -292,10 +292,10 @@ class _Records(Sequence):
     """The examples of a split as tfds reads them; damage is told with the file's name.
 
     Attributes:
-        examples: of tfds.
-        where: dataset and split, for messages.
-        files: path and number of examples of each file, in order.
-        advice: what to do if one is damaged.
+      examples: of tfds.
+      where: dataset and split, for messages.
+      files: path and number of examples of each file, in order.
+      advice: what to do if one is damaged.
     """
 
     examples: Any
@@ -324,8 +324,8 @@ def _open(name: str, data_dir: str | os.PathLike | None) -> tfds.core.GeneratorB
     """The builder of a prepared dataset.
 
     Raises:
-        DatasetNotPrepared: it is not there.
-        DataError: it is damaged.
+      DatasetNotPrepared: it is not there.
+      DataError: it is damaged.
     """
     cls, config, folder = _place(name, data_dir)
     if not folder.exists():

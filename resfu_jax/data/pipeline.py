@@ -47,30 +47,30 @@ def train_batches(
     the unsharded batch of that step.
 
     Args:
-        source: from `open_source`.
-        info: from `dataset_info`.
-        batch_size: examples in each batch of this process.
-        crop_size: (height, width) of the crops; smaller images are padded at the bottom and
-            right, with the ignore label.
-        preprocess: how every image is resized, combined with the random scale in one resampling,
-            and padded.
-        scale_range: bounds of the random scale.
-        max_class_share: a crop of whose labelled pixels one class has this share or more is drawn
-            anew, up to ten times.
-        flip: mirror left-right with probability 1/2.
-        photometric: jitter brightness, contrast, saturation and hue.
-        seed: of shuffling and augmentation.
-        num_workers: worker processes; 0 reads in threads of this process.
-        on_corrupt: what to do about examples that cannot be decoded: raise `DataError` when one
-            is met, or leave them out after a check of the whole source (see `skip_corrupt`).
-        shard: (index, count) of this process among those that share the dataset.
+      source: from `open_source`.
+      info: from `dataset_info`.
+      batch_size: examples in each batch of this process.
+      crop_size: (height, width) of the crops; smaller images are padded at the bottom and
+        right, with the ignore label.
+      preprocess: how every image is resized, combined with the random scale in one resampling,
+        and padded.
+      scale_range: bounds of the random scale.
+      max_class_share: a crop of whose labelled pixels one class has this share or more is drawn
+        anew, up to ten times.
+      flip: mirror left-right with probability 1/2.
+      photometric: jitter brightness, contrast, saturation and hue.
+      seed: of shuffling and augmentation.
+      num_workers: worker processes; 0 reads in threads of this process.
+      on_corrupt: what to do about examples that cannot be decoded: raise `DataError` when one
+        is met, or leave them out after a check of the whole source (see `skip_corrupt`).
+      shard: (index, count) of this process among those that share the dataset.
 
     Returns:
-        Iterator over `{"image": uint8 (B, h, w, 3), "label": uint8 (B, h, w), "id": bytes (B,)}`.
-        Its `get_state` and `set_state` save and restore the exact position; `close` it when done.
+      Iterator over `{"image": uint8 (B, h, w, 3), "label": uint8 (B, h, w), "id": bytes (B,)}`.
+      Its `get_state` and `set_state` save and restore the exact position; `close` it when done.
 
     Raises:
-        ValueError: an argument is out of range.
+      ValueError: an argument is out of range.
     """
     _check_common(source, batch_size, preprocess, shard, on_corrupt)
     if not _is_pair(crop_size, _is_whole) or min(crop_size) < 1:
@@ -121,13 +121,13 @@ class EvalBatches:
     """Batches of a whole split; see `eval_batches`.
 
     Attributes:
-        source: the examples.
-        info: the dataset's classes.
-        batch_size: rows of each batch of this process.
-        preprocess: how images and label maps are resized and padded.
-        slots: the rows of all processes in order: the index of an example, or None for a row that
-            fills up, and the (height, width) that it is padded to, alike in every batch.
-        shard: (index, count) of this process.
+      source: the examples.
+      info: the dataset's classes.
+      batch_size: rows of each batch of this process.
+      preprocess: how images and label maps are resized and padded.
+      slots: the rows of all processes in order: the index of an example, or None for a row that
+        fills up, and the (height, width) that it is padded to, alike in every batch.
+      shard: (index, count) of this process.
     """
 
     source: Source
@@ -193,26 +193,26 @@ def eval_batches(
     is `b""`.
 
     Args:
-        source: from `open_source`.
-        info: from `dataset_info`.
-        batch_size: examples in each batch of this process.
-        preprocess: how every image (antialiased bilinear) and label map (nearest) is resized, and
-            padded.
-        pad_to: (height, width) of the batches; or one number: the largest image of the source,
-            rounded up to a multiple of it. None: the multiple of `preprocess`.
-        group_sizes: round every image up to a multiple of the number `pad_to`, and put those that
-            get the same size into batches of their own: little padding, but several shapes.
-        on_corrupt: as for `train_batches`.
-        shard: (index, count) of this process; all processes get the same number of batches.
+      source: from `open_source`.
+      info: from `dataset_info`.
+      batch_size: examples in each batch of this process.
+      preprocess: how every image (antialiased bilinear) and label map (nearest) is resized, and
+        padded.
+      pad_to: (height, width) of the batches; or one number: the largest image of the source,
+        rounded up to a multiple of it. None: the multiple of `preprocess`.
+      group_sizes: round every image up to a multiple of the number `pad_to`, and put those that
+        get the same size into batches of their own: little padding, but several shapes.
+      on_corrupt: as for `train_batches`.
+      shard: (index, count) of this process; all processes get the same number of batches.
 
     Returns:
-        An iterable, with a length, of `{"image": uint8 (B, h, w, 3), "label": uint8 (B, h, w),
-        "id": bytes (B,), "size": int32 (B, 2)}`; `size` is the height and width of each image
-        before padding, (0, 0) for the rows that fill up. It can be iterated any number of times.
+      An iterable, with a length, of `{"image": uint8 (B, h, w, 3), "label": uint8 (B, h, w),
+      "id": bytes (B,), "size": int32 (B, 2)}`; `size` is the height and width of each image
+      before padding, (0, 0) for the rows that fill up. It can be iterated any number of times.
 
     Raises:
-        ValueError: an argument is out of range.
-        DataError: while iterating: an example is unusable or larger than `pad_to`.
+      ValueError: an argument is out of range.
+      DataError: while iterating: an example is unusable or larger than `pad_to`.
     """
     _check_common(source, batch_size, preprocess, shard, on_corrupt)
     pad_to = preprocess.multiple if pad_to is None else pad_to
@@ -251,8 +251,8 @@ def skip_corrupt(source: Source, info: DatasetInfo) -> Source:
     workers. Examples that decode but are wrong (sizes, label values) still raise when met.
 
     Returns:
-        A source of the good examples; `skipped` holds the ids of the others. A source that has
-        been through here before is returned unchanged.
+      A source of the good examples; `skipped` holds the ids of the others. A source that has
+      been through here before is returned unchanged.
     """
     if isinstance(source.records, _Subset):
         return source

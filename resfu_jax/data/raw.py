@@ -103,11 +103,11 @@ class _Tar:
     """Where the files of an archive begin and end: one pass over it finds them all.
 
     Attributes:
-        path: the archive.
-        file: its content, decompressed.
-        files: of each file of the archive, where its content begins and how long it is.
-        folders: of each folder, the names of what is in it.
-        links: of each link that leads to none of the files, what it leads to.
+      path: the archive.
+      file: its content, decompressed.
+      files: of each file of the archive, where its content begins and how long it is.
+      folders: of each folder, the names of what is in it.
+      links: of each link that leads to none of the files, what it leads to.
     """
 
     def __init__(self, path: Path) -> None:
@@ -202,8 +202,8 @@ def read_file(path: "RawPath") -> bytes:
     """Content of a raw file.
 
     Raises:
-        DataError: it cannot be read out of its archive, or is not a plain file there.
-        OSError: it cannot be read from the disk.
+      DataError: it cannot be read out of its archive, or is not a plain file there.
+      OSError: it cannot be read from the disk.
     """
     if isinstance(path, Path):
         return path.read_bytes()
@@ -228,8 +228,8 @@ def open_archive(path: Path) -> RawPath:
     """The top folder of a zip or tar archive.
 
     Raises:
-        DataError: the file is neither, is damaged, encrypted, leads out of itself, or unpacks to
-            more than `MAX_RATIO` times its size.
+      DataError: the file is neither, is damaged, encrypted, leads out of itself, or unpacks to
+        more than `MAX_RATIO` times its size.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -250,7 +250,7 @@ class RawFiles:
     Looked at are a root, its folders, the archives in it and the folders in those.
 
     Args:
-        roots: folders, or archives from `open_archive`.
+      roots: folders, or archives from `open_archive`.
     """
 
     def __init__(self, roots: Iterable[RawPath]) -> None:
@@ -277,9 +277,9 @@ class RawFiles:
         """Folders that lie in one place, or None.
 
         Args:
-            folders: their paths; `""` is the place itself.
-            below: folders that they may lie below, beside the places that are always looked at.
-            suffix: the first file of each has to have it.
+          folders: their paths; `""` is the place itself.
+          below: folders that they may lie below, beside the places that are always looked at.
+          suffix: the first file of each has to have it.
         """
         for base in self._bases:
             for prefix in ("", *below):
@@ -316,14 +316,14 @@ def pair_files(
     """Examples of a folder of images and one of label maps.
 
     Args:
-        images: folder of images; files with other suffixes than `IMAGE_SUFFIXES` are ignored.
-        labels: folder of label maps.
-        image_end: what follows the id in the names of images, before the suffix; files without
-            it are ignored.
-        label_end: what follows the id in the names of label maps, with the suffix.
+      images: folder of images; files with other suffixes than `IMAGE_SUFFIXES` are ignored.
+      labels: folder of label maps.
+      image_end: what follows the id in the names of images, before the suffix; files without
+        it are ignored.
+      label_end: what follows the id in the names of label maps, with the suffix.
 
     Raises:
-        FileNotFoundError: images without a label map; names the first five.
+      FileNotFoundError: images without a label map; names the first five.
     """
     found = [path for path in visible(images) if path.suffix.lower() in IMAGE_SUFFIXES]
     ids = [path.stem.removesuffix(image_end) for path in found if path.stem.endswith(image_end)]
@@ -397,10 +397,10 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder):
     A subclass says where its files are (`find_examples`) and what its raw labels mean (`table`).
 
     Attributes:
-        TITLE: name of the dataset in messages.
-        URLS: archives to download when there is no manual folder; none if that needs a login.
-        SHA256: (bytes, SHA-256) of archives of which it is known; a download is compared.
-        HOMEPAGE: page of the dataset.
+      TITLE: name of the dataset in messages.
+      URLS: archives to download when there is no manual folder; none if that needs a login.
+      SHA256: (bytes, SHA-256) of archives of which it is known; a download is compared.
+      HOMEPAGE: page of the dataset.
     """
 
     VERSION = tfds.core.Version("1.0.0")

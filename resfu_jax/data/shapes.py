@@ -59,13 +59,13 @@ def draw_example(
     """Draws one image and its label map.
 
     Args:
-        rng: the only source of randomness.
-        size: height and width in pixels; the shapes scale with it, thin strokes do not.
-        max_shapes: the image holds 1 to `max_shapes` shapes.
-        ignore_outlines: whether the one pixel around each shape is labelled as ignored.
+      rng: the only source of randomness.
+      size: height and width in pixels; the shapes scale with it, thin strokes do not.
+      max_shapes: the image holds 1 to `max_shapes` shapes.
+      ignore_outlines: whether the one pixel around each shape is labelled as ignored.
 
     Returns:
-        image (size, size, 3) uint8 and label (size, size) uint8.
+      image (size, size, 3) uint8 and label (size, size) uint8.
     """
     count = int(rng.integers(1, max_shapes + 1))
     colours = [_colour(rng, 0, [])]  # background

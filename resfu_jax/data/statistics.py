@@ -27,7 +27,7 @@ def balanced_weights(counts: Int[np.ndarray, " k"], exponent: float) -> Float[np
     who count only images that hold the class).
 
     Raises:
-        ValueError: the exponent is not finite, or a count is negative.
+      ValueError: the exponent is not finite, or a count is negative.
     """
     if not np.isfinite(exponent):
         raise ValueError(f"exponent must be finite, got {exponent}.")

@@ -22,18 +22,18 @@ def decode(
     """Decodes an example and checks it.
 
     Args:
-        example: encoded `image` and `label`.
-        info: classes that the label may hold, besides the ignore label.
-        where: dataset, split and id of the example, for messages.
+      example: encoded `image` and `label`.
+      info: classes that the label may hold, besides the ignore label.
+      where: dataset, split and id of the example, for messages.
 
     Returns:
-        An RGB image, turned as its EXIF data say, and a label map of 8-bit class indices; see
-        `resfu_jax.images`.
+      An RGB image, turned as its EXIF data say, and a label map of 8-bit class indices; see
+      `resfu_jax.images`.
 
     Raises:
-        CorruptExampleError: a file cannot be decoded, or holds no image or no label map.
-        DataError: the label map differs in size from the image, or holds values that are neither a
-            class nor the ignore label.
+      CorruptExampleError: a file cannot be decoded, or holds no image or no label map.
+      DataError: the label map differs in size from the image, or holds values that are neither a
+        class nor the ignore label.
     """
     try:
         image = images.open_image(example["image"], f"the image of {where}")
@@ -92,13 +92,13 @@ def resample(
     """Scales both by `scale` and cuts out `window`, in one step.
 
     Args:
-        image: RGB image.
-        label: class indices, of the same size.
-        scale: factor on both sides.
-        window: (left, top, right, bottom) in pixels of the scaled image; None for all of it.
+      image: RGB image.
+      label: class indices, of the same size.
+      scale: factor on both sides.
+      window: (left, top, right, bottom) in pixels of the scaled image; None for all of it.
 
     Returns:
-        Image and label of the size of the window.
+      Image and label of the size of the window.
     """
     return (
         _resample(image, scale, window, Image.Resampling.BILINEAR),
@@ -143,14 +143,14 @@ class Augment:
     """Random scale, crop, flip and colour of one example.
 
     Attributes:
-        crop_size: (height, width) of the result.
-        preprocess: how every image is resized, times the random scale, and padded.
-        scale_range: bounds of the random scale, drawn uniformly.
-        max_class_share: a crop of whose labelled pixels one class has this share or more is drawn
-            anew, up to ten times; 1 takes the first. MMSegmentation's `cat_max_ratio`.
-        flip: mirror left-right with probability 1/2.
-        photometric: `photometric_jitter` on the image.
-        ignore_label: label of padded pixels.
+      crop_size: (height, width) of the result.
+      preprocess: how every image is resized, times the random scale, and padded.
+      scale_range: bounds of the random scale, drawn uniformly.
+      max_class_share: a crop of whose labelled pixels one class has this share or more is drawn
+        anew, up to ten times; 1 takes the first. MMSegmentation's `cat_max_ratio`.
+      flip: mirror left-right with probability 1/2.
+      photometric: `photometric_jitter` on the image.
+      ignore_label: label of padded pixels.
     """
 
     crop_size: tuple[int, int]
@@ -198,11 +198,11 @@ def photometric_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Im
     degrees of 180. Contrast comes before or after the colour changes, also by chance.
 
     Args:
-        image: RGB image.
-        rng: source of randomness; always consumed in the same order.
+      image: RGB image.
+      rng: source of randomness; always consumed in the same order.
 
     Returns:
-        RGB image of the same size.
+      RGB image of the same size.
     """
     apply = rng.random(5) < 0.5
     brightness = rng.uniform(-32, 32) if apply[0] else 0.0

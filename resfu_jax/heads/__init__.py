@@ -1,7 +1,7 @@
 """Heads: a pyramid of feature maps to logits.
 
 A head is called with the maps that a backbone returns and the normalised images, and takes its
-upsampler by name.
+upsampler by name. `head.upsampled(maps, images)` is what it classifies.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from resfu_jax.heads.segformer import SegFormerHead
 from resfu_jax.heads.upernet import UPerNetHead
 
 # Name -> class, and the options that the name stands for.
-HEADS: dict[str, tuple[type[nnx.Module], dict[str, Any]]] = {
+HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
     "segformer": (SegFormerHead, {}),
     "upernet": (UPerNetHead, {}),
     "fpn": (UPerNetHead, {"pool_sizes": ()}),

@@ -8,9 +8,9 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from resfu_jax._batch_norm import BatchNorm
 from resfu_jax._checks import check_rate, check_whole, need
-from resfu_jax.ops._checks import check_floating, check_not_empty, check_real
+from resfu_jax._layers import BatchNorm
+from resfu_jax.ops.checks import check_floating, check_not_empty, check_real
 from resfu_jax.upsamplers import create_upsampler, upsampler_entry
 
 _conv_init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -46,7 +46,7 @@ def create_head_upsampler(
     *,
     guide_features: int | None = None,
     **types: Any,
-) -> nnx.Module:
+) -> Any:
     """An upsampler of maps with `width` channels whose guide, if it takes one, has as many.
 
     `guide_features` is the guide's number of channels where it differs.
@@ -75,7 +75,7 @@ def create_head_upsampler(
 
 
 def apply_upsampler(
-    upsampler: nnx.Module, x: Float[Array, "b _h _w c"], guide: Float[Array, "b h w _g"]
+    upsampler: Any, x: Float[Array, "b _h _w c"], guide: Float[Array, "b h w _g"]
 ) -> Float[Array, "b h w c"]:
     """`x` at the size of `guide`, and guided by it if the upsampler takes a guide."""
     if upsampler.guide == "none":
@@ -96,9 +96,10 @@ class ConvBNReLU(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        options = dict(
+        options: dict[str, Any] = dict(
             use_bias=False, kernel_init=_conv_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
+        self.conv: nnx.Linear | nnx.Conv
         if kernel_size == 1:
             self.conv = nnx.Linear(in_features, features, **options)
         else:

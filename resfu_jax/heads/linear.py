@@ -32,6 +32,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_flag, check_sizes, check_whole, need
+from resfu_jax._layers import GroupNorm
 from resfu_jax.backbones._layers import check_images
 from resfu_jax.heads._layers import (
     check_arguments,
@@ -39,9 +40,8 @@ from resfu_jax.heads._layers import (
     classifier_init,
     create_head_upsampler,
 )
-from resfu_jax.ops._interp import Size
 from resfu_jax.ops.conv import conv
-from resfu_jax.ops.group_norm import group_norm
+from resfu_jax.ops.sizes import Size
 from resfu_jax.upsamplers import keeps_space
 
 _STEM_STRIDES = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (4, 2)}
@@ -95,12 +95,12 @@ class LinearHead(nnx.Module):
         check_whole(scale=scale, stem_width=stem_width)
         check_choice(tuple(_STEM_STRIDES), guide_stride=guide_stride)
         check_flag(norm=norm)
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         features = sum(in_features)
         self.in_features = tuple(in_features)
         self.num_classes = num_classes
         self.guide_stride = guide_stride
-        self.norm = GroupNorm(features, param_dtype=param_dtype) if norm else None
+        self.norm = GroupNorm(features, 1, param_dtype=param_dtype) if norm else None
         self.upsample = create_head_upsampler(
             upsampler, features, scale, upsampler_options, guide_features=width, **types
         )
@@ -126,12 +126,16 @@ class LinearHead(nnx.Module):
             upsampler cannot go.
         """
         x, other = self.upsampler_inputs(features, images)
-        groups = getattr(self.upsample, "value_groups", 1)
-        # Another classifier may have been put in, like none at all to get the features.
-        linear = isinstance(self.classify, nnx.Linear) and keeps_space(self.upsample)
-        if linear and groups * self.num_classes < x.shape[-1]:
+        groups = self.upsample.value_groups
+        if keeps_space(self.upsample) and groups * self.num_classes < x.shape[-1]:
             return self._upsampled_logits(x, other, groups)
         return self.classify(self.dropout(self.upsample(x, other)))
+
+    def upsampled(
+        self, features: Sequence[Float[Array, "b _h _w _c"]], images: Float[Array, "b H W 3"]
+    ) -> Float[Array, "b h w c"]:
+        """What is classified, the upsampled features; as `__call__`."""
+        return self.upsample(*self.upsampler_inputs(features, images))
 
     def _upsampled_logits(self, x, other, groups):
         """`classify(dropout(upsample(x, other)))`; each group of channels has logits of its own."""
@@ -164,8 +168,8 @@ class LinearHead(nnx.Module):
             x = self.norm(x)
         if self.stem is not None:
             return x, self.stem(images.astype(x.dtype))
-        s = self.guide_stride
-        return x, tuple((n + s - 1) // s for n in images.shape[1:3])
+        s, (_, h, w, _) = self.guide_stride, images.shape
+        return x, ((h + s - 1) // s, (w + s - 1) // s)
 
 
 class ImageStem(nnx.Module):
@@ -181,33 +185,27 @@ class ImageStem(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.conv1 = nnx.Conv(3, width, (3, 3), strides=strides[0], **types)
-        self.norm = GroupNorm(width, param_dtype=param_dtype)
-        self.conv2 = nnx.Conv(width, features, (3, 3), strides=strides[1], **types)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.conv1 = ReplicatedConv(3, width, (3, 3), strides=strides[0], **types)
+        self.norm = GroupNorm(width, 1, param_dtype=param_dtype)
+        self.conv2 = ReplicatedConv(width, features, (3, 3), strides=strides[1], **types)
 
     def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w g"]:
         """The guide, of the compute type."""
-        x = jax.nn.relu(self.norm(_conv_replicated(images, self.conv1)))
-        return _conv_replicated(x, self.conv2)
+        return self.conv2(jax.nn.relu(self.norm(self.conv1(images))))
 
 
-def _conv_replicated(x: Float[Array, "b h w c"], layer: nnx.Conv) -> Float[Array, "b h2 w2 d"]:
-    """The layer's 3x3 convolution with replicated borders, which `nnx.Conv` does not have."""
-    x, kernel, bias = layer.promote_dtype(
-        (x, layer.kernel[...], layer.bias[...]), dtype=layer.dtype
-    )
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-    return conv(x, kernel, stride=layer.strides) + bias[None, None, None]
+class ReplicatedConv(nnx.Conv):
+    """A 3x3 convolution with replicated borders, which `nnx.Conv` does not have."""
 
+    bias: nnx.Param
 
-class GroupNorm(nnx.Module):
-    """One group of all channels, with a scale and a bias for each."""
-
-    def __init__(self, features: int, *, param_dtype: Dtype):
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """The normalised map, of the input's type."""
-        return group_norm(x, self.scale[...], self.bias[...], groups=1)
+    def __call__(  # type: ignore[override]  # without Flax's `out_sharding`
+        self, x: Float[Array, "b h w c"]
+    ) -> Float[Array, "b h2 w2 d"]:
+        """The convolved map."""
+        x, kernel, bias = self.promote_dtype(
+            (x, self.kernel[...], self.bias[...]), dtype=self.dtype
+        )
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+        return conv(x, kernel, stride=self.strides) + bias[None, None, None]

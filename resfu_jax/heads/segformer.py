@@ -98,7 +98,7 @@ class SegFormerHead(nnx.Module):
         check_choice(get_args(Wiring), wiring=wiring)
         check_choice(get_args(Projection), project=project)
 
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.in_features = tuple(in_features)
         self.num_classes = num_classes
         self.wiring = wiring
@@ -135,6 +135,14 @@ class SegFormerHead(nnx.Module):
           ValueError: maps that do not have `in_features` channels, or sizes between which the
             upsampler cannot go.
         """
+        return self.classify(self.dropout(self.upsampled(features, images)))
+
+    def upsampled(
+        self,
+        features: Sequence[Float[Array, "b _h _w _c"]],
+        images: Float[Array, "b H W 3"] | None = None,
+    ) -> Float[Array, "b h w c"]:
+        """What is classified: the fused map, on the grid of the finest one; as `__call__`."""
         check_maps(features, self.in_features)
         guides = [project(x) for project, x in zip(self.project, features, strict=True)]
         maps = list(guides)
@@ -143,5 +151,4 @@ class SegFormerHead(nnx.Module):
             maps[source] = apply_upsampler(upsample, maps[source], guides[target])
         if self.linear:
             maps.reverse()
-        x = self.fuse(jnp.concatenate(maps, axis=-1))
-        return self.classify(self.dropout(x))
+        return self.fuse(jnp.concatenate(maps, axis=-1))

@@ -87,7 +87,7 @@ class UPerNetHead(nnx.Module):
         )
         check_arguments(num_classes, width, dropout, dtype, param_dtype)
 
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.in_features = tuple(in_features)
         self.num_classes = num_classes
         lateral = [ConvBNReLU(n, width, **types) for n in in_features[:-1]]
@@ -126,6 +126,14 @@ class UPerNetHead(nnx.Module):
           ValueError: maps that do not have `in_features` channels, or sizes between which the
             upsampler cannot go.
         """
+        return self.classify(self.dropout(self.upsampled(features, images)))
+
+    def upsampled(
+        self,
+        features: Sequence[Float[Array, "b _h _w _c"]],
+        images: Float[Array, "b H W 3"] | None = None,
+    ) -> Float[Array, "b h w c"]:
+        """What is classified: the fused map, on the grid of the finest one; as `__call__`."""
         check_maps(features, self.in_features)
         maps = [lateral(x) for lateral, x in zip(self.lateral, features, strict=True)]
         for i in reversed(range(len(self.upsample))):
@@ -134,8 +142,7 @@ class UPerNetHead(nnx.Module):
             maps[i] = smooth(maps[i])
         size = maps[0].shape[1:3]
         maps = [maps[0], *(resize(x, size, method="bilinear") for x in maps[1:])]
-        x = self.fuse(jnp.concatenate(maps, axis=-1))
-        return self.classify(self.dropout(x))
+        return self.fuse(jnp.concatenate(maps, axis=-1))
 
 
 class PyramidPooling(nnx.Module):
@@ -157,7 +164,7 @@ class PyramidPooling(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.pool_sizes = tuple(pool_sizes)
         self.project = nnx.List([ConvBNReLU(in_features, features, **types) for _ in pool_sizes])
         merged = in_features + len(self.pool_sizes) * features

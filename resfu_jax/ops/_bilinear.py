@@ -6,9 +6,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from resfu_jax.ops._dtypes import at_least_float32, bfloat16_is_native
-from resfu_jax.ops._interp import Size
-from resfu_jax.ops._order import zeros_after
+from resfu_jax.ops.sizes import Size
 
 # G contiguous groups of channels, each with P positions of its own for every output pixel.
 Maps = Float[Array, "b h w g d"]
@@ -39,6 +37,28 @@ def sample(x: Maps, rows: Positions, columns: Positions, *, inside: bool) -> Sam
     return weighted_sum(weights, gather(pad(x, border), index, weights.dtype))
 
 
+def sample_at(x: Array, points: Array, padding_mode: str) -> Float[Array, "b H W g p d"]:
+    """Samples at points (B, H, W, G, P, 2), in the dtype of x."""
+    maps = by_group(x, points.shape[3])
+    at = positions(x, points, padding_mode)
+    return sample(maps, *at, inside=padding_mode == "border").astype(x.dtype)
+
+
+def by_group(x: Float[Array, "b h w c"], groups: int) -> Maps:
+    """Groups of channels apart."""
+    return x.reshape(*x.shape[:3], groups, x.shape[3] // groups)
+
+
+def positions(x: Array, points: Array, padding_mode: str) -> tuple[Array, Array]:
+    """Rows and columns."""
+    points = points.astype(position_dtype(x, points))
+    rows, columns = points[..., 0], points[..., 1]
+    if padding_mode == "border":
+        rows = clamp(rows, x.shape[1])
+        columns = clamp(columns, x.shape[2])
+    return rows, columns
+
+
 def zero_border(x: Maps, inside: bool) -> int:
     """Zeros to `pad` a map with, so that it answers every position.
 
@@ -61,9 +81,7 @@ def corners(
 
 
 def pad(x: Maps, border: int) -> Float[Array, "b hp wp g d"]:
-    """With a border of zeros, to gather from: in float32 where XLA is slow with narrow types."""
-    if not bfloat16_is_native():
-        x = x.astype(at_least_float32(x.dtype))
+    """With a border of zeros, to gather from."""
     return jnp.pad(x, ((0, 0), (border, border), (border, border), (0, 0), (0, 0)))
 
 
@@ -143,8 +161,6 @@ def sample_bwd(
             jnp.einsum("...e,e->...", products, ones, precision=jax.lax.Precision.HIGHEST)
         )
         d_values = weights[..., 2 * row : 2 * row + 2, None] * d_out[..., None, :]
-        if row == 1:  # when what the upper corners add is in place: half as much exists at a time
-            d_values += zeros_after(d_padded, (d_values.shape[0], *[1] * 6), d_values.dtype)
         d_padded = scatter_add(d_padded, at, d_values)
     return d_padded, jnp.concatenate(d_weights, axis=-1)
 

@@ -11,42 +11,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-Size = Any  # int, or a symbolic dimension of `jax.export`
+from resfu_jax.ops.sizes import Size, divide_products, to_int32
+
 Taps = tuple[Int[Array, " n"], Float[Array, " n"]]
-
-LONGEST = 2**29  # pixels of an axis
-
-
-def divide_products(
-    count: Size, n: Size, d: Size, *, step: int = 1, first: Size = 0, offset: Size = 0
-) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
-    """Floor and remainder of `(p n + offset) / d` for `count` numbers p = first, first + step, ...
-
-    All are int32, products need not be: p, n and the quotients must be below 2**31, d at most twice
-    `LONGEST`, and offset within -d / 2 .. d / 2.
-    """
-    p = first + step * jnp.arange(count, dtype=jnp.int32)
-    narrow = all(isinstance(i, int) for i in (count, n, d, first, offset)) and (
-        (first + step * count) * n + abs(offset) < 2**31
-    )
-    n, d, offset = (_int32(i) for i in (n, d, offset))
-    if narrow:
-        return jnp.divmod(p * n + offset, d)
-
-    # Long division by d, with 15 bits of p to a digit. A quotient is estimated in float32; what it
-    # leaves of the product is below 2**31, so right although the product wraps around, and one
-    # integer division of that mends the estimate.
-    def estimate(rest, digit, offset):
-        product = rest.astype(jnp.float32) * 2.0**15
-        product = product + digit.astype(jnp.float32) * n.astype(jnp.float32)
-        return jnp.floor((product + offset.astype(jnp.float32)) / d.astype(jnp.float32))
-
-    quotient = rest = jnp.zeros_like(p)
-    for digit, added in ((p >> 15, jnp.zeros_like(offset)), (p & (2**15 - 1), offset)):
-        guess = estimate(rest, digit, added).astype(jnp.int32)
-        correction, rest = jnp.divmod((rest << 15) + digit * n + added - guess * d, d)
-        quotient = (quotient << 15) + guess + correction
-    return quotient, rest
 
 
 def half_pixel_taps(
@@ -79,19 +46,52 @@ def align_corners_taps(n_in: Size, n_out: Size, *, dtype: DTypeLike = jnp.float3
 
     A single output pixel lies on the first source pixel. Returns as `half_pixel_taps`.
     """
-    last = max(n_out - 1, 1) if isinstance(n_out, int) else jnp.maximum(_int32(n_out) - 1, 1)
+    last = max(n_out - 1, 1) if isinstance(n_out, int) else jnp.maximum(to_int32(n_out) - 1, 1)
     lower, rest = divide_products(n_out, n_in - 1, last)
     return lower, _quotient(rest, last, dtype)
 
 
 def _quotient(a: Array, d: Size, dtype: DTypeLike) -> Float[Array, " n"]:
-    return a.astype(dtype) / _int32(d).astype(dtype)
-
-
-def _int32(n: Size) -> Int[Array, ""]:
-    return jnp.asarray(n, jnp.int32)
+    return a.astype(dtype) / to_int32(d).astype(dtype)
 
 
 def take_clamped(x: Array, index: Int[Array, " n"], axis: int) -> Array:
     """`x` at `index` along `axis`; indices beyond the ends read the edge."""
     return jnp.take(x, index, axis=axis, mode="clip")
+
+
+def neighbours(
+    n: Size,
+    size: Size,
+    ratio: tuple[Size, Size],
+    method: str,
+    align_corners: bool,
+    dtype: DTypeLike,
+) -> list[tuple[Int[Array, " n"], Float[Array, " n"]]]:
+    """Of an axis of n pixels that is resized: index and weight of the pixels that outputs combine.
+
+    `ratio` are n_in and n_out; indices beyond the axis stand for its ends.
+    """
+    if align_corners:
+        lower, t = align_corners_taps(n, size, dtype=dtype)
+    else:
+        lower, t = half_pixel_taps(*ratio, count=size, dtype=dtype)
+    return [(lower + offset, weight) for offset, weight in kernel_weights(method, t).items()]
+
+
+def kernel_weights(method: str, t: Any) -> dict[int, Any]:
+    """Weights of the pixels around a position, by their offset from the pixel below it.
+
+    `t`, a number or an array, is the distance to that pixel, in [0, 1).
+    """
+    if method == "bilinear":
+        return {0: 1 - t, 1: t}
+    a = -0.75  # Keys, "Cubic convolution interpolation for digital image processing", 1981, eq. 4
+
+    def near(d):
+        return ((a + 2) * d - (a + 3)) * d * d + 1
+
+    def far(d):
+        return ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+
+    return {-1: far(1 + t), 0: near(t), 1: near(1 - t), 2: far(2 - t)}

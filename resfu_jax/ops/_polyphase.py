@@ -13,19 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._interp import Size
-
-
-def whole_ratio(size: tuple[Size, Size], out_size: tuple[Size, Size]) -> tuple[int, int] | None:
-    """`out_size / size` if both quotients are whole, else `None`. Sizes may be symbolic."""
-    if any(isinstance(n, int) and n < 1 for n in size):
-        return None
-    if any(o % n != 0 for n, o in zip(size, out_size, strict=True)):
-        return None
-    ratio = tuple(o // n for n, o in zip(size, out_size, strict=True))
-    # The quotient of unrelated symbolic sizes is symbolic, and has no phases to enumerate.
-    return ratio if all(isinstance(r, int) and r >= 1 for r in ratio) else None
-
 
 def phase_weights(ratio: int, kernel_size: int = 1) -> np.ndarray:
     """M[p, u, t]: weight of tap u at phase p on the low-resolution pixel t - r - 1 of its cell.

@@ -12,33 +12,18 @@ Sources: Liu et al., "On Point Affiliation in Feature Upsampling", 2023 (a head 
 Du et al., "LDA-AQU", ACM Multimedia 2024.
 """
 
-import functools
 import math
-from typing import Literal, get_args
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from resfu_jax.ops import _bilinear
-from resfu_jax.ops._checks import takes_maps
-from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._interp import Size
-from resfu_jax.ops._order import zeros_after
-from resfu_jax.ops._row_blocks import (
-    Rows,
-    add,
-    add_to_sums,
-    block_rows,
-    cut,
-    loop,
-    map_row_blocks,
-    zero_sums,
-)
-from resfu_jax.ops._softmax import softmax
-from resfu_jax.ops.deformable_sample import by_group, corners, deformable_sample
-
-Implementation = Literal["reference", "blocks"]
+from resfu_jax.ops._cpu import points as cpu
+from resfu_jax.ops._forms import Forms, Implementation
+from resfu_jax.ops._xla import points as xla
+from resfu_jax.ops.checks import takes_maps
+from resfu_jax.ops.deformable_sample import deformable_sample
+from resfu_jax.ops.dtypes import at_least_float32
+from resfu_jax.ops.softmax import softmax
 
 
 @takes_maps("q", "k", "v", "points", others=("bias",))
@@ -63,8 +48,9 @@ def deformable_attention(
       heads: number of heads.
       bias: B, added to the sampled keys, of q's dtype; e = d / heads.
       implementation: `"reference"` samples all points at once, P copies of k and v at output size;
-        `"blocks"` goes through blocks of rows and recomputes them backward. `None` takes
-        `"blocks"`.
+        `"xla"` multiplies whole maps by hat functions, strip by strip, as TPUs are slow to gather
+        and scatter; `"cpu"` samples in blocks of rows and again backward. `None` takes the best of
+        the platform, on a GPU `"reference"`.
 
     Returns:
       The attended values, in v's dtype; the softmax and sums are in float32 or better.
@@ -92,22 +78,16 @@ def deformable_attention(
                 f"bias must be (heads, P, d / heads) = {shape} and have q's dtype {q.dtype}, "
                 f"got {bias.shape} and {bias.dtype}"
             )
-    if implementation not in (None, *get_args(Implementation)):
-        raise ValueError(
-            f"implementation must be one of {get_args(Implementation)} or None, "
-            f"got {implementation!r}"
-        )
 
     # Groups of samples that belong to one head each.
     groups = points.shape[3]
     points = jnp.repeat(points, math.lcm(heads, groups) // groups, axis=3)
-    if implementation == "reference":
-        return _attend_at((k, v, bias), (q, points), heads)
-    return _in_blocks(q, k, v, points, bias, heads)
+    return _FORMS(implementation, q, k, v, points, bias, heads=heads)
 
 
-def _attend_at(params, blocks, heads: int) -> Array:
-    (k, v, bias), (q, points) = params, blocks
+def _reference(
+    q: Array, k: Array, v: Array, points: Array, bias: Array | None, *, heads: int
+) -> Array:
     keys, values = (deformable_sample(a, points, implementation="reference") for a in (k, v))
     return _attend(q, keys, values, bias, heads)
 
@@ -134,77 +114,14 @@ def _attend(
     return out.reshape(b, hh, ww, -1).astype(values.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _in_blocks(q, k, v, points, bias, heads):
-    count, block = _blocks(k, v, points)
-
-    def attend(params, blocks):
-        return (_attend_at(params, blocks, heads),)
-
-    (out,) = map_row_blocks(attend, count, (block, block), (block,), (k, v, bias), (q, points))
-    return out
+def _cpu(q: Array, k: Array, v: Array, points: Array, bias: Array | None, *, heads: int) -> Array:
+    return cpu.attention(_attend, q, k, v, points, bias, heads)
 
 
-def _in_blocks_bwd(heads, saved, g):
-    # Written out, so that what each block adds to k and v is scattered into one map.
-    q, k, v, points, bias = saved
-    dtype = _bilinear.position_dtype(k, points)
-    maps = [by_group(a, points.shape[3]) for a in (k, v)]
-    border = _bilinear.zero_border(maps[0], inside=False)
-    padded = tuple(_bilinear.pad(a, border) for a in maps)
-    count, block = _blocks(k, v, points)
-
-    def body(i, state):
-        d_q, d_points, d_padded, d_bias = state
-        rows, p, d_out = cut((q, points, g), i, (block, block, block))
-        index, weights, vjp_weights = corners(k, p, "zeros", border)
-        samples = [
-            _bilinear.weighted_sum(weights, _bilinear.gather(a, index, dtype)) for a in padded
-        ]
-
-        def attend(q, samples, bias):
-            keys, values = (s.astype(a.dtype) for s, a in zip(samples, (k, v), strict=True))
-            return _attend(q, keys, values, bias, heads)
-
-        _, vjp = jax.vjp(attend, rows, samples, bias)
-        d_rows, d_samples, d_bias_here = vjp(d_out)
-        d_q = add(d_q, d_rows, i, block)
-        d_padded, d_weights = zip(
-            *[
-                _bilinear.sample_bwd(total, a, index, weights, d, _bilinear.split(d))
-                for total, a, d in zip(d_padded, padded, d_samples, strict=True)
-            ],
-            strict=True,
-        )
-        d_points = add(d_points, *vjp_weights(sum(d_weights)), i, block)
-        return d_q, d_points, d_padded, add_to_sums(d_bias, d_bias_here)
-
-    zeros = (
-        zeros_after(g, q.shape, q.dtype),
-        zeros_after(g, points.shape, points.dtype),
-        tuple(jnp.zeros(a.shape, dtype) for a in padded),
-        zero_sums(bias),
-    )
-    d_q, d_points, d_padded, d_bias = loop(count, body, zeros)
-    d_k, d_v = (
-        _bilinear.unpad(d, border).reshape(a.shape).astype(a.dtype)
-        for d, a in zip(d_padded, (k, v), strict=True)
-    )
-    d_bias = jax.tree.map(lambda a, b: a.astype(b.dtype), d_bias, bias)
-    return d_q, d_k, d_v, d_points, d_bias
-
-
-_in_blocks.defvjp(
-    lambda q, k, v, points, bias, heads: (
-        _in_blocks(q, k, v, points, bias, heads),
-        (q, k, v, points, bias),
-    ),
-    _in_blocks_bwd,
+_FORMS = Forms(
+    "deformable_attention",
+    _reference,
+    xla=xla.attention,
+    cpu=_cpu,
+    preferred={"gpu": ("reference",)},  # gathers are fast there
 )
-
-
-def _blocks(k: Array, v: Array, points: Array) -> tuple[Size, Rows]:
-    b, hh, ww, _, p, _ = points.shape
-    # The samples of a pixel are P times its channels.
-    rows = block_rows(hh, b * ww * p * max(k.shape[3], v.shape[3]))
-    return hh // rows, Rows(1, rows, rows)

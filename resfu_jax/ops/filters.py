@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._checks import takes_maps
-from resfu_jax.ops._dtypes import at_least_float32, promote
-from resfu_jax.ops._interp import Size
-from resfu_jax.ops._order import after
-from resfu_jax.ops._polyphase import extend, extend_axis, upsample_extended, whole_ratio
+from resfu_jax.ops._polyphase import extend_axis
+from resfu_jax.ops.checks import takes_maps
+from resfu_jax.ops.dtypes import at_least_float32, promote
 from resfu_jax.ops.resize import resize
+from resfu_jax.ops.sizes import Size
 
 T = TypeVar("T")
 
@@ -224,7 +223,8 @@ def guided_filter_subsampled(
     zero = small_guide.astype(at_least_float32(dtype)).mean(axis=(1, 2), keepdims=True)
     zero = jax.lax.stop_gradient(zero)
     a, b = _models(small_guide, small_x, zero, radius, eps)
-    return _linear_model(a, b, guide.astype(zero.dtype) - zero).astype(dtype)
+    a, b = (resize(x, guide.shape[1:3]) for x in (a, b))
+    return (a * (guide.astype(zero.dtype) - zero) + b).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -243,24 +243,11 @@ def _fit(i, p, zero, radius, eps):
 def _models_bwd(radius, eps, saved, g):
     # The moments are made again, which takes little time, not kept.
     i, p, zero = saved
-    i, p = (after(x, g[0]) for x in (i, p))
     _, vjp = jax.vjp(lambda i, p: _fit(i, p, zero, radius, eps), i, p)
     return *vjp(g), None
 
 
 _models.defvjp(lambda *args: (_models(*args), args[:3]), _models_bwd)
-
-
-def _linear_model(
-    a: Float[Array, "b h w c"], b: Float[Array, "b h w c"], guide: Float[Array, "b H W c"]
-) -> Array:
-    """`a guide + b`, a and b upsampled bilinearly to the guide's size."""
-    ratio = whole_ratio(a.shape[1:3], guide.shape[1:3])
-    if ratio is None:
-        a, b = (resize(x, guide.shape[1:3]) for x in (a, b))
-    else:
-        a, b = (upsample_extended(extend(x, 1), ratio) for x in (a, b))
-    return a * guide + b
 
 
 def subsample(x: Float[Array, "b H W c"], step: int) -> Float[Array, "b h w c"]:

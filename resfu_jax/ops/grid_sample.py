@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._bilinear import clamp, position_dtype, sample
-from resfu_jax.ops._checks import takes_maps
-from resfu_jax.ops._interp import Size
+from resfu_jax.ops.checks import takes_maps
+from resfu_jax.ops.sizes import Size
 
 PaddingMode = Literal["zeros", "border", "reflection"]
 

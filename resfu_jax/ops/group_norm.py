@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._checks import takes_maps
-from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops.checks import takes_maps
+from resfu_jax.ops.dtypes import at_least_float32
 
 
 @takes_maps("x", others=("scale", "bias"))

@@ -10,10 +10,8 @@ In two dimensions the window is the product of a row window and a column window,
 
     out = sum_j p_j v_j,    p = softmax_j(scale q . k_j)    over its members j.
 
-**Tiles.** The windows that are shifted inwards equal centred windows of a map that is extended with
-period K d: position -m shows pixel K d - m, and position n - 1 + m shows pixel n - 1 + m - K d. (A
-centred window that hangs over an end by m members lacks just the m members that follow its other
-end, and the order of members does not matter.) So no pixel is special. The map is cut into tiles of
+**Tiles.** The windows that are shifted inwards equal centred windows of a periodically extended map
+(`_windows.extend`). So no pixel is special. The map is cut into tiles of
 at most `TILE` x `TILE` members of one residue class; a tile attends to itself and the K - 1 members
 around it in dense matrix products under one constant mask. Rows of tiles are computed one after the
 other, forward and backward, and the gradient recomputes the probabilities instead of keeping them.
@@ -24,18 +22,19 @@ Neighborhood Attention Transformer", 2022; the window rule is that of their libr
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from resfu_jax.ops._checks import takes_maps
-from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._interp import Size
+from resfu_jax.ops._forms import Forms, Implementation
+from resfu_jax.ops._windows import check_pair, extend, window_members
+from resfu_jax.ops.checks import takes_maps
+from resfu_jax.ops.dtypes import at_least_float32
+from resfu_jax.ops.sizes import Size
 
-Implementation = Literal["reference", "tiles"]
 T = TypeVar("T")
 
 # The most members of a tile along an axis: larger ones waste more products beyond the windows,
@@ -65,8 +64,7 @@ def neighborhood_attention(
       dilation: distance in pixels between neighbouring members, or (rows, columns).
       scale: factor of the scores, `d ** -0.5` if not given. (For a learned one, multiply q.)
       implementation: `"reference"` gathers the window of every pixel, K * K copies of k and v;
-        `"tiles"` is several times faster and needs little memory. `None` takes `"tiles"`, which
-        applies to everything.
+        `"xla"`, the tiles, is several times faster and needs little memory. `None` takes `"xla"`.
 
     Returns:
       The attended values, in v's dtype. Scores and softmax are in float32 or better.
@@ -82,8 +80,8 @@ def neighborhood_attention(
         )
     if k.dtype != q.dtype:
         raise ValueError(f"k must have q's dtype {q.dtype}, got {k.dtype}; cast it")
-    kernel = _pair("kernel_size", kernel_size)
-    dilations = _pair("dilation", dilation)
+    kernel = check_pair("kernel_size", kernel_size)
+    dilations = check_pair("dilation", dilation)
     for name, n, size, step in zip(
         ("height", "width"), q.shape[1:3], kernel, dilations, strict=True
     ):
@@ -93,36 +91,14 @@ def neighborhood_attention(
                 f"{size * step} > {n}; every residue class needs kernel_size members"
             )
     scale = q.shape[4] ** -0.5 if scale is None else float(scale)
-    if implementation not in (None, *get_args(Implementation)):
-        raise ValueError(
-            f"implementation must be one of {get_args(Implementation)} or None, "
-            f"got {implementation!r}"
-        )
-    form = _reference if implementation == "reference" else _tiles
-    return form(q, k, v, kernel, dilations, scale)
-
-
-def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
-    if len(pair) != 2 or not all(isinstance(n, int) and n >= 1 for n in pair):
-        raise ValueError(f"{name} must be a positive int or two of them, got {value!r}")
-    return pair
-
-
-def window_members(n: Size, kernel_size: int, dilation: int) -> Int[Array, "n k"]:
-    """Pixels of the window of every pixel of an axis of n pixels, which may be symbolic."""
-    i, length = jnp.arange(n, dtype=jnp.int32), jnp.asarray(n, jnp.int32)
-    position, residue = jnp.divmod(i, dilation)
-    members = (length - residue + (dilation - 1)) // dilation
-    start = jnp.clip(position - kernel_size // 2, 0, members - kernel_size)
-    window = jnp.arange(kernel_size, dtype=jnp.int32)
-    return residue[:, None] + dilation * (start[:, None] + window[None, :])
+    return _FORMS(implementation, q, k, v, kernel=kernel, dilation=dilations, scale=scale)
 
 
 def _reference(
     q: Array,
     k: Array,
     v: Array,
+    *,
     kernel: tuple[int, int],
     dilation: tuple[int, int],
     scale: float,
@@ -265,19 +241,10 @@ def _ungrid(x: Array, height: Size) -> Array:
 
 
 def _extend(x: Array, a: _Axis, axis: int, members: Size) -> Array:
-    """Extend an axis periodically by the kernel, and then by zeros to `members` of each class."""
-    n, period = x.shape[axis], a.kernel * a.dilation
-    before, after = a.kernel // 2 * a.dilation, (a.kernel - 1) // 2 * a.dilation
-    zeros = members * a.dilation - before - n - after
-    return jnp.concatenate(
-        [
-            jax.lax.slice_in_dim(x, period - before, period, axis=axis),
-            x,
-            jax.lax.slice_in_dim(x, n - period, n - period + after, axis=axis),
-            jnp.zeros((*x.shape[:axis], zeros, *x.shape[axis + 1 :]), x.dtype),
-        ],
-        axis,
-    )
+    """Extend an axis by half a window to each side, and by zeros to `members` of each class."""
+    x = extend(x, axis, a.kernel, a.dilation)
+    zeros = (*x.shape[:axis], members * a.dilation - x.shape[axis], *x.shape[axis + 1 :])
+    return jnp.concatenate([x, jnp.zeros(zeros, x.dtype)], axis)
 
 
 def _for_each_band(own: _Axes, band: Callable[[Array, T], T], state: T) -> T:
@@ -321,3 +288,10 @@ def _cut(band: Array, columns: _Axis) -> Array:
     # To (b, count, residue, heads, window, window, c).
     x = jnp.concatenate(x, axis=3).transpose(0, 2, 4, 5, 1, 3, 6)
     return x.reshape(-1, x.shape[4] * x.shape[5], x.shape[6])
+
+
+def _xla(q: Array, k: Array, v: Array, *, kernel, dilation, scale) -> Array:
+    return _tiles(q, k, v, kernel, dilation, scale)
+
+
+_FORMS = Forms("neighborhood_attention", _reference, xla=_xla)

@@ -6,7 +6,7 @@ Convolutional Neural Network", CVPR 2016.
 
 from jaxtyping import Array, Shaped
 
-from resfu_jax.ops._checks import takes_maps
+from resfu_jax.ops.checks import takes_maps
 
 
 @takes_maps("x", real=False)

@@ -6,8 +6,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._checks import takes_maps
-from resfu_jax.ops._interp import Size, divide_products
+from resfu_jax.ops.checks import takes_maps
+from resfu_jax.ops.sizes import Size, divide_products
 
 
 @takes_maps("x")

@@ -1,6 +1,7 @@
 """Resizing feature maps with PyTorch's interpolation rules, at any ratio up and down."""
 
 import fractions
+import functools
 import math
 import numbers
 from typing import Any, Literal, get_args
@@ -11,12 +12,13 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from resfu_jax.ops import _interp
-from resfu_jax.ops._checks import takes_maps
-from resfu_jax.ops._interp import Size
-from resfu_jax.ops._polyphase import whole_ratio
+from resfu_jax.ops._cpu import resize as cpu
+from resfu_jax.ops._forms import Form, Forms, Implementation
+from resfu_jax.ops._xla import resample as xla
+from resfu_jax.ops.checks import takes_maps
+from resfu_jax.ops.sizes import LONGEST, Size, divide_products
 
 Method = Literal["bilinear", "nearest", "nearest-exact", "bicubic"]
-Implementation = Literal["reference", "polyphase"]
 
 
 @takes_maps("x", real=False)
@@ -61,9 +63,10 @@ def resize(
       align_corners: make the centres of the corner pixels coincide; bilinear and bicubic only.
       antialias: when shrinking, widen the kernel to the ratio so that every input pixel counts;
         bilinear and bicubic (a = -1/2, as PyTorch) only.
-      implementation: `"reference"` gathers the neighbours of every output pixel; `"polyphase"`,
-        for upsampling by a whole ratio with align_corners=False, interleaves outputs computed
-        from shifted maps, so that the gradient needs no scatter. `None` chooses.
+      implementation: `"reference"` gathers the neighbours of every output pixel; `"xla"` multiplies
+        each axis by a matrix, or repeats pixels; `"cpu"`, for upsampling by a whole ratio with
+        align_corners=False, interleaves outputs computed from shifted maps. `None` takes the best
+        of the platform. Antialiasing has one form only.
 
     Raises:
       ValueError: contradicting or unsupported arguments.
@@ -75,23 +78,10 @@ def resize(
     if antialias:
         return _antialiased(values, size, n_in, n_out, method).astype(x.dtype)
 
-    undecided = any(isinstance(n, Array) for n in n_in)
-    whole = None if align_corners or undecided else whole_ratio(n_in, n_out)
-    if implementation == "polyphase" and whole is None:
-        raise ValueError(
-            "implementation='polyphase' needs a whole upsampling ratio and align_corners=False, "
-            f"got {x.shape[1:3]} -> {size}, align_corners={align_corners}"
-        )
-    # Every phase is an operand of the compiled program; beyond some, gathering is cheaper.
-    if implementation == "reference" or (implementation is None and whole and max(whole) > 16):
-        whole = None
-    for axis in (2, 1):
-        if whole is not None:
-            values = _polyphase(values, whole[axis - 1], axis, method)
-        else:
-            ratio = n_in[axis - 1], n_out[axis - 1]
-            values = _gather(values, size[axis - 1], ratio, axis, method, align_corners)
-    return values.astype(x.dtype)
+    options = dict(n_in=n_in, n_out=n_out, method=method, align_corners=align_corners)
+    undecided = any(isinstance(n, Array) for n in n_in)  # symbolic sizes: known when it runs
+    form = functools.partial(_FORMS, implementation) if not undecided else _reference
+    return form(values, size=size, **options).astype(x.dtype)
 
 
 def _sizes(x, size, scale, method, antialias):
@@ -105,7 +95,7 @@ def _sizes(x, size, scale, method, antialias):
     if not isinstance(scale, numbers.Real) or not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive, finite and one number, got {scale!r}")
     size = tuple(_scaled_size(n, scale) for n in x.shape[1:3])
-    # Numerator and denominator stay within what `_interp.divide_products` takes.
+    # Numerator and denominator stay within what `divide_products` takes.
     up = fractions.Fraction(scale).limit_denominator(max(1, int(2**28 / max(scale, 1))))
     # As ATen's UpSample.h: the multiples of its size at which an axis keeps the ratio of the sizes.
     multiples = {"nearest": (1, 2), "bilinear": (1,), "bicubic": (1,) * antialias}.get(method, ())
@@ -149,14 +139,10 @@ def _check(x, size, method, align_corners, antialias, implementation) -> None:
         raise ValueError(f"x must be (batch, height, width, channels), got shape {x.shape}")
     if any(isinstance(n, int) and n < 1 for n in (*x.shape[1:3], *size)):
         raise ValueError(f"sizes must be at least 1, got {x.shape[1:3]} -> {size}")
-    if any(isinstance(n, int) and n > _interp.LONGEST for n in (*x.shape[1:3], *size)):
+    if any(isinstance(n, int) and n > LONGEST for n in (*x.shape[1:3], *size)):
         raise ValueError(f"sizes must be at most 2**29, got {x.shape[1:3]} -> {size}")
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
-    if implementation not in (None, "reference", "polyphase"):
-        raise ValueError(
-            f"implementation must be 'reference', 'polyphase' or None, got {implementation!r}"
-        )
     if method in ("nearest", "nearest-exact"):
         if align_corners or antialias:
             raise ValueError(f"align_corners and antialias do not apply to method {method!r}")
@@ -182,76 +168,31 @@ def _antialiased(values, size, n_in, n_out, method) -> Array:
     )
 
 
-def _weights(method: Method, t) -> dict[int, Any]:
-    """Weights of the pixels around a position, by their offset from the pixel below it.
-
-    `t`, a number or an array, is the distance to that pixel, in [0, 1).
-    """
-    if method == "bilinear":
-        return {0: 1 - t, 1: t}
-    a = -0.75  # Keys, "Cubic convolution interpolation for digital image processing", 1981, eq. 4
-
-    def near(d):
-        return ((a + 2) * d - (a + 3)) * d * d + 1
-
-    def far(d):
-        return ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-
-    return {-1: far(1 + t), 0: near(t), 1: near(1 - t), 2: far(2 - t)}
-
-
-def _gather(values, n_out, ratio, axis, method, align_corners) -> Array:
-    """Resize `axis` by gathering the neighbours of every output pixel."""
-    if method in ("nearest", "nearest-exact"):
-        n_in, n = ratio
+def _reference(x: Array, *, size, n_in, n_out, method: Method, align_corners: bool) -> Array:
+    for axis in (2, 1):
+        n, n_new, ratio = x.shape[axis], size[axis - 1], (n_in[axis - 1], n_out[axis - 1])
         if method == "nearest":
-            index, _ = _interp.divide_products(n_out, n_in, n)
+            index, _ = divide_products(n_new, ratio[0], ratio[1])
+            x = _interp.take_clamped(x, index, axis)
+        elif method == "nearest-exact":
+            index, _ = divide_products(n_new, ratio[0], 2 * ratio[1], step=2, first=1)
+            x = _interp.take_clamped(x, index, axis)
         else:
-            index, _ = _interp.divide_products(n_out, n_in, 2 * n, step=2, first=1)
-        return _interp.take_clamped(values, index, axis)
-    if align_corners:
-        lower, t = _interp.align_corners_taps(values.shape[axis], n_out, dtype=values.dtype)
-    else:
-        lower, t = _interp.half_pixel_taps(*ratio, count=n_out, dtype=values.dtype)
-    t = jnp.expand_dims(t, tuple(a for a in range(values.ndim) if a != axis))
-    return sum(
-        weight * _interp.take_clamped(values, lower + offset, axis)
-        for offset, weight in _weights(method, t).items()
-    )
+            others = tuple(a for a in range(x.ndim) if a != axis)
+            x = sum(
+                jnp.expand_dims(weight, others) * _interp.take_clamped(x, index, axis)
+                for index, weight in _interp.neighbours(
+                    n, n_new, ratio, method, align_corners, x.dtype
+                )
+            )
+    return x
 
 
-def _polyphase(values: Array, r: int, axis: int, method: Method) -> Array:
-    """Upsample `axis` by the whole ratio r.
-
-    Output pixel `q r + p` combines the pixels around q with weights that depend on the phase p
-    only. Stacking the r phases keeps the gradient a sum of slices; XLA's reductions and scatters
-    over short axes are several times slower.
-    """
-    if method in ("nearest", "nearest-exact"):
-        phases = [values] * r
-    else:
-        shifted = {0: values}
-        for offset in (1, 2):
-            shifted[offset] = _next(shifted[offset - 1], axis)
-            shifted[-offset] = _previous(shifted[1 - offset], axis)
-        phases = []
-        for p in range(r):
-            lower, remainder = divmod(2 * p + 1 - r, 2 * r)  # position (p + 1/2) / r - 1/2
-            weights = _weights(method, remainder / (2 * r))
-            phases.append(sum(w * shifted[lower + i] for i, w in weights.items() if w != 0))
-    shape = (*values.shape[:axis], -1, *values.shape[axis + 1 :])
-    return jnp.stack(phases, axis=axis + 1).reshape(shape)
-
-
-def _next(values: Array, axis: int) -> Array:
-    """The pixel after every pixel along `axis`, the last edge repeated."""
-    n = values.shape[axis]
-    rest = jax.lax.slice_in_dim(values, 1, n, axis=axis)
-    return jnp.concatenate([rest, jax.lax.slice_in_dim(values, n - 1, n, axis=axis)], axis=axis)
-
-
-def _previous(values: Array, axis: int) -> Array:
-    """The pixel before every pixel along `axis`, the first edge repeated."""
-    n = values.shape[axis]
-    rest = jax.lax.slice_in_dim(values, 0, n - 1, axis=axis)
-    return jnp.concatenate([jax.lax.slice_in_dim(values, 0, 1, axis=axis), rest], axis=axis)
+_FORMS = Forms(
+    "resize",
+    _reference,
+    xla=Form(xla.resize, xla.resize_refusal),
+    cpu=Form(cpu.resize, cpu.refusal),
+    # A matrix of a long axis takes much memory, and a CPU as many products as it has elements.
+    preferred={"cpu": ("cpu", "reference")},
+)

@@ -5,7 +5,8 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from resfu_jax.ops._checks import takes_maps
+from resfu_jax.ops._pad import pad
+from resfu_jax.ops.checks import takes_maps
 
 PadMode = Literal["constant", "edge", "reflect"]
 
@@ -62,7 +63,7 @@ def unfold(
             )
     height, width = h + 2 * padding - reach, w + 2 * padding - reach
     if padding:
-        x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), mode=pad_mode)
+        x = pad(x, (padding, padding), pad_mode)
     offsets = range(0, reach + 1, dilation)
     taps = [x[:, i : i + height, j : j + width] for i in offsets for j in offsets]
     return jnp.stack(taps, axis=3)

@@ -34,7 +34,6 @@ from resfu_jax.training.devices import (
     Profile,
     agreed_stop,
     check_together,
-    count_flops,
     initialize_distributed,
     is_main_process,
     local_rows,
@@ -43,8 +42,15 @@ from resfu_jax.training.devices import (
     peak_memory,
 )
 from resfu_jax.training.dry_run import dry_run
-from resfu_jax.training.evaluation import evaluate_batch
-from resfu_jax.training.feature_cache import FeatureCache
+from resfu_jax.training.evaluation import Pictures, evaluate_batch
+from resfu_jax.training.feature_cache import FeatureCache, feature_lookup
+from resfu_jax.training.flops import count_flops, count_step_flops
+from resfu_jax.training.input import (
+    eval_batches,
+    open_sources,
+    prepare_embedded,
+    train_batches,
+)
 from resfu_jax.training.losses import class_weights, cross_entropy, pixel_weights
 from resfu_jax.training.metrics import SegmentationCounts, count
 from resfu_jax.training.optimizer import (
@@ -54,8 +60,22 @@ from resfu_jax.training.optimizer import (
     update_ema,
 )
 from resfu_jax.training.pretrained import pretrained_backbone
-from resfu_jax.training.reporting import Reporter, print_table, read_metrics
+from resfu_jax.training.reporting import (
+    MetricsWindow,
+    NonFiniteError,
+    Reporter,
+    print_table,
+    read_metrics,
+)
 from resfu_jax.training.signals import Stopped, StopSignals
+from resfu_jax.training.state import (
+    State,
+    abstract_state,
+    blaming,
+    create_state,
+    merge_model,
+    split_model,
+)
 
 __all__ = [
     "BackboneConfig",
@@ -70,47 +90,62 @@ __all__ = [
     "HeadConfig",
     "Layout",
     "LossConfig",
+    "MetricsWindow",
     "ModelConfig",
+    "NonFiniteError",
     "OptimizerConfig",
     "ParallelConfig",
+    "Pictures",
     "Profile",
     "ProfileConfig",
     "Reporter",
     "SegmentationCounts",
+    "State",
     "StopSignals",
     "Stopped",
+    "abstract_state",
     "accumulate_gradients",
     "agreed_stop",
+    "blaming",
     "check_overrides",
     "check_same_run",
     "check_together",
     "class_weights",
     "count",
     "count_flops",
+    "count_step_flops",
+    "feature_lookup",
     "create_inference",
     "create_optimizer",
     "create_preprocess",
     "create_schedule",
+    "create_state",
     "cross_entropy",
     "define_config",
     "dry_run",
+    "eval_batches",
     "evaluate_batch",
     "find_workdir",
     "initialize_distributed",
     "is_main_process",
     "load_config",
     "local_rows",
+    "merge_model",
     "model_arguments",
     "one_after_another",
+    "open_sources",
     "parse_flags",
     "peak_flops",
     "peak_memory",
     "pixel_weights",
+    "prepare_embedded",
     "pretrained_backbone",
     "print_table",
     "read_config",
     "read_metrics",
     "size_multiple",
+    "split_model",
+    "train_batches",
     "update_ema",
     "validate",
     "write_config",

@@ -53,13 +53,13 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        directory: where they are; made if missing.
-        keep: number of newest checkpoints kept, beside the best.
-        read_only: change nothing in the directory: a run may be writing there. Otherwise
-            checkpoints that are damaged and newer than the newest intact one go into `damaged/`.
+      directory: where they are; made if missing.
+      keep: number of newest checkpoints kept, beside the best.
+      read_only: change nothing in the directory: a run may be writing there. Otherwise
+        checkpoints that are damaged and newer than the newest intact one go into `damaged/`.
 
     Raises:
-        CheckpointError: all checkpoints are damaged, or the directory cannot be used.
+      CheckpointError: all checkpoints are damaged, or the directory cannot be used.
     """
 
     def __init__(self, directory: Path, *, keep: int = 1, read_only: bool = False):
@@ -102,7 +102,7 @@ class Checkpoints:
         "best" falls back to the latest where none has been evaluated.
 
         Raises:
-            CheckpointError: no checkpoint has that number.
+          CheckpointError: no checkpoint has that number.
         """
         steps = sorted(self._manager.all_steps())
         if which == "latest" or which == "best" and not self._scores:
@@ -120,7 +120,7 @@ class Checkpoints:
         """Checks that the disk holds all checkpoints of a run, before the run starts.
 
         Raises:
-            CheckpointError: naming the space that is needed and the space there is.
+          CheckpointError: naming the space that is needed and the space there is.
         """
         one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         # The newest, the best, and the one being written, less those that are there already.
@@ -143,13 +143,13 @@ class Checkpoints:
         """Starts to save in the background; an existing checkpoint of the same step stays.
 
         Args:
-            step: number of steps done.
-            state: pytree of arrays. It may be donated as soon as this returns.
-            data: iterator whose position belongs to the state.
-            metrics: for `score`, where they are known already.
+          step: number of steps done.
+          state: pytree of arrays. It may be donated as soon as this returns.
+          data: iterator whose position belongs to the state.
+          metrics: for `score`, where they are known already.
 
         Raises:
-            CheckpointError: this checkpoint, or the one before it, could not be written.
+          CheckpointError: this checkpoint, or the one before it, could not be written.
         """
         if step in self._manager.all_steps():
             return
@@ -169,11 +169,11 @@ class Checkpoints:
         Checkpoints that are then neither the best nor among the newest are removed.
 
         Args:
-            step: of the checkpoint.
-            metrics: with `miou`.
+          step: of the checkpoint.
+          metrics: with `miou`.
 
         Raises:
-            CheckpointError: it could not be written.
+          CheckpointError: it could not be written.
         """
         with self._writing():
             self._manager.wait_until_finished()
@@ -191,13 +191,13 @@ class Checkpoints:
         """Reads a checkpoint.
 
         Args:
-            step: one that `find` returned.
-            state: the wanted structure, shapes, types and shardings (`jax.ShapeDtypeStruct`s).
-            data: iterator that is moved to the saved position; None reads the state only.
+          step: one that `find` returned.
+          state: the wanted structure, shapes, types and shardings (`jax.ShapeDtypeStruct`s).
+          data: iterator that is moved to the saved position; None reads the state only.
 
         Raises:
-            CheckpointError: it is damaged, naming the file and the newest intact checkpoint; or
-                the saved state has other entries or shapes, naming all of them.
+          CheckpointError: it is damaged, naming the file and the newest intact checkpoint; or
+            the saved state has other entries or shapes, naming all of them.
         """
         with self._reading(step):
             self._compare(step, self._manager.item_metadata(step)["state"], state)
@@ -214,14 +214,14 @@ class Checkpoints:
         """Reads what a model needs to run, without the optimizer's moments and averages.
 
         Args:
-            step: one that `find` returned.
-            weights: the wanted `params` and `rest`, as for `restore`.
+          step: one that `find` returned.
+          weights: the wanted `params` and `rest`, as for `restore`.
 
         Returns:
-            Both; `params` are the averaged parameters if the run kept them, as in evaluation.
+          Both; `params` are the averaged parameters if the run kept them, as in evaluation.
 
         Raises:
-            CheckpointError: as `restore`.
+          CheckpointError: as `restore`.
         """
         with self._reading(step):
             saved = self._manager.item_metadata(step)["state"]
@@ -243,7 +243,7 @@ class Checkpoints:
         """Waits until everything is on disk.
 
         Raises:
-            CheckpointError: the last checkpoint could not be written.
+          CheckpointError: the last checkpoint could not be written.
         """
         try:
             with self._writing():

@@ -33,7 +33,7 @@ from resfu_jax.backbones import backbone_strides, check_backbone_options
 from resfu_jax.heads import check_head_options
 from resfu_jax.inference import Inference
 from resfu_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from resfu_jax.upsamplers._registry import upsampler_entry
+from resfu_jax.upsamplers import upsampler_entry
 
 
 @dataclasses.dataclass
@@ -285,8 +285,8 @@ def define_config(
     """Defines `--config=FILE[:NAME]` and `--config.some.field=VALUE`; `parse_flags` parses them.
 
     Args:
-        flag_values: where to.
-        sys_argv: the command line, `sys.argv` by default.
+      flag_values: where to.
+      sys_argv: the command line, `sys.argv` by default.
     """
     for kind, parser in _PARSERS.items():
         config_flags.register_flag_parser_for_type(kind, parser)
@@ -346,8 +346,8 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
     """Parses a command line, `argv[0]` being the program; returns what is no flag.
 
     Raises:
-        ConfigError: an unknown flag or field, a value that cannot be read, or a config file that
-            cannot be loaded.
+      ConfigError: an unknown flag or field, a value that cannot be read, or a config file that
+        cannot be loaded.
     """
     argv = list(argv)
     check_overrides(argv[1:])
@@ -389,10 +389,10 @@ def load_config(argument: str) -> Config:
     """What `get_config()` of a file returns.
 
     Args:
-        argument: the file's path and, after a colon, what `get_config` is called with.
+      argument: the file's path and, after a colon, what `get_config` is called with.
 
     Raises:
-        ConfigError: there is no such file, or it does not run or has no `get_config`.
+      ConfigError: there is no such file, or it does not run or has no `get_config`.
     """
     path, *name = argument.split(":", 1)
     file = pathlib.Path(path)
@@ -457,7 +457,7 @@ def create_inference(config: Config) -> Inference:
     """The test protocol of a config.
 
     Raises:
-        ValueError: a field is out of range. The message starts with its name.
+      ValueError: a field is out of range. The message starts with its name.
     """
     names = {field.name for field in dataclasses.fields(Inference)}
     return Inference(**{name: getattr(config.eval, name) for name in names})
@@ -467,7 +467,7 @@ def create_preprocess(config: Config) -> Preprocess:
     """How images are resized and padded, in training as wherever the model is used later.
 
     Raises:
-        ValueError: a field is out of range. The message starts with its name.
+      ValueError: a field is out of range. The message starts with its name.
     """
     return Preprocess(
         scale=config.data.resize_scale,
@@ -487,7 +487,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one dictionary with dotted keys; an empty one stays a value."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
@@ -503,9 +503,10 @@ def check_overrides(arguments: Sequence[str]) -> None:
     """Checks the names in `--config.x.y=...` arguments before config_flags sees them.
 
     Raises:
-        ConfigError: naming every unknown field and its near matches.
+      ConfigError: naming every unknown field and its near matches.
     """
-    known, groups = [], []
+    known: list[str] = []
+    groups: list[str] = []
     for path, value in _fields(Config()):
         (groups if dataclasses.is_dataclass(value) else known).append(path)
     wrong = []
@@ -536,12 +537,12 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
     """Checks everything that can be known before data are read or a program is compiled.
 
     Args:
-        config: the experiment.
-        devices: number of devices that share a batch.
-        processes: number of processes that share the devices.
+      config: the experiment.
+      devices: number of devices that share a batch.
+      processes: number of processes that share the devices.
 
     Raises:
-        ConfigError: naming every field that is wrong, what it is and what it has to be.
+      ConfigError: naming every field that is wrong, what it is and what it has to be.
     """
     check_types(config)
     wrong = []
@@ -705,7 +706,7 @@ def check_types(config: Config) -> None:
     """Checks that every field has a value of its type, and that there are no others.
 
     Raises:
-        ConfigError: naming every field that is wrong. Numbers have to be finite.
+      ConfigError: naming every field that is wrong. Numbers have to be finite.
     """
     wrong = _mistyped(config) if isinstance(config, Config) else [f"it is no Config: {config!r}"]
     if wrong:
@@ -759,7 +760,7 @@ def size_multiple(config: BackboneConfig) -> int:
     """What the sides of images have to be multiples of: all strides of the backbone divide it.
 
     Raises:
-        ValueError: options that no strides follow from.
+      ValueError: options that no strides follow from.
     """
     options = {"variant": config.variant} | config.options
     return math.lcm(*backbone_strides(config.name, **options))
@@ -769,11 +770,11 @@ def find_workdir(path: str, *, new: bool) -> pathlib.Path:
     """The directory of a run, absolute, with `~` replaced by the home folder.
 
     Args:
-        path: as a person typed it.
-        new: whether it may not be there yet.
+      path: as a person typed it.
+      new: whether it may not be there yet.
 
     Raises:
-        ConfigError: it is not a folder of this machine, or not there.
+      ConfigError: it is not a folder of this machine, or not there.
     """
     try:
         workdir = local_path(path, "--workdir").resolve()
@@ -799,15 +800,15 @@ def check_same_run(workdir: pathlib.Path, config: Config, *, only: str = "") -> 
     """Checks a config against the one that the checkpoints of a workdir were made with.
 
     Args:
-        workdir: directory of the run.
-        config: the present config.
-        only: compare fields whose dotted path starts with this.
+      workdir: directory of the run.
+      config: the present config.
+      only: compare fields whose dotted path starts with this.
 
     Raises:
-        ConfigError: naming every field that differs, or a `config.json` that cannot be read. The
-            number of steps may differ (the learning rate then follows the new schedule from here
-            on), and how often things are logged, evaluated and saved, where the dataset lies, and
-            how the devices are used. Fields that were added since count as `read_config` has them.
+      ConfigError: naming every field that differs, or a `config.json` that cannot be read. The
+        number of steps may differ (the learning rate then follows the new schedule from here
+        on), and how often things are logged, evaluated and saved, where the dataset lies, and
+        how the devices are used. Fields that were added since count as `read_config` has them.
     """
     if not (workdir / "config.json").exists():
         return
@@ -837,7 +838,7 @@ def read_config(workdir: pathlib.Path) -> Config:
     """The config that `write_config` wrote; fields that it does not have get their defaults.
 
     Raises:
-        ConfigError: there is none, or it is not one, naming the file and what to do.
+      ConfigError: there is none, or it is not one, naming the file and what to do.
     """
     path = workdir / "config.json"
     advice = (
@@ -854,7 +855,8 @@ def read_config(workdir: pathlib.Path) -> Config:
     except (ValueError, RecursionError) as error:
         what = f"not JSON: {error}" if content.strip(b"\0 \r\n") else "it is empty"
         raise ConfigError(f"{path} cannot be read ({what}): {advice}") from error
-    unknown, wrong = [], []
+    unknown: list[str] = []
+    wrong: list[str] = []
     config = _filled(_config_of_before(), tree, "", unknown, wrong)
     if unknown:
         near = difflib.get_close_matches(unknown[0], dict(_fields(config)), n=1)

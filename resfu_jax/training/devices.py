@@ -24,7 +24,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from resfu_jax._files import local_path
-from resfu_jax.ops._row_blocks import one_block
 from resfu_jax.training.config import (
     Config,
     ConfigError,
@@ -46,14 +45,14 @@ def initialize_distributed(
     """Joins the processes of a run; without arguments, there is one. Before any other use of JAX.
 
     Args:
-        detect: ask the TPU pod, Slurm or Open MPI, as `jax.distributed.initialize()` does.
-        coordinator_address: by hand: host:port of process 0, as all processes reach it.
-        num_processes: by hand: how many there are.
-        process_id: by hand: which one this is, from 0.
+      detect: ask the TPU pod, Slurm or Open MPI, as `jax.distributed.initialize()` does.
+      coordinator_address: by hand: host:port of process 0, as all processes reach it.
+      num_processes: by hand: how many there are.
+      process_id: by hand: which one this is, from 0.
 
     Raises:
-        ConfigError: some but not all of the three are given, or they make no sense, or there is
-            nothing to ask.
+      ConfigError: some but not all of the three are given, or they make no sense, or there is
+        nothing to ask.
     """
     by_hand = {
         "--coordinator_address": coordinator_address,
@@ -69,7 +68,7 @@ def initialize_distributed(
             "others"
         )
     if not detect:
-        if missing:
+        if coordinator_address is None or num_processes is None or process_id is None:
             raise ConfigError(f"{' and '.join(missing)} missing: the three flags go together")
         if not re.fullmatch(r".+:\d+", coordinator_address):
             raise ConfigError(
@@ -121,9 +120,9 @@ def check_together(workdir: pathlib.Path, config: Config) -> None:
     """Makes the directory; checks that all processes have the same config and directory.
 
     Raises:
-        ConfigError: a directory is not one of this machine, or cannot be made or written to; or, in
-            all processes: one has another config, but for the place of the dataset, or does not
-            see what process 0 writes.
+      ConfigError: a directory is not one of this machine, or cannot be made or written to; or, in
+        all processes: one has another config, but for the place of the dataset, or does not
+        see what process 0 writes.
     """
     try:
         if config.data.dir is not None:
@@ -140,7 +139,9 @@ def check_together(workdir: pathlib.Path, config: Config) -> None:
         return
     fields = {name: value for name, value in flatten(to_dict(config)).items() if name != "data.dir"}
     path, mine = workdir / ".together", zlib.crc32(json.dumps(fields).encode())
-    mark = multihost_utils.broadcast_one_to_all(np.uint32([mine, int.from_bytes(os.urandom(4))]))
+    mark = multihost_utils.broadcast_one_to_all(
+        np.array([mine, int.from_bytes(os.urandom(4))], np.uint32)
+    )
     if is_main_process():
         path.write_text(str(mark[1]))
     multihost_utils.sync_global_devices("written")
@@ -165,9 +166,9 @@ def agreed_stop(received: int, *, ask: bool) -> int:
     """The signal that any process has received, or 0; the same in all processes.
 
     Args:
-        received: the signal that this process has received, or 0.
-        ask: whether this is a step at which the processes ask each other, which waits for the
-            slowest. At other steps the answer of several processes is 0.
+      received: the signal that this process has received, or 0.
+      ask: whether this is a step at which the processes ask each other, which waits for the
+        slowest. At other steps the answer of several processes is 0.
     """
     if jax.process_count() == 1:
         return received
@@ -179,13 +180,13 @@ class Layout:
     """Which device has what.
 
     Args:
-        config: whether, and from which size on, arrays are sharded.
-        devices: those of the mesh; None means all.
+      config: whether, and from which size on, arrays are sharded.
+      devices: those of the mesh; None means all.
 
     Attributes:
-        mesh: all devices, along the axis "data".
-        replicated: the sharding of arrays that are whole on every device.
-        over_batch: the sharding of arrays with the batch axis first.
+      mesh: all devices, along the axis "data".
+      replicated: the sharding of arrays that are whole on every device.
+      over_batch: the sharding of arrays with the batch axis first.
     """
 
     def __init__(self, config: ParallelConfig, devices: list[jax.Device] | None = None):
@@ -273,20 +274,6 @@ def peak_flops(config: ParallelConfig) -> float | None:
     return None if tflops is None else tflops * 1e12 * jax.device_count()
 
 
-def count_flops(function: Callable, *args: Any) -> float | None:
-    """Floating-point operations of a call, as XLA counts them before it compiles.
-
-    Args:
-        function: traced once more for this, without the loops over blocks of rows, whose bodies
-            XLA would count once. It must not loop over parts of the batch itself.
-        *args: arrays or `jax.ShapeDtypeStruct`s.
-    """
-    with one_block():
-        # Not `function` itself: jit would find that program instead of compiling its own.
-        cost = jax.jit(lambda *args: function(*args)).lower(*args).cost_analysis()
-    return cost.get("flops") if cost else None
-
-
 def peak_memory() -> dict[str, float]:
     """Most memory that a device of this process has used so far, where devices tell it."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
@@ -298,8 +285,8 @@ class Profile:
     """Traces a few steps of the main process, for XProf, TensorBoard or Perfetto.
 
     Args:
-        config: which steps.
-        directory: where the trace goes.
+      config: which steps.
+      directory: where the trace goes.
     """
 
     def __init__(self, config: ProfileConfig, directory: str | os.PathLike[str]):
@@ -312,8 +299,8 @@ class Profile:
         """Starts or ends the trace where it has to; called before each step.
 
         Args:
-            step: the step that comes next.
-            state: what the step before it computes; waited for, so that a trace has whole steps.
+          step: the step that comes next.
+          state: what the step before it computes; waited for, so that a trace has whole steps.
         """
         if self._running != (step in self._steps):
             jax.block_until_ready(state)

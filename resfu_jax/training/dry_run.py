@@ -21,7 +21,7 @@ def dry_run(config: Config) -> Iterator[tuple[Config, pathlib.Path]]:
     The dataset there is a made-up one in the official layout.
 
     Raises:
-        ConfigError: the config itself cannot be run.
+      ConfigError: the config itself cannot be run.
     """
     check_types(config)
     with tempfile.TemporaryDirectory(prefix="resfu_dry_run_") as folder:
@@ -37,8 +37,8 @@ def shrink(config: Config, *, devices: int = 1) -> Config:
     """The same model and options for two steps on small crops, from random weights.
 
     Args:
-        config: an experiment; left as it is.
-        devices: number of devices that share a batch.
+      config: an experiment; left as it is.
+      devices: number of devices that share a batch.
     """
     small = copy.deepcopy(config)
     multiple = size_multiple(config.model.backbone)
@@ -58,7 +58,7 @@ def shrink(config: Config, *, devices: int = 1) -> Config:
     small.eval.every = small.checkpoint.every = 2
     small.eval.batch_size = max(2, devices)
     small.eval.pad_to = None
-    if config.eval.crop is not None:
+    if config.eval.crop is not None and config.eval.stride is not None:
         small.eval.crop = (side, side)
         small.eval.stride = scaled(config.eval.stride, config.eval.crop)
     small.profile.steps = 0

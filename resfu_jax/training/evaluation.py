@@ -1,13 +1,18 @@
-"""One batch of an evaluation: what `train.py` and `resfu evaluate` do with it."""
+"""What `train.py` and `resfu evaluate` do with a batch of an evaluation."""
+
+import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, UInt8
 
 from resfu_jax.data import DatasetInfo
 from resfu_jax.inference import Inference
+from resfu_jax.training.devices import local_rows
 from resfu_jax.training.metrics import SegmentationCounts, count
+from resfu_jax.visualize import save_png, side_by_side
 
 
 def evaluate_batch(
@@ -21,12 +26,12 @@ def evaluate_batch(
     """Counts and predicted classes of a batch of `resfu_jax.data.eval_batches`; works inside `jit`.
 
     Args:
-        model: set to evaluation.
-        infer: how images become logits.
-        batch: `image`, `label` and `size`; with `features` of the backbone they are used instead
-            of computed, for which `infer` has to be plain.
-        info: the classes of the labels.
-        dilation_ratio: width of the boundary, see `count`.
+      model: set to evaluation.
+      infer: how images become logits.
+      batch: `image`, `label` and `size`; with `features` of the backbone they are used instead
+        of computed, for which `infer` has to be plain.
+      info: the classes of the labels.
+      dilation_ratio: width of the boundary, see `count`.
     """
     if "features" in batch:
         logits = model(batch["image"], batch["features"])
@@ -42,3 +47,33 @@ def evaluate_batch(
         sizes=batch["size"],
     )
     return counts, predictions
+
+
+class Pictures:
+    """Pictures of the first images of an evaluation, beside their labels and predictions.
+
+    Args:
+      directory: where they are saved.
+      step: which evaluation it is.
+      count: how many.
+      info: has the colours of the classes.
+    """
+
+    def __init__(self, directory: pathlib.Path, step: int, count: int, info: DatasetInfo):
+        self._directory, self._step, self._count, self._info = directory, step, count, info
+        self._drawn = 0
+
+    def draw(self, batch: dict[str, np.ndarray], predictions: jax.Array) -> None:
+        """As many of a batch as are still missing; rows that fill it up are no images."""
+        rows = min(self._count - self._drawn, np.count_nonzero(batch["size"][:, 0]))
+        for i, classes in enumerate(local_rows(predictions)[:rows] if rows else []):
+            height, width = batch["size"][i]
+            picture = side_by_side(
+                batch["image"][i, :height, :width],
+                batch["label"][i, :height, :width],
+                classes[:height, :width],
+                self._info.palette,
+                ignore_label=self._info.ignore_label,
+            )
+            save_png(self._directory / f"step{self._step:07d}_{self._drawn}.png", picture)
+            self._drawn += 1

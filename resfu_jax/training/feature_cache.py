@@ -5,6 +5,8 @@ import io
 import os
 import pathlib
 import zipfile
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,11 @@ from flax import nnx
 from jaxtyping import UInt8
 
 from resfu_jax._files import local_path, write_whole
+from resfu_jax.data import default_data_dir
 from resfu_jax.model import SegmentationModel
+from resfu_jax.training.config import Config
+from resfu_jax.training.devices import Layout
+from resfu_jax.training.state import State, merge_model
 
 Path = str | os.PathLike[str]
 
@@ -27,12 +33,12 @@ class FeatureCache:
     image; one that is damaged is written anew.
 
     Args:
-        directory: where features are kept.
-        model: its backbone must be frozen. Its arrays are copied.
-        batch_size: images computed at once.
+      directory: where features are kept.
+      model: its backbone must be frozen. Its arrays are copied.
+      batch_size: images computed at once.
 
     Raises:
-        ValueError: the backbone is not frozen, or the directory is not one of this machine.
+      ValueError: the backbone is not frozen, or the directory is not one of this machine.
     """
 
     def __init__(self, directory: Path, model: SegmentationModel, *, batch_size: int = 4):
@@ -64,8 +70,9 @@ class FeatureCache:
             filled = some + some[-1:] * (self._batch_size - len(some))
             maps = jax.device_get(self._features(self._state, images[np.array(filled)]))
             for row, i in enumerate(some):
-                rows[i] = [x[row] for x in maps]
-                _write(paths[i], rows[i])
+                found = [x[row] for x in maps]
+                rows[i] = found
+                _write(paths[i], found)
         return tuple(np.stack(maps) for maps in zip(*rows, strict=True))
 
     def _folder(self, size: tuple[int, ...]) -> pathlib.Path:
@@ -82,6 +89,22 @@ class FeatureCache:
         return self._folders[size]
 
 
+def feature_lookup(
+    config: Config, layout: Layout, graphdef: nnx.GraphDef, state: State
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What adds to a batch the backbone's features, from a cache beside the run's dataset.
+
+    Where the config does not ask for a cache, batches stay as they are.
+    """
+    if not config.model.backbone.cache_features:
+        return lambda batch: batch
+    directory = pathlib.Path(config.data.dir or default_data_dir()) / "features"
+    whole = jax.jit(lambda x: x, out_shardings=layout.replicated)
+    params, rest = whole((state["params"], state["rest"]))
+    cache = FeatureCache(directory, merge_model(graphdef, params, rest))
+    return lambda batch: batch | {"features": cache(batch["image"])}
+
+
 def _copy(x: jax.Array) -> jax.Array:
     """On this process alone; the array is the same in all."""
     return jnp.array(x.addressable_data(0))
@@ -93,7 +116,9 @@ def _digest(image: np.ndarray) -> str:
 
 def _write(path: pathlib.Path, maps: list[np.ndarray]) -> None:
     # NumPy's files do not know bfloat16: types go into the names.
-    arrays = {f"{i} {x.dtype}": np.ascontiguousarray(x).view(np.uint8) for i, x in enumerate(maps)}
+    arrays: dict[str, Any] = {
+        f"{i} {x.dtype}": np.ascontiguousarray(x).view(np.uint8) for i, x in enumerate(maps)
+    }
     content = io.BytesIO()
     np.savez(content, **arrays)
     write_whole(path, content.getbuffer())

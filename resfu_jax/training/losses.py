@@ -33,8 +33,8 @@ def pixel_weights(
     """Weight of each pixel in the loss: 0 where ignored, else its class's weight, or 1.
 
     Raises:
-        ValueError: labels that are not whole numbers, or weights that are negative, not finite or
-            all zero.
+      ValueError: labels that are not whole numbers, or weights that are negative, not finite or
+        all zero.
     """
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"labels must be whole numbers, got {labels.dtype}")
@@ -73,20 +73,20 @@ def cross_entropy(
     labels.
 
     Args:
-        logits: unnormalised class scores.
-        labels: class of each pixel, or `ignore_label`; of the logits' shape without classes.
-        ignore_label: pixels with this label count neither in the sum nor in the mean.
-        label_smoothing: s, the share of the target spread evenly over the K classes.
-        class_weights: w, one weight per class, finite and not negative; 1 by default.
-        normalizer: divides the sum instead of the sum of weights. A part of a batch passes the
-            weight of the whole, so that the parts' losses and gradients add up to the batch's.
+      logits: unnormalised class scores.
+      labels: class of each pixel, or `ignore_label`; of the logits' shape without classes.
+      ignore_label: pixels with this label count neither in the sum nor in the mean.
+      label_smoothing: s, the share of the target spread evenly over the K classes.
+      class_weights: w, one weight per class, finite and not negative; 1 by default.
+      normalizer: divides the sum instead of the sum of weights. A part of a batch passes the
+        weight of the whole, so that the parts' losses and gradients add up to the batch's.
 
     Returns:
-        The loss; 0 if no pixel has weight, where PyTorch divides by zero.
+      The loss; 0 if no pixel has weight, where PyTorch divides by zero.
 
     Raises:
-        ValueError: logits and labels do not have the same leading shape or are not of floating
-            point and whole numbers, or an option is out of range.
+      ValueError: logits and labels do not have the same leading shape or are not of floating
+        point and whole numbers, or an option is out of range.
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(

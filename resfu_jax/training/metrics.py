@@ -22,9 +22,9 @@ class SegmentationCounts:
     """What mIoU, pixel accuracy and boundary IoU are computed from; counts of sets add up.
 
     Attributes:
-        confusion: pixels of class i that were predicted as class j, `(K, K)`.
-        boundary_intersection: pixels in both the true and the predicted boundary, per class.
-        boundary_union: pixels in either boundary, per class.
+      confusion: pixels of class i that were predicted as class j, `(K, K)`.
+      boundary_intersection: pixels in both the true and the predicted boundary, per class.
+      boundary_union: pixels in either boundary, per class.
     """
 
     confusion: Any
@@ -48,9 +48,9 @@ class SegmentationCounts:
         """The metrics, as fractions in [0, 1].
 
         Returns:
-            `miou` and `boundary_iou` (means over the classes that occur in the labels or the
-            predictions), `pixel_accuracy`, and `iou/<class>` and `boundary_iou/<class>` for those
-            classes. Without a single labelled pixel there is nothing to measure: all are 0.
+          `miou` and `boundary_iou` (means over the classes that occur in the labels or the
+          predictions), `pixel_accuracy`, and `iou/<class>` and `boundary_iou/<class>` for those
+          classes. Without a single labelled pixel there is nothing to measure: all are 0.
         """
         confusion = np.asarray(self.confusion, np.float64)
         intersection = np.diag(confusion)
@@ -111,15 +111,15 @@ def count(
     the labels and in the predictions, so that both have the same boundary along ignored regions.
 
     Args:
-        predictions: predicted class of each pixel.
-        labels: true class of each pixel, or `ignore_label`.
-        num_classes: K.
-        ignore_label: pixels with this label count nowhere; padding has it too.
-        dilation_ratio: d over the image diagonal.
-        sizes: height and width of each image before padding; None means no padding.
+      predictions: predicted class of each pixel.
+      labels: true class of each pixel, or `ignore_label`.
+      num_classes: K.
+      ignore_label: pixels with this label count nowhere; padding has it too.
+      dilation_ratio: d over the image diagonal.
+      sizes: height and width of each image before padding; None means no padding.
 
     Raises:
-        ValueError: shapes that differ, values that are no whole numbers, an option out of range.
+      ValueError: shapes that differ, values that are no whole numbers, an option out of range.
     """
     check_whole(num_classes=num_classes)
     check_positive(dilation_ratio=dilation_ratio)

@@ -119,8 +119,8 @@ def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTrans
     """AdamW or SGD, whose updates, decay included, are scaled by `learning_rate_multiples`.
 
     Args:
-        config: the optimiser's part of an experiment.
-        steps: total number of steps, the length of the schedule.
+      config: the optimiser's part of an experiment.
+      steps: total number of steps, the length of the schedule.
     """
     clip = (
         optax.identity()
@@ -167,21 +167,24 @@ def accumulate_gradients(
     """Sums loss and gradients over parts of a batch, one after the other, to save memory.
 
     Args:
-        grad_fn: (params, rest, part) -> ((loss, new rest), gradients), with losses that add up to
-            the batch's.
-        params: what the gradients are of.
-        rest: other state, passed on from part to part.
-        batch: pytree of arrays with the batch axis first.
-        parts: how many parts; each takes every `parts`-th example, so that on a mesh no example
-            changes its device.
+      grad_fn: (params, rest, part) -> ((loss, new rest), gradients), with losses that add up to
+        the batch's.
+      params: what the gradients are of.
+      rest: other state, passed on from part to part.
+      batch: pytree of arrays with the batch axis first.
+      parts: how many parts; each takes every `parts`-th example, so that on a mesh no example
+        changes its device.
 
     Returns:
-        The loss, the new rest and the gradients of the whole batch.
+      The loss, the new rest and the gradients of the whole batch.
 
     Raises:
-        ValueError: the batch does not divide into so many parts.
+      ValueError: the batch does not divide into so many parts.
     """
     check_whole(parts=parts)
+    if parts == 1:
+        (loss, rest), grads = grad_fn(params, rest, batch)
+        return loss, rest, grads
     for size in {x.shape[0] for x in jax.tree.leaves(batch)}:
         need(size % parts == 0, f"parts must divide the batch of {size}, got {parts}")
 

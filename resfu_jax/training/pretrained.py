@@ -13,8 +13,8 @@ def pretrained_backbone(config: BackboneConfig) -> Any:
     """Weights, an `nnx.State` for `nnx.update(model.backbone, ...)`; None if there are none.
 
     Raises:
-        ValueError: the weights do not fit the backbone; says the likely cause, and what differs.
-        FileNotFoundError: they are not there.
+      ValueError: the weights do not fit the backbone; says the likely cause, and what differs.
+      FileNotFoundError: they are not there.
     """
     if config.pretrained is None:
         return None

@@ -6,7 +6,10 @@ import pathlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
+import numpy as np
 import tensorboardX
 import tqdm
 from absl import logging
@@ -15,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from resfu_jax._files import write_whole
+from resfu_jax.training.checkpoint import Checkpoints
 
 Path = str | os.PathLike[str]
 
@@ -29,14 +33,14 @@ class Reporter:
     line, NUL bytes) moves to `metrics.jsonl.damaged`.
 
     Args:
-        workdir: directory of the run.
-        steps: total number of steps.
-        batch_size: images per step, for the images per second.
-        start: step that the run continues from. Later lines of `metrics.jsonl` are of steps that
-            will be done again, so they are removed.
-        utilisation: share of the devices' peak that one step per second would be; with it the
-            metrics have `mfu`, the model flop/s over the peak flop/s.
-        silent: report nothing, as all processes of a run but one do.
+      workdir: directory of the run.
+      steps: total number of steps.
+      batch_size: images per step, for the images per second.
+      start: step that the run continues from. Later lines of `metrics.jsonl` are of steps that
+        will be done again, so they are removed.
+      utilisation: share of the devices' peak that one step per second would be; with it the
+        metrics have `mfu`, the model flop/s over the peak flop/s.
+      silent: report nothing, as all processes of a run but one do.
     """
 
     def __init__(
@@ -136,6 +140,47 @@ class Reporter:
         self._file.flush()
         for name, value in metrics.items():
             self._events.add_scalar(name, value, step)
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or its gradient is NaN or infinite. The message names the step and the images."""
+
+
+class MetricsWindow:
+    """The metrics of the steps since the last report, left on the device until they are asked for.
+
+    Args:
+      checkpoints: named where a metric is not finite: there it goes on from.
+    """
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+        self._steps: list[tuple[int, np.ndarray, Any]] = []
+
+    def add(self, step: int, ids: np.ndarray, metrics: Any) -> None:
+        """Keeps the metrics of a step, and the ids of its images."""
+        self._steps.append((step, ids, metrics))
+
+    def means(self) -> dict[str, float]:
+        """Means over the window, the newest learning rate; this waits for the device.
+
+        Raises:
+          NonFiniteError: the loss or its gradient is not finite at one of the steps.
+        """
+        steps, ids, metrics = zip(*self._steps, strict=True)
+        metrics = jax.device_get(metrics)
+        self._steps.clear()
+        for i, values in enumerate(metrics):
+            for name in ("loss", "gradient_norm"):
+                if not np.isfinite(values[name]):
+                    raise NonFiniteError(
+                        f"{name} is {values[name]} at step {steps[i]}, in the batch of images "
+                        f"{', '.join(image_id.decode() for image_id in ids[i])}. The newest good "
+                        f"checkpoint is {self._checkpoints.find('latest')}, in "
+                        f"{self._checkpoints.directory}"
+                    )
+        means = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+        return means | {"learning_rate": float(metrics[-1]["learning_rate"])}
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

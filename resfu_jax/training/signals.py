@@ -15,7 +15,7 @@ class Stopped(KeyboardInterrupt):
     """A signal ends the run. The message says where it stopped.
 
     Attributes:
-        number: of the signal.
+      number: of the signal.
     """
 
     def __init__(self, number: int, message: str = "stopped"):
@@ -33,8 +33,8 @@ class StopSignals:
     only remembered, since all have to stop at the same place.
 
     Attributes:
-        received: number of the signal, or 0.
-        at_once: False, once there is something to save before the process ends.
+      received: number of the signal, or 0.
+      at_once: False, once there is something to save before the process ends.
     """
 
     def __init__(self):
@@ -48,7 +48,7 @@ class StopSignals:
         """Raises `Stopped`, in all processes if one of them has received a signal.
 
         Args:
-            ask: as for `agreed_stop`.
+          ask: as for `agreed_stop`.
         """
         if number := agreed_stop(self.received, ask=ask):
             raise Stopped(number)

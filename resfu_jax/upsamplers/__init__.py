@@ -1,8 +1,8 @@
 """Upsamplers: one file, one paper. Chosen by name through `create_upsampler`."""
 
 from resfu_jax._checks import check_whole
-from resfu_jax.ops._checks import check_floating
-from resfu_jax.upsamplers._layers import (
+from resfu_jax.ops.checks import check_floating
+from resfu_jax.upsamplers._inputs import (
     check_features,
     check_guide,
     check_output_size,
@@ -16,6 +16,7 @@ from resfu_jax.upsamplers._registry import (
     register,
     upsampler_entry,
 )
+from resfu_jax.upsamplers._upsampler import Upsampler
 from resfu_jax.upsamplers._weights import keeps_space, pixel_weights, takes_values
 from resfu_jax.upsamplers.carafe import CARAFE
 from resfu_jax.upsamplers.classic import Deconvolution, Interpolation, PixelShuffle
@@ -36,6 +37,7 @@ __all__ = [
     "PixelShuffle",
     "ReSFU",
     "SAPADeform",
+    "Upsampler",
     "check_features",
     "check_floating",
     "check_guide",

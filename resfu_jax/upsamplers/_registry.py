@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from resfu_jax._names import lookup
-from resfu_jax.ops._checks import takes_maps
+from resfu_jax.ops.checks import takes_maps
+from resfu_jax.upsamplers._upsampler import Upsampler
 
 _MAPS = ("features", "guide", "image", "values")  # what an upsampler is called with
 
@@ -19,7 +20,7 @@ T = TypeVar("T", bound=type[nnx.Module])
 class Entry:
     """A registered upsampler: its class and the options that its published name fixes."""
 
-    cls: type[nnx.Module]
+    cls: Any  # of an `Upsampler`, or of a module with its attributes
     options: dict[str, Any]
 
 
@@ -29,22 +30,24 @@ _ENTRIES: dict[str, Entry] = {}
 def register(name: str, **options: Any) -> Callable[[T], T]:
     """Class decorator: make `create_upsampler(name)` build the class with `options`.
 
-    The class is built as `cls(features, guide_features, scale=..., rngs=..., **options)` and has a
-    class attribute `guide`: `"none"`, called as `up(features, output_size=None)`, or `"features"`,
-    called as `up(features, guide)`. One whose output is linear in what it reassembles also takes
-    `values`, which then stand in for the features: those only decide the weights. Where groups of
-    channels have weights of their own, `value_groups` is their number.
+    The class is built as `cls(features, guide_features, scale=..., rngs=..., **options)` and says
+    what it can do by the attributes of `Upsampler`; one that does not derive from it gets the
+    defaults of those that it lacks. One whose output is linear in what it reassembles also takes
+    `values`, which then stand in for the features: those only decide the weights.
 
-    The call then checks its arrays and answers an empty batch, as `ops._checks.takes_maps` says.
+    The call then checks its arrays and answers an empty batch, as `ops.checks.takes_maps` says.
     """
 
     def add(cls: T) -> T:
         if name in _ENTRIES:
             raise ValueError(f"upsampler {name!r} is registered twice")
+        for attribute in Upsampler.__annotations__:
+            if not hasattr(cls, attribute):
+                setattr(cls, attribute, getattr(Upsampler, attribute))
         _ENTRIES[name] = Entry(cls, options)
         if not hasattr(cls.__call__, "maps"):  # not yet, under another name
             maps = [n for n in inspect.signature(cls.__call__).parameters if n in _MAPS]
-            cls.__call__ = takes_maps(*maps)(cls.__call__)
+            setattr(cls, "__call__", takes_maps(*maps)(cls.__call__))  # noqa: B010
         return cls
 
     return add

@@ -9,8 +9,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Integer
 
 from resfu_jax._checks import need
-from resfu_jax.upsamplers.fade import FADE
-from resfu_jax.upsamplers.sapa import SAPA
 
 Index = int | Integer[Array, ""]
 
@@ -21,15 +19,9 @@ def takes_values(upsampler: nnx.Module | type[nnx.Module]) -> bool:
     return "values" in inspect.signature(cls.__call__).parameters
 
 
-def keeps_space(upsampler: nnx.Module) -> bool:
-    """Whether every output is a sum of features alone, so that the two can be compared.
-
-    Not if it makes new features, mixes the guide in (FADE's gate), or maps the features (`v_embed`
-    of SAPA).
-    """
-    mixes = isinstance(upsampler, FADE) and upsampler.gate is not None
-    maps = isinstance(upsampler, SAPA) and upsampler.v is not None
-    return takes_values(upsampler) and not mixes and not maps
+def keeps_space(upsampler: Any) -> bool:
+    """Whether every output is a sum of features alone, so that the two can be compared."""
+    return takes_values(upsampler) and not upsampler.mixes
 
 
 def pixel_weights(

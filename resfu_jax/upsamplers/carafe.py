@@ -3,7 +3,7 @@
 With x the features, s the scale, K = `up_kernel` and G = `up_group`:
 
     mask = softmax over K*K (PixelShuffle_s(Conv(Linear(x))))       one kernel a pixel and group
-    out[p] = sum_uv mask[p, uv] x[floor(p / s) + (u, v) - r]        `ops.shuffled_attention`
+    out[p] = sum_uv mask[p, uv] x[floor(p / s) + (u, v) - r]        `ops.local_attention`
 
 The kernels come from the features alone. Beyond the image x counts as zero, and the kernel is not
 renormalised: borders come out weaker, as in the official operator.
@@ -12,7 +12,7 @@ Source: Wang et al., "CARAFE: Content-Aware ReAssembly of FEatures", ICCV 2019, 
 and section 3.2; the semantics are those of mmcv's `CARAFEPack`.
 """
 
-from typing import get_args
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from flax import nnx
@@ -20,24 +20,24 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_odd, check_whole, need
-from resfu_jax.ops._checks import check_floating
-from resfu_jax.ops._interp import Size
-from resfu_jax.ops.local_window import Implementation, shuffled_attention
-from resfu_jax.upsamplers._layers import (
-    XAVIER_UNIFORM,
-    apply_conv,
-    apply_linear,
+from resfu_jax._layers import XAVIER_UNIFORM, Conv, Linear
+from resfu_jax.ops import Implementation
+from resfu_jax.ops.checks import check_floating
+from resfu_jax.ops.local_window import local_attention
+from resfu_jax.ops.pixel_shuffle import pixel_shuffle
+from resfu_jax.ops.sizes import Size
+from resfu_jax.upsamplers._inputs import (
     check_features,
     check_output_size,
     compute_dtype,
-    conv,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
+from resfu_jax.upsamplers._upsampler import Upsampler
 
 
 @register("carafe")
-class CARAFE(nnx.Module):
+class CARAFE(Upsampler):
     """Upsamples features by a whole scale with kernels predicted from the features.
 
     Args:
@@ -49,7 +49,7 @@ class CARAFE(nnx.Module):
       encoder_kernel: side of the convolution that predicts the kernels, odd.
       encoder_dilation: its dilation.
       compressed_channels: channels between the two layers.
-      implementation: as in `ops.local_reassembly`.
+      implementation: as in `ops.local_attention`.
       dtype: of the computation; the features' dtype if not given. The softmax is float32 or better.
       param_dtype: of the parameters.
       rngs: source of the initial weights: Xavier uniform for the compressor, normal of standard
@@ -60,6 +60,8 @@ class CARAFE(nnx.Module):
     """
 
     guide = "none"
+    needs_whole_scale = True
+    weights_are_convex = True
 
     def __init__(
         self,
@@ -89,13 +91,11 @@ class CARAFE(nnx.Module):
         check_choice((*get_args(Implementation), None), implementation=implementation)
         need(features % up_group == 0, f"up_group must divide features={features}, got {up_group}")
         self.features, self.scale = features, scale
-        self.up_kernel, self.up_group = up_kernel, up_group
+        self.up_kernel, self.value_groups = up_kernel, up_group
         self.implementation, self.dtype = implementation, dtype
-        types = dict(param_dtype=param_dtype, rngs=rngs)
-        self.compress = nnx.Linear(
-            features, compressed_channels, kernel_init=XAVIER_UNIFORM, **types
-        )
-        self.encode = conv(
+        types: dict[str, Any] = dict(param_dtype=param_dtype, rngs=rngs)
+        self.compress = Linear(features, compressed_channels, kernel_init=XAVIER_UNIFORM, **types)
+        self.encode = Conv(
             compressed_channels,
             up_kernel**2 * up_group * scale**2,
             encoder_kernel,
@@ -103,11 +103,6 @@ class CARAFE(nnx.Module):
             kernel_init=nnx.initializers.normal(0.001),
             **types,
         )
-
-    @property
-    def value_groups(self) -> int:
-        """Groups of channels, blocks of successive ones, that have weights of their own."""
-        return self.up_group
 
     def __call__(
         self,
@@ -125,14 +120,10 @@ class CARAFE(nnx.Module):
         check_output_size("carafe", features, output_size, self.scale)
         x = features.astype(compute_dtype(self.dtype, features, values))
         v = reassembled(x, values, groups=self.value_groups)
-        return shuffled_attention(
-            self.scores(x),
-            v,
-            kernel_size=self.up_kernel,
-            groups=self.up_group,
-            implementation=self.implementation,
+        return local_attention(
+            self.scores(x), v, groups=self.value_groups, implementation=self.implementation
         )
 
-    def scores(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-        """What a pixel shuffle and a softmax over K*K make the kernels of."""
-        return apply_conv(apply_linear(x, self.compress), self.encode)
+    def scores(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W d"]:
+        """What a softmax over K*K makes the kernels of."""
+        return pixel_shuffle(self.encode(self.compress(x)), self.scale)

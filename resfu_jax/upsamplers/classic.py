@@ -24,23 +24,24 @@ from resfu_jax._checks import (
     check_positive,
     check_whole,
 )
-from resfu_jax.ops._checks import check_floating
-from resfu_jax.ops._interp import Size
+from resfu_jax.ops.checks import check_floating
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
 from resfu_jax.ops.resize import Method, resize
-from resfu_jax.upsamplers._layers import (
+from resfu_jax.ops.sizes import Size
+from resfu_jax.upsamplers._inputs import (
     check_features,
     check_output_size,
     compute_dtype,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
+from resfu_jax.upsamplers._upsampler import Upsampler
 
 
 @register("nearest", method="nearest")
 @register("bilinear", method="bilinear")
 @register("bicubic", method="bicubic")
-class Interpolation(nnx.Module):
+class Interpolation(Upsampler):
     """Fixed interpolation, `ops.resize`; it has no parameters.
 
     Args:
@@ -81,6 +82,7 @@ class Interpolation(nnx.Module):
             raise ValueError(f"align_corners does not apply to method {method!r}")
         self.features, self.scale = features, scale
         self.method, self.align_corners = method, align_corners
+        self.weights_are_convex = method != "bicubic"
         self.dtype = dtype
 
     def __call__(
@@ -107,7 +109,7 @@ class Interpolation(nnx.Module):
 
 
 @register("deconv")
-class Deconvolution(nnx.Module):
+class Deconvolution(Upsampler):
     """Transposed convolution of stride `scale`.
 
     With s the stride, P the padding and k the kernel, input pixel a adds k[u] x[a] to output pixel
@@ -131,6 +133,7 @@ class Deconvolution(nnx.Module):
     """
 
     guide = "none"
+    needs_whole_scale = True
 
     def __init__(
         self,
@@ -203,7 +206,7 @@ class Deconvolution(nnx.Module):
 
 
 @register("pixel_shuffle")
-class PixelShuffle(nnx.Module):
+class PixelShuffle(Upsampler):
     """Sub-pixel convolution: a 3x3 convolution to C scale^2 channels, then `ops.pixel_shuffle`.
 
     Args:
@@ -220,6 +223,7 @@ class PixelShuffle(nnx.Module):
     """
 
     guide = "none"
+    needs_whole_scale = True
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from C / s^2 to 2 G). It starts near zero, so that training starts from bilinear
 Source: Liu et al., "Learning to Upsample by Learning to Sample", ICCV 2023, section 3.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,24 +22,23 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from resfu_jax import ops
 from resfu_jax._checks import check_choice, check_flag, check_whole, need
-from resfu_jax.ops._checks import check_floating
-from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._interp import Size
-from resfu_jax.ops.deformable_sample import (
-    Implementation,
-    deformable_sample,
-    sample_at_made_points,
-)
+from resfu_jax._layers import Linear
+from resfu_jax.ops import Implementation
+from resfu_jax.ops.checks import check_floating
+from resfu_jax.ops.deformable_sample import deformable_sample
+from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
-from resfu_jax.upsamplers._layers import (
-    apply_linear,
+from resfu_jax.ops.sizes import Size
+from resfu_jax.upsamplers._inputs import (
     check_features,
     check_output_size,
     compute_dtype,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
+from resfu_jax.upsamplers._upsampler import Upsampler
 
 Style = Literal["lp", "pl"]
 
@@ -48,7 +47,7 @@ Style = Literal["lp", "pl"]
 @register("dysample_plus", style="lp", groups=4, dyscope=True)
 @register("dysample_s", style="pl", groups=8)
 @register("dysample_s_plus", style="pl", groups=8, dyscope=True)
-class DySample(nnx.Module):
+class DySample(Upsampler):
     """Upsamples features by a whole scale, one sampling point per output pixel and group.
 
     Args:
@@ -71,6 +70,8 @@ class DySample(nnx.Module):
     """
 
     guide = "none"
+    needs_whole_scale = True
+    weights_are_convex = True
 
     def __init__(
         self,
@@ -97,23 +98,18 @@ class DySample(nnx.Module):
             f"style 'pl' needs features divisible by scale**2 = {scale**2}, got {features}; "
             "use style 'lp'",
         )
-        self.features, self.scale, self.groups = features, scale, groups
+        self.features, self.scale, self.value_groups = features, scale, groups
         self.style = style
         self.implementation, self.dtype = implementation, dtype
         out = 2 * groups
         widths = (features, out * scale**2) if style == "lp" else (features // scale**2, out)
-        types = dict(param_dtype=param_dtype, rngs=rngs)
-        self.offset = nnx.Linear(*widths, kernel_init=nnx.initializers.normal(0.001), **types)
+        types: dict[str, Any] = dict(param_dtype=param_dtype, rngs=rngs)
+        self.offset = Linear(*widths, kernel_init=nnx.initializers.normal(0.001), **types)
         self.scope = (
-            nnx.Linear(*widths, use_bias=False, kernel_init=nnx.initializers.zeros, **types)
+            Linear(*widths, use_bias=False, kernel_init=nnx.initializers.zeros, **types)
             if dyscope
             else None
         )
-
-    @property
-    def value_groups(self) -> int:
-        """Groups of channels, blocks of successive ones, that have weights of their own."""
-        return self.groups
 
     def __call__(
         self,
@@ -132,27 +128,16 @@ class DySample(nnx.Module):
         x = features.astype(compute_dtype(self.dtype, features, values))
         if values is not None:
             values = reassembled(x, values, groups=self.value_groups)
-        if self.implementation == "reference":
-            v = x if values is None else values
-            samples = deformable_sample(
-                v, self.points(x), padding_mode="border", implementation="reference"
-            )
-            return samples.reshape(*samples.shape[:3], v.shape[3])
-        graphdef, params = nnx.split(self)
+        samples = deformable_sample(
+            x if values is None else values,
+            self.points(x),
+            padding_mode="border",
+            implementation=self.implementation,
+        )
+        return samples.reshape(*samples.shape[:3], -1)
 
-        def points(params, rows, first):
-            return nnx.merge(graphdef, params).points(rows, first)
-
-        v, source = (x, None) if values is None else (values, x)
-        return sample_at_made_points(points, params, v, source, padding_mode="border")
-
-    def points(
-        self, x: Float[Array, "b h w c"], first: int | Array = 0
-    ) -> Float[Array, "b H W g 1 2"]:
-        """Where every output pixel samples: (row, column) in pixels of x.
-
-        With `first`, x are rows of the map from that one on.
-        """
+    def points(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W g 1 2"]:
+        """Where every output pixel samples: (row, column) in pixels of x."""
         offset = self._project(x, self.offset)
         offset = offset.astype(at_least_float32(offset.dtype))
         if self.scope is None:
@@ -162,17 +147,19 @@ class DySample(nnx.Module):
             offset = 0.5 * jax.nn.sigmoid(scope.astype(offset.dtype)) * offset
         b, hh, ww, _ = offset.shape
         # The channels are (column, row) times group.
-        offset = offset.reshape(b, hh, ww, 2, self.groups)[..., ::-1, :].swapaxes(-1, -2)
+        offset = offset.reshape(b, hh, ww, 2, self.value_groups)[..., ::-1, :].swapaxes(-1, -2)
 
-        def own(n):
+        def centres(n: Size) -> Array:
             p = jnp.arange(n, dtype=jnp.int32)
             return (2 * p + (1 - self.scale)).astype(offset.dtype) / (2 * self.scale)
 
-        rows = own(hh) + jnp.asarray(first).astype(offset.dtype)
-        own = jnp.stack(jnp.meshgrid(rows, own(ww), indexing="ij"), axis=-1)
+        own = jnp.stack(jnp.meshgrid(centres(hh), centres(ww), indexing="ij"), axis=-1)
         return (offset + own[None, :, :, None])[..., None, :]
 
-    def _project(self, x: Float[Array, "b h w c"], layer: nnx.Linear) -> Float[Array, "b H W d"]:
+    def _project(self, x: Float[Array, "b h w c"], layer: Linear) -> Float[Array, "b H W d"]:
         if self.style == "pl":
-            return apply_linear(pixel_shuffle(x, self.scale), layer)
-        return pixel_shuffle(apply_linear(x, layer), self.scale)
+            return layer(pixel_shuffle(x, self.scale))
+        # As a convolution, whose gradients have a form for CPUs.
+        y = ops.conv(x, layer.kernel[...].astype(x.dtype)[None, None])
+        y = y if layer.bias is None else y + layer.bias[...].astype(x.dtype)[None, None, None]
+        return pixel_shuffle(y, self.scale)

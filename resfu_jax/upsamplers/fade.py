@@ -17,7 +17,7 @@ ECCV 2022 (semi-shift convolution, section 3.2; gated fusion, section 3.3), and 
 extension for FADE-Lite.
 """
 
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,30 +26,27 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_flag, check_odd, check_whole, need
-from resfu_jax.ops._checks import check_floating
-from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops.depthwise_conv import depthwise_conv
-from resfu_jax.ops.local_window import Implementation, local_attention
+from resfu_jax._layers import XAVIER_UNIFORM, Conv, DepthwiseConv, Linear
+from resfu_jax.ops import Implementation
+from resfu_jax.ops.checks import check_floating
+from resfu_jax.ops.dtypes import at_least_float32
+from resfu_jax.ops.local_window import local_attention
 from resfu_jax.ops.resize import resize
-from resfu_jax.upsamplers._layers import (
-    XAVIER_UNIFORM,
-    apply_conv,
-    apply_linear,
+from resfu_jax.upsamplers._inputs import (
     check_features,
     check_guide,
     compute_dtype,
-    conv,
     need_guide,
-    project,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
+from resfu_jax.upsamplers._upsampler import Upsampler
 
 
 @register("fade")
 @register("fade_lite", lite=True)
 @register("semishift", gate=False)
-class FADE(nnx.Module):
+class FADE(Upsampler):
     """Upsamples features to the size of a guide, and fuses the guide in through a gate.
 
     Args:
@@ -103,16 +100,18 @@ class FADE(nnx.Module):
         )
         need(not (lite and scrambled_phases), "scrambled_phases does not apply to lite")
         self.features, self.guide_features = features, guide_features
+        self.same_width = self.mixes = gate
+        self.weights_are_convex = not gate
         self.scrambled_phases = scrambled_phases
         self.implementation, self.dtype = implementation, dtype
         taps = up_kernel_size**2
         width = taps if lite else embedding_dim
-        types = dict(param_dtype=param_dtype, rngs=rngs)
-        linear = dict(kernel_init=XAVIER_UNIFORM, **types)
-        self.compress_guide = nnx.Linear(guide_features, width, **linear)
-        self.compress = nnx.Linear(features, width, use_bias=False, **linear)
-        self.encode = Depthwise(taps, **types) if lite else conv(width, taps, 3, **types)
-        self.gate = nnx.Linear(features, 1, **linear) if gate else None
+        types: dict[str, Any] = dict(param_dtype=param_dtype, rngs=rngs)
+        linear: dict[str, Any] = dict(kernel_init=XAVIER_UNIFORM, **types)
+        self.compress_guide = Linear(guide_features, width, **linear)
+        self.compress = Linear(features, width, use_bias=False, **linear)
+        self.encode = DepthwiseConv(taps, **types) if lite else Conv(width, taps, 3, **types)
+        self.gate = Linear(features, 1, **linear) if gate else None
 
     def __call__(
         self,
@@ -130,44 +129,36 @@ class FADE(nnx.Module):
         check_guide(features, guide, self.guide_features)
         dtype = compute_dtype(self.dtype, features, guide, values)
         x, y = features.astype(dtype), guide.astype(dtype)
-        y, encoder = project(y, self.compress_guide)
-        x, decoder = project(x, self.compress)
-        scores = self._scores(encoder, decoder)
-        # Not `ops._softmax`: XLA fuses this one with the convolution before it.
-        options = dict(weigh=jax.nn.softmax, implementation=self.implementation)
+        scores = self._scores(x, y)
+        options: dict[str, Any] = dict(implementation=self.implementation)
         if self.gate is None:
             return local_attention(scores, reassembled(x, values), **options)
-        x, gate = project(x, self.gate)
         v = reassembled(x, values)
         need(
             y.shape[3] in (v.shape[3], 1),
             f"values must have the guide's {y.shape[3]} channels, with which the gate mixes them, "
             f"got {v.shape[3]}; use 'semishift' (gate=False)",
         )
-        gate = jax.nn.sigmoid(resize(gate, y.shape[1:3], method="nearest"))
+        gate = jax.nn.sigmoid(resize(self.gate(x), y.shape[1:3], method="nearest"))
         # The gate goes into the kernels, so that the upsampled features are never kept.
         up = local_attention(scores, v, scale=1 - gate, **options)
-        return _scaled(gate, y) + up
+        return gate * y + up
 
     def kernels(
         self, x: Float[Array, "b h w c"], y: Float[Array, "b H W cg"]
     ) -> Float[Array, "b H W taps"]:
         """The K*K weights of every output pixel, which sum to 1."""
-        encoder, decoder = apply_linear(y, self.compress_guide), apply_linear(x, self.compress)
-        return jax.nn.softmax(self._scores(encoder, decoder))
+        return jax.nn.softmax(self._scores(x, y))
 
     def _scores(
-        self, encoder: Float[Array, "b H W d"], decoder: Float[Array, "b h w d"]
+        self, x: Float[Array, "b h w c"], y: Float[Array, "b H W cg"]
     ) -> Float[Array, "b H W taps"]:
-        """From the compressed guide and features, what the softmax makes kernels of."""
-        encode = self.encode if isinstance(self.encode, Depthwise) else self._conv3x3
-        decoder = encode(decoder)
-        encoder = self._scrambled(encoder) if self.scrambled_phases else encode(encoder)
+        """What the softmax makes kernels of."""
+        encode_guide = self._scrambled if self.scrambled_phases else self.encode
+        encoder = encode_guide(self.compress_guide(y))
+        decoder = self.encode(self.compress(x))
         scores = encoder + resize(decoder, encoder.shape[1:3], method="nearest")
         return scores.astype(at_least_float32(scores.dtype))
-
-    def _conv3x3(self, x: Array) -> Array:
-        return apply_conv(x, self.encode)
 
     def _scrambled(self, y: Float[Array, "b H W c"]) -> Float[Array, "b H W taps"]:
         """Conv3x3 as a stride-2 convolution a phase, the phases mixed up as in FADE_H2L.py.
@@ -184,6 +175,7 @@ class FADE(nnx.Module):
         phases = jnp.concatenate(
             [padded[:, i : i + hh + 1, j : j + ww + 1] for i in (0, 1) for j in (0, 1)], axis=-1
         )
+        assert self.encode.bias is not None
         kernel, bias = (a[...].astype(y.dtype) for a in (self.encode.kernel, self.encode.bias))
         out = [
             jax.lax.conv_general_dilated(
@@ -198,35 +190,3 @@ class FADE(nnx.Module):
         ]
         out = jnp.stack(out, axis=3).reshape(b, hh // 2, ww // 2, 2, 2, -1)
         return out.transpose(0, 1, 3, 2, 4, 5).reshape(b, hh, ww, -1)
-
-
-@jax.custom_vjp
-def _scaled(gate: Float[Array, "b h w 1"], y: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    return gate * y
-
-
-def _scaled_bwd(saved, g):
-    # The sum over channels as products, ten times faster on a CPU than as the reduction it is.
-    gate, y = saved
-    return jnp.einsum("bhwc,bhwc->bhw", g, y)[..., None], gate * g
-
-
-_scaled.defvjp(lambda gate, y: (gate * y, (gate, y)), _scaled_bwd)
-
-
-class Depthwise(nnx.Module):
-    """Depthwise 3x3 convolution with bias, zero padding; FADE-Lite's encoder."""
-
-    def __init__(self, features: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        # Xavier uniform with the fans that PyTorch counts: 9 in, 9 * features out.
-        bound = (6 / (9 + 9 * features)) ** 0.5
-        shape = (3, 3, features)
-        self.kernel = nnx.Param(
-            jax.random.uniform(rngs.params(), shape, param_dtype, -bound, bound)
-        )
-        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """The convolution, in the dtype of x."""
-        y = depthwise_conv(x, self.kernel[...].astype(x.dtype))
-        return y + self.bias[...].astype(x.dtype)[None, None, None]

@@ -17,7 +17,7 @@ Multimedia 2024; the semantics are those of the authors' released module.
 """
 
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -34,30 +34,26 @@ from resfu_jax._checks import (
     check_whole,
     need,
 )
-from resfu_jax.ops._checks import check_floating
-from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._interp import Size
-from resfu_jax.ops.deformable_attention import Implementation, deformable_attention
-from resfu_jax.ops.depthwise_conv import depthwise_conv
+from resfu_jax._layers import XAVIER_UNIFORM, Conv, DepthwiseConv, LayerNorm, Linear
+from resfu_jax.ops import Implementation
+from resfu_jax.ops.checks import check_floating
+from resfu_jax.ops.deformable_attention import deformable_attention
+from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
-from resfu_jax.upsamplers._layers import (
-    EPS,
-    XAVIER_UNIFORM,
-    apply_conv,
-    apply_linear,
-    apply_norm,
+from resfu_jax.ops.sizes import Size
+from resfu_jax.upsamplers._inputs import (
     check_features,
     compute_dtype,
-    conv,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
+from resfu_jax.upsamplers._upsampler import Upsampler
 
 _WEIGHT_INIT = nnx.initializers.normal(0.02)
 
 
 @register("lda_aqu")
-class LDAAQU(nnx.Module):
+class LDAAQU(Upsampler):
     """Upsamples features by local attention to deformable points, queried by the features.
 
     Args:
@@ -86,6 +82,7 @@ class LDAAQU(nnx.Module):
     """
 
     guide = "none"
+    weights_are_convex = True
 
     def __init__(
         self,
@@ -120,22 +117,18 @@ class LDAAQU(nnx.Module):
             )
         self.features, self.scale = features, scale
         self.nh, self.k_u, self.n_groups = nh, k_u, n_groups
+        self.value_groups = math.lcm(nh, n_groups)
         self.range_factor = range_factor
         self.implementation, self.dtype = implementation, dtype
         width = features // reduction_factor
-        types = dict(param_dtype=param_dtype, rngs=rngs)
-        linear = dict(use_bias=False, kernel_init=XAVIER_UNIFORM, **types)
-        self.norm = nnx.LayerNorm(features, epsilon=EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0))
-        self.q = nnx.Linear(features, width, **linear)
-        self.k = nnx.Linear(features, width, **linear)
+        types: dict[str, Any] = dict(param_dtype=param_dtype, rngs=rngs)
+        linear: dict[str, Any] = dict(use_bias=False, kernel_init=XAVIER_UNIFORM, **types)
+        self.norm = LayerNorm(features, param_dtype=param_dtype)
+        self.q = Linear(features, width, **linear)
+        self.k = Linear(features, width, **linear)
         self.offset = Offset(width // n_groups, 2 * k_u**2, k_e, **types)
         table = (nh, k_u**2, width // nh)
         self.table = nnx.Param(_WEIGHT_INIT(rngs.params(), table, param_dtype)) if rpb else None
-
-    @property
-    def value_groups(self) -> int:
-        """Groups of channels, blocks of successive ones, that have weights of their own."""
-        return math.lcm(self.nh, self.n_groups)
 
     def __call__(
         self,
@@ -151,14 +144,14 @@ class LDAAQU(nnx.Module):
         """
         check_features(features, self.features)
         x = features.astype(compute_dtype(self.dtype, features, values))
-        normed = apply_norm(x, self.norm)
+        normed = self.norm(x)
         if output_size is None:
             output_size = tuple(_times(n, self.scale) for n in x.shape[1:3])
-        q = resize(apply_linear(normed, self.q), output_size, align_corners=True)
+        q = resize(self.q(normed), output_size, align_corners=True)
         points = self.points(q, x.shape[1:3])
         return deformable_attention(
             q * (q.shape[-1] // self.nh) ** -0.5,
-            apply_linear(normed, self.k),
+            self.k(normed),
             reassembled(x, values, groups=self.value_groups),
             points,
             heads=self.nh,
@@ -167,7 +160,7 @@ class LDAAQU(nnx.Module):
         )
 
     def points(
-        self, q: Float[Array, "b H W d"], size: tuple[Size, Size]
+        self, q: Float[Array, "b H W d"], size: tuple[Size, ...]
     ) -> Float[Array, "b H W g taps 2"]:
         """Where every output pixel looks: (row, column) in pixels of the features."""
         b, hh, ww, _ = q.shape
@@ -190,7 +183,7 @@ class LDAAQU(nnx.Module):
         return points * jnp.stack(steps).reshape(1, 1, 1, 1, 1, 2)
 
 
-class Offset(nnx.Module):
+class Offset(DepthwiseConv):
     """Predicts the offsets from the queries: depthwise 3x3, LayerNorm, GELU, convolution."""
 
     def __init__(
@@ -202,14 +195,9 @@ class Offset(nnx.Module):
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        # Xavier uniform with the fans that PyTorch counts: 9 in, 9 * features out.
-        bound = (6 / (9 + 9 * features)) ** 0.5
-        shape = (3, 3, features)
-        self.kernel = nnx.Param(
-            jax.random.uniform(rngs.params(), shape, param_dtype, -bound, bound)
-        )
-        self.norm = nnx.LayerNorm(features, epsilon=EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0))
-        self.conv = conv(
+        super().__init__(features, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+        self.norm = LayerNorm(features, param_dtype=param_dtype)
+        self.conv = Conv(
             features,
             out_features,
             kernel_size,
@@ -220,8 +208,8 @@ class Offset(nnx.Module):
 
     def __call__(self, q: Float[Array, "n H W d"]) -> Float[Array, "n H W o"]:
         """Offsets before the hyperbolic tangent, (row, column) per tap."""
-        q = depthwise_conv(q, self.kernel[...].astype(q.dtype))
-        return apply_conv(jax.nn.gelu(apply_norm(q, self.norm), approximate=False), self.conv)
+        q = self.norm(super().__call__(q))
+        return self.conv(jax.nn.gelu(q, approximate=False))
 
 
 def _times(n: Size, scale: int | float) -> Size:

@@ -18,9 +18,7 @@ Source: Zhou, Wang, Zheng, Meng, "A Refreshed Similarity-based Upsampler for Dir
 Feature Upsampling"; the semantics are those of the authors' released module.
 """
 
-import functools
-import math
-from typing import Literal, get_args
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from flax import nnx
@@ -37,14 +35,10 @@ from resfu_jax._checks import (
     check_whole,
     need,
 )
-from resfu_jax.ops._checks import check_floating
-from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._gradient import scale_gradient
-from resfu_jax.ops._interp import Size
-from resfu_jax.ops._order import after
-from resfu_jax.ops._polyphase import extend, upsample_extended, whole_ratio
-from resfu_jax.ops._row_blocks import Rows, block_rows, map_row_blocks
-from resfu_jax.ops._softmax import softmax
+from resfu_jax._layers import GroupNorm, Linear, normalised
+from resfu_jax.ops import Implementation
+from resfu_jax.ops.checks import check_floating
+from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.filters import (
     check_gf_scale,
     gaussian_blur,
@@ -52,14 +46,12 @@ from resfu_jax.ops.filters import (
     subsample,
 )
 from resfu_jax.ops.fns_attention import fns_attention
-from resfu_jax.ops.group_norm import group_moments
-from resfu_jax.ops.pcdc import Implementation as PCDCImplementation
+from resfu_jax.ops.gradient import scale_gradient
 from resfu_jax.ops.pcdc import PCDCParameters, pcdc
 from resfu_jax.ops.resize import resize
-from resfu_jax.upsamplers._layers import (
-    EPS,
-    apply_linear,
-    apply_norm,
+from resfu_jax.ops.sizes import Size
+from resfu_jax.ops.softmax import softmax
+from resfu_jax.upsamplers._inputs import (
     check_features,
     check_guide,
     compute_dtype,
@@ -67,8 +59,7 @@ from resfu_jax.upsamplers._layers import (
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
-
-Implementation = Literal["reference", "polyphase"]
+from resfu_jax.upsamplers._upsampler import Upsampler
 
 _HIDDEN = 128  # channels of the score branches, fixed in the official module
 _WEIGHT_INIT = nnx.initializers.normal(0.02)
@@ -80,7 +71,7 @@ _OUTSIDE = -1e7
 @register("resfu")
 @register("resfu_segmenter", lr_mult=500.0)
 @register("resfu_segformer", lr_mult=500.0)
-class ReSFU(nnx.Module):
+class ReSFU(Upsampler):
     """Upsamples features to the size of a guide.
 
     Args:
@@ -103,12 +94,11 @@ class ReSFU(nnx.Module):
       lr_mult: multiplies the gradients of the score branches' parameters, 0 or more (500 in the
         released configurations; nearly without effect under Adam).
       gf_scale: subsampling of the guided filter.
-      implementation: `"reference"` computes as the formulas stand; `"polyphase"` gives the same
-        values from less work: norms folded into the projections, and, where the ratio is whole and
-        equals the dilation, the semantic key convolution done at low resolution. `None` chooses.
-      tile: most rows of the output that are computed at a time, for large outputs: the same values
-        and gradients from less temporary memory and more time. (Steps that need the whole image,
-        such as norms, come first.)
+      implementation: of `ops.pcdc` and `ops.fns_attention`; `None` takes the best of the platform
+        that the program is for.
+      tile: most rows of the output that are computed at a time on a CPU, for large outputs: the
+        same values and gradients from less temporary memory and more time. (Steps that need the
+        whole image, such as norms, come first.)
       dtype: of the computation; the inputs' promoted dtype if not given. Statistics and the softmax
         are float32 or better.
       param_dtype: of the parameters.
@@ -119,6 +109,9 @@ class ReSFU(nnx.Module):
     """
 
     guide = "features"
+    weights_are_convex = True
+    # The norm of a score branch has both arguments, whose difference its bias cancels in.
+    without_gradient = (("semantic_scores", "norm", "bias"), ("detail_scores", "norm", "bias"))
 
     def __init__(
         self,
@@ -188,12 +181,10 @@ class ReSFU(nnx.Module):
                     "or switch that norm off with normx=False / normy=False"
                 )
             groups = 32 if width >= 32 else width
-            return nnx.GroupNorm(
-                width, groups, epsilon=EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0)
-            )
+            return GroupNorm(width, groups, param_dtype=param_dtype)
 
         def projection(width):
-            return nnx.Linear(
+            return Linear(
                 width,
                 embedding_dim,
                 use_bias=qkv_bias,
@@ -206,7 +197,7 @@ class ReSFU(nnx.Module):
         self.norm_y = norm("guide_features", guide_features) if normy else None
         self.q = projection(guide_features) if y_conv else None
         self.k = projection(features)
-        branch = dict(
+        branch: dict[str, Any] = dict(
             width=embedding_dim,
             dilation=dilation,
             kernel_size=kernel_size,
@@ -232,9 +223,8 @@ class ReSFU(nnx.Module):
         """
         attn = self.attention(features, guide)
         dtype = compute_dtype(self.dtype, features, guide, values)
-        form = self.implementation if self.implementation == "reference" else None
         v = reassembled(features.astype(dtype), values)
-        return fns_attention(attn, v, implementation=form, tile=self.tile)
+        return fns_attention(attn, v, implementation=self.implementation, tile=self.tile)
 
     def attention(
         self, features: Float[Array, "b h w c"], guide: Float[Array, "b H W cg"]
@@ -242,68 +232,33 @@ class ReSFU(nnx.Module):
         """Weights of the K*K neighbours of every output pixel, row-major, summing to 1."""
         self._check(features, guide)
         dtype = compute_dtype(self.dtype, features, guide)
-        x, y = features.astype(dtype), guide.astype(dtype)
-        if self.implementation == "reference":
-            scores = self._scores_reference(x, y)
-        else:
-            scores = self._scores_polyphase(x, y)
+        q, k = self.query(guide.astype(dtype)), self.key(features.astype(dtype))
+        scores = self.detail_scores(self.query_blurred(q), q, **self._form())
+        scores = self.semantic_scores(k, self.query_filtered(q, k), **self._form()) + scores
         scores = scores.astype(at_least_float32(dtype))
-        mask = neighbours_inside(y.shape[1:3], self.kernel_size, self.dilation)
+        mask = neighbours_inside(guide.shape[1:3], self.kernel_size, self.dilation)
         return softmax(jnp.where(mask[None], scores, scores + _OUTSIDE))
-
-    def _scores_reference(self, x: Array, y: Array) -> Array:
-        q, k = self.query(y), self.key(x)
-        k_up = resize(k, q.shape[1:3], implementation="reference")
-        q_gs, q_gf = self.query_blurred(q), self.query_filtered(q, k_up)
-        semantic = self.semantic_scores(k_up, q_gf, implementation="reference")
-        return semantic + self.detail_scores(q_gs, q, implementation="reference")
 
     def query(self, y: Array) -> Array:
         """Queries q, `(B, H, W, E)`."""
-        y = apply_norm(y, self.norm_y)
-        return y if self.q is None else apply_linear(y, self.q)
+        return normalised(y, self.norm_y) if self.q is None else self.q(y, norm=self.norm_y)
 
     def key(self, x: Array) -> Array:
         """Keys k, `(B, h, w, E)`."""
-        x = apply_norm(x, self.norm_x)
-        return apply_linear(x, self.k)
+        return self.k(x, norm=self.norm_x)
 
     def query_blurred(self, q: Array) -> Array:
         """Partner of q in the detail branch: its own blur."""
         return gaussian_blur(q, kernel_size=3, sigma=1.0)
 
-    def query_filtered(self, q: Array, k_up: Array) -> Array:
+    def query_filtered(self, q: Array, k: Array) -> Array:
         """Partner of the upsampled key in the semantic branch: q filtered towards it."""
-        return self._query_filtered(q, subsample(k_up, self.gf_scale))
+        small_q, small_k_up = (subsample(a, self.gf_scale) for a in (q, resize(k, q.shape[1:3])))
+        radius = self.radius // self.gf_scale
+        return guided_filter_subsampled(q, small_q, small_k_up, radius=radius, eps=self.eps)
 
-    def _query_filtered(self, q: Array, small_k_up: Array) -> Array:
-        guided_filter = functools.partial(
-            guided_filter_subsampled, radius=self.radius // self.gf_scale, eps=self.eps
-        )
-        maps = q, subsample(q, self.gf_scale), small_k_up
-        if self.tile is None:
-            return guided_filter(*maps)
-        # Each channel is filtered by itself: a few at a time, as the filter's maps are whole.
-        width = math.gcd(q.shape[3], 8)
-        block = Rows(3, width, width)
-        (filtered,) = map_row_blocks(
-            lambda _, maps: (guided_filter(*maps),),
-            q.shape[3] // width,
-            inputs=(block,) * 3,
-            outputs=(block,),
-            params=(),
-            arrays=maps,
-        )
-        return filtered
-
-    def _scores_polyphase(self, x: Array, y: Array) -> Array:
-        q = _linear_of_norm(y, self.norm_y, self.q)
-        k = _linear_of_norm(x, self.norm_x, self.k)
-        detail = self.detail_scores(self.query_blurred(q), q, tile=self.tile)
-        # One branch after the other: each holds a map of K*K numbers a norm group.
-        q, k = after(q, detail), after(k, detail)
-        q_gf = self._query_filtered(q, _subsampled_resize(k, q.shape[1:3], self.gf_scale))
-        return self.semantic_scores(k, q_gf, tile=self.tile) + detail
+    def _form(self) -> dict[str, Any]:
+        return dict(implementation=self.implementation, tile=self.tile)
 
     def _check(self, features: Array, guide: Array) -> None:
         check_features(features, self.features)
@@ -355,17 +310,13 @@ class PCDC(nnx.Module):
         init = nnx.initializers.normal(std)
         self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(jnp.zeros((hidden,), param_dtype))
-        self.norm = nnx.GroupNorm(
-            width, gn_dim, epsilon=EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0)
-        )
+        self.norm = GroupNorm(width, gn_dim, param_dtype=param_dtype)
         self.mix_kernel = nnx.Param(
             _WEIGHT_INIT(rngs.params(), (hidden // groups, hidden), param_dtype)
         )
         self.mix_bias = nnx.Param(jnp.zeros((hidden,), param_dtype))
-        self.hidden_norm = nnx.GroupNorm(
-            hidden, gn_dim, epsilon=EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0)
-        )
-        self.project = nnx.Linear(
+        self.hidden_norm = GroupNorm(hidden, gn_dim, param_dtype=param_dtype)
+        self.project = Linear(
             hidden, k * k, kernel_init=_WEIGHT_INIT, param_dtype=param_dtype, rngs=rngs
         )
 
@@ -374,7 +325,7 @@ class PCDC(nnx.Module):
         k: Float[Array, "b h w c"],
         q: Float[Array, "b H W c"],
         *,
-        implementation: PCDCImplementation | None = None,
+        implementation: Implementation | None = None,
         tile: int | None = None,
     ) -> Float[Array, "b H W taps"]:
         """Scores of the K*K neighbours; a k smaller than q stands for its upsampling."""
@@ -385,6 +336,7 @@ class PCDC(nnx.Module):
             dilation=self.dilation,
             groups=self.groups,
             norm_groups=self.gn_dim,
+            eps=self.norm.epsilon,
             implementation=implementation,
             tile=tile,
         )
@@ -392,7 +344,8 @@ class PCDC(nnx.Module):
     def _parameters(self, dtype: DTypeLike) -> PCDCParameters:
         """In the compute dtype, their gradients times `lr_mult`."""
 
-        def read(variable: nnx.Param) -> Array:
+        def read(variable: nnx.Param | None) -> Array:
+            assert variable is not None  # all layers here have biases
             value = variable[...].astype(dtype)
             return value if self.lr_mult == 1 else scale_gradient(value, self.lr_mult)
 
@@ -411,7 +364,7 @@ class PCDC(nnx.Module):
 
 
 def neighbours_inside(
-    size: tuple[Size, Size], kernel_size: int, dilation: int
+    size: tuple[Size, ...], kernel_size: int, dilation: int
 ) -> Bool[Array, "h w taps"]:
     """Whether neighbour p + dilation (j - r) of pixel p lies in an image of this size."""
 
@@ -422,57 +375,3 @@ def neighbours_inside(
     rows, cols = (axis(n) for n in size)
     inside = rows[:, None, :, None] & cols[None, :, None, :]
     return inside.reshape(*size, kernel_size * kernel_size)
-
-
-def _subsampled_resize(x: Array, size: tuple[Size, Size], step: int) -> Array:
-    """`subsample(resize(x, size), step)`."""
-    ratio = whole_ratio(x.shape[1:3], size)
-    if ratio is None or any(r % step for r in ratio):
-        return subsample(resize(x, size), step)
-    return upsample_extended(extend(x, 1), ratio, step)
-
-
-def _linear_of_norm(x: Array, norm: nnx.GroupNorm | None, layer: nnx.Linear | None) -> Array:
-    """`layer(norm(x))` without writing the normalised map; either may be absent."""
-    if layer is None:
-        return apply_norm(x, norm)
-    if norm is None:
-        return apply_linear(x, layer)
-    return _affine_of_norm(
-        x,
-        norm.scale[...],
-        norm.bias[...],
-        group_moments(x, groups=norm.num_groups, eps=EPS),
-        layer.kernel[...],
-        None if layer.bias is None else layer.bias[...],
-    )
-
-
-def _affine_of_norm(
-    x: Array,
-    scale: Array,
-    norm_bias: Array,
-    moments: tuple[Array, Array],
-    kernel: Array,
-    bias: Array | None,
-) -> Array:
-    """`GN(x) @ kernel + bias` as one product of the centred map with per-image weights."""
-    mean, factor = moments
-    scale, norm_bias, kernel = (a.astype(factor.dtype) for a in (scale, norm_bias, kernel))
-    offset = norm_bias @ kernel
-    if bias is not None:
-        offset = offset + bias.astype(offset.dtype)
-    weight = ((factor * scale[None])[:, :, None] * kernel[None]).astype(x.dtype)
-
-    def affine(params, blocks):
-        (weight, offset, mean), (x,) = params, blocks
-        # Not as a part of the offset: in a narrow dtype, large products would have to cancel.
-        centred = (x.astype(mean.dtype) - mean[:, None, None]).astype(x.dtype)
-        product = jnp.einsum("bhwc,bco->bhwo", centred, weight, preferred_element_type=mean.dtype)
-        return ((product + offset[None, None, None]).astype(x.dtype),)
-
-    b, h, w, _ = x.shape
-    rows = block_rows(h, b * w * max(kernel.shape))
-    block = Rows(1, rows, rows)
-    (out,) = map_row_blocks(affine, h // rows, (block,), (block,), (weight, offset, mean), (x,))
-    return out

@@ -35,33 +35,27 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_choice, check_flag, check_odd, check_whole, need
-from resfu_jax.ops._checks import check_floating
-from resfu_jax.ops._dtypes import at_least_float32
-from resfu_jax.ops._polyphase import whole_ratio
-from resfu_jax.ops._softmax import softmax
-from resfu_jax.ops.deformable_attention import Implementation as PointImplementation
+from resfu_jax._layers import GroupNorm, LayerNorm, Linear, normalised
+from resfu_jax.ops import Implementation
+from resfu_jax.ops.checks import check_floating
 from resfu_jax.ops.deformable_attention import deformable_attention
+from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.local_window import (
-    Implementation,
-    cell_index,
     local_attention,
     local_similarity,
 )
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle
 from resfu_jax.ops.resize import resize
-from resfu_jax.upsamplers._layers import (
-    EPS,
-    apply_linear,
-    apply_linear_of_norm,
-    apply_norm,
+from resfu_jax.ops.sizes import cell_index, whole_ratio
+from resfu_jax.upsamplers._inputs import (
     check_features,
     check_guide,
     compute_dtype,
     need_guide,
-    project,
     reassembled,
 )
 from resfu_jax.upsamplers._registry import register
+from resfu_jax.upsamplers._upsampler import Upsampler
 
 Query = Literal["encoder_only", "cat", "gate"]
 Norm = Literal["layer", "group"]
@@ -72,7 +66,7 @@ _WEIGHT_INIT = nnx.initializers.normal(0.02)
 @register("sapa")
 @register("sapa_g", q_mode="gate")
 @register("sapa_i", embedding_dim=None)
-class SAPA(nnx.Module):
+class SAPA(Upsampler):
     """Upsamples features to the size of a guide by local similarity.
 
     Args:
@@ -99,6 +93,7 @@ class SAPA(nnx.Module):
     """
 
     guide = "features"
+    weights_are_convex = True
 
     def __init__(
         self,
@@ -139,18 +134,20 @@ class SAPA(nnx.Module):
         self.q_mode, self.up_kernel_size = q_mode, up_kernel_size
         self.implementation, self.dtype = implementation, dtype
 
-        def linear(n, m):
+        def linear(n: int, m: int) -> Linear:
             return _linear(n, m, qkv_bias, param_dtype, rngs)
 
         self.norm_y = _norm("guide_features", guide_features, norm, param_dtype)
         self.norm_x = _norm("features", features, norm, param_dtype)
-        embedded, gated = embedding_dim is not None, q_mode == "gate"
+        width, gated = embedding_dim, q_mode == "gate"
         query_width = guide_features + (features if q_mode == "cat" else 0)
-        self.q = linear(query_width, embedding_dim) if embedded else None
-        self.k = linear(features, embedding_dim) if embedded else None
-        self.qx = linear(features, embedding_dim) if gated else None
+        self.q = None if width is None else linear(query_width, width)
+        self.k = None if width is None else linear(features, width)
+        self.qx = None if width is None or not gated else linear(features, width)
         self.gate = linear(features, 1) if gated else None
-        self.v = linear(features, out_dim) if v_embed or out_dim != features else None
+        self.same_width = width is None
+        self.mixes = v_embed or out_dim != features
+        self.v = linear(features, out_dim) if self.mixes else None
 
     def __call__(
         self,
@@ -168,9 +165,9 @@ class SAPA(nnx.Module):
         check_guide(features, guide, self.guide_features)
         dtype = compute_dtype(self.dtype, features, guide, values)
         x, y = features.astype(dtype), guide.astype(dtype)
-        x, scores = self._scores(x, y)
+        scores = self._scores(x, y)
         if values is None and self.v is not None:
-            v = apply_linear(apply_norm(x, self.norm_x), self.v)
+            v = self.v(x, norm=self.norm_x)
         else:
             v = reassembled(x, values)
         return local_attention(scores, v, implementation=self.implementation)
@@ -179,43 +176,41 @@ class SAPA(nnx.Module):
         self, x: Float[Array, "b h w c"], y: Float[Array, "b H W cg"]
     ) -> Float[Array, "b H W taps"]:
         """Weights of the K*K low-resolution pixels of every output pixel, which sum to 1."""
-        return softmax(self._scores(x, y)[1])
+        return jax.nn.softmax(self._scores(x, y))
 
     def _scores(
         self, x: Float[Array, "b h w c"], y: Float[Array, "b H W cg"]
-    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b H W taps"]]:
-        """`project`'s x, and the similarities to the K*K pixels around every output pixel."""
-        if self.q is None:
-            q, k = apply_norm(y, self.norm_y), apply_norm(x, self.norm_x)
+    ) -> Float[Array, "b H W taps"]:
+        """Similarities to the K*K pixels around every output pixel."""
+        if self.q is None or self.k is None:
+            q, k = normalised(y, self.norm_y), normalised(x, self.norm_x)
         else:
-            x, q = self._query(x, y)
-            k = apply_linear_of_norm(x, self.norm_x, self.k)
-        return x, local_similarity(
+            q = self._query(self.q, x, y)
+            k = self.k(x, norm=self.norm_x)
+        return local_similarity(
             q, k, kernel_size=self.up_kernel_size, implementation=self.implementation
         )
 
     def _query(
-        self, x: Float[Array, "b h w c"], y: Array
-    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b H W d"]]:
-        """`project`'s x, and the queries."""
+        self, project: Linear, x: Float[Array, "b h w c"], y: Array
+    ) -> Float[Array, "b H W d"]:
+        """The queries."""
 
         def up(a):
             return resize(a, y.shape[1:3], method="nearest")
 
         if self.q_mode == "cat":
-            both = jnp.concatenate([apply_norm(y, self.norm_y), up(x)], axis=-1)
-            return x, apply_linear(both, self.q)
-        q = apply_linear_of_norm(y, self.norm_y, self.q)
-        if self.q_mode == "encoder_only":
-            return x, q
-        gate = up(jax.nn.sigmoid(apply_linear_of_norm(x, self.norm_x, self.gate)))
-        x, own = project(x, self.qx)
+            return project(jnp.concatenate([normalised(y, self.norm_y), up(x)], axis=-1))
+        q = project(y, norm=self.norm_y)
+        if self.gate is None or self.qx is None:
+            return q
+        gate = up(jax.nn.sigmoid(self.gate(x, norm=self.norm_x)))
         # A linear map and nearest-neighbour upsampling commute.
-        return x, gate * q + (1 - gate) * up(own)
+        return gate * q + (1 - gate) * up(self.qx(x))
 
 
 @register("sapa_deform")
-class SAPADeform(nnx.Module):
+class SAPADeform(Upsampler):
     """SAPA-D: similarity with P sampled points per output pixel and group, instead of a window.
 
         u = cell(p) + Linear(N(x)),   attn = softmax over P (<q[p], k(u)>),   out = sum attn x(u)
@@ -241,6 +236,7 @@ class SAPADeform(nnx.Module):
     """
 
     guide = "features"
+    weights_are_convex = True
 
     def __init__(
         self,
@@ -254,7 +250,7 @@ class SAPADeform(nnx.Module):
         qkv_bias: bool = True,
         high_offset: bool = True,
         norm: Norm | None = None,
-        implementation: PointImplementation | None = None,
+        implementation: Implementation | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -269,11 +265,11 @@ class SAPADeform(nnx.Module):
             embedding_dim=embedding_dim,
         )
         check_flag(qkv_bias=qkv_bias, high_offset=high_offset)
-        check_choice((*get_args(PointImplementation), None), implementation=implementation)
+        check_choice((*get_args(Implementation), None), implementation=implementation)
         need(features % groups == 0, f"groups must divide features={features}, got {groups}")
         self.features, self.guide_features = features, guide_features
-        self.scale, self.num_point, self.groups = scale, num_point, groups
-        self.high_offset = high_offset
+        self.scale, self.num_point, self.value_groups = scale, num_point, groups
+        self.high_offset = self.needs_whole_scale = high_offset
         self.implementation, self.dtype = implementation, dtype
 
         def linear(n, m):
@@ -285,11 +281,6 @@ class SAPADeform(nnx.Module):
         self.k = linear(features, groups * embedding_dim)
         phases = scale**2 if high_offset else 1
         self.offset = linear(features, 2 * groups * num_point * phases)
-
-    @property
-    def value_groups(self) -> int:
-        """Groups of channels, blocks of successive ones, that have weights of their own."""
-        return self.groups
 
     def __call__(
         self,
@@ -307,19 +298,18 @@ class SAPADeform(nnx.Module):
         check_guide(features, guide, self.guide_features)
         dtype = compute_dtype(self.dtype, features, guide, values)
         x, y = features.astype(dtype), guide.astype(dtype)
-        normed = apply_norm(x, self.norm_x)
-        q = apply_linear(apply_norm(y, self.norm_y), self.q)
-        k = apply_linear(normed, self.k)
+        normed = normalised(x, self.norm_x)
+        q, k = self.q(y, norm=self.norm_y), self.k(normed)
         points = self.points(normed, y.shape[1:3])
         v = reassembled(x, values, groups=self.value_groups)
         return deformable_attention(
-            q, k, v, points, heads=self.groups, implementation=self.implementation
+            q, k, v, points, heads=self.value_groups, implementation=self.implementation
         )
 
     def points(self, normed_x: Float[Array, "b h w c"], size: tuple) -> Float[Array, "b H W g p 2"]:
         """Where every output pixel looks: (row, column) in pixels of the features."""
         ratio = whole_ratio(normed_x.shape[1:3], size)
-        offset = apply_linear(normed_x, self.offset)
+        offset = self.offset(normed_x)
         if not self.high_offset:
             offset = resize(offset, size, method="nearest")
         else:
@@ -330,30 +320,32 @@ class SAPADeform(nnx.Module):
             )
             offset = pixel_shuffle(offset, self.scale)
         offset = offset.astype(at_least_float32(offset.dtype))
-        offset = offset.reshape(*offset.shape[:3], self.groups, self.num_point, 2)
+        # As planes, which accelerators like better than pairs of points of groups.
+        b, hh, ww, _ = offset.shape
+        offset = jnp.moveaxis(offset, 3, 1).reshape(b, self.value_groups, self.num_point, 2, hh, ww)
         rows, cols = (
             cell_index(n, m).astype(offset.dtype)
             for n, m in zip(normed_x.shape[1:3], size, strict=True)
         )
-        cells = jnp.stack(jnp.meshgrid(rows, cols, indexing="ij"), axis=-1)
+        cells = jnp.stack(jnp.meshgrid(rows, cols, indexing="ij"))
         # The channels are (column, row).
-        return cells[None, :, :, None, None] + offset[..., ::-1]
+        points = cells[None, None, None] + offset[:, :, :, ::-1]
+        return jnp.moveaxis(points, (4, 5), (1, 2))
 
 
-def _linear(n: int, m: int, use_bias: bool, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(
+def _linear(n: int, m: int, use_bias: bool, param_dtype: DTypeLike, rngs: nnx.Rngs) -> Linear:
+    return Linear(
         n, m, use_bias=use_bias, kernel_init=_WEIGHT_INIT, param_dtype=param_dtype, rngs=rngs
     )
 
 
 def _norm(
     name: str, width: int, kind: Norm | None, param_dtype: DTypeLike
-) -> nnx.GroupNorm | nnx.LayerNorm | None:
+) -> GroupNorm | LayerNorm | None:
     check_choice((*get_args(Norm), None), norm=kind)
     if kind is None:
         return None
-    types = dict(epsilon=EPS, param_dtype=param_dtype, rngs=nnx.Rngs(0))
     if kind == "layer":
-        return nnx.LayerNorm(width, **types)
+        return LayerNorm(width, param_dtype=param_dtype)
     need(width % 32 == 0, f"norm='group' needs {name} to be a multiple of 32, got {width}")
-    return nnx.GroupNorm(width, 32, **types)
+    return GroupNorm(width, 32, param_dtype=param_dtype)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from resfu_jax.ops._dtypes import at_least_float32
+from resfu_jax.ops.dtypes import at_least_float32
 
 _NARROW = {jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16)}  # neither holds the other
 

@@ -5,9 +5,8 @@ results. Its gradient runs the blocks again instead of keeping what lies between
 stays in the cache, forward and backward, and memory is that of one block.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,15 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from resfu_jax.ops._dtypes import at_least_float32, bfloat16_is_native
-from resfu_jax.ops._interp import Size
-from resfu_jax.ops._order import zeros_after
+from resfu_jax.ops.dtypes import at_least_float32
+from resfu_jax.ops.sizes import Size
 
-# Values of the widest map of a block, over the batch. On a CPU, blocks then stay in a core's cache;
-# elsewhere they are large enough to keep the device busy.
-BLOCK_VALUES = {"cpu": 2**19}
-_BLOCK_VALUES_ELSEWHERE = 2**24
-_ALL = 2**62  # in `one_block`, which no other limit divides
+BLOCK_VALUES = 2**19
+"""Values of the widest map of a block, over the batch: it stays in a core's cache."""
 
 
 class Rows(NamedTuple):
@@ -84,18 +79,6 @@ class Normalised(NamedTuple):
     apply: Callable[[Any, Array], Array]
 
 
-@contextlib.contextmanager
-def one_block() -> Iterator[None]:
-    """Traces without loops: XLA counts the operations of a loop's body once."""
-    before = dict(BLOCK_VALUES)
-    BLOCK_VALUES[jax.default_backend()] = _ALL
-    try:
-        yield
-    finally:
-        BLOCK_VALUES.clear()
-        BLOCK_VALUES.update(before)
-
-
 Block = Rows | Taps | Bordered
 Function = Callable[[Any, tuple[Array, ...]], tuple[Array, ...]]
 
@@ -114,20 +97,9 @@ def block_rows(
     """
     if not isinstance(height, int) or not isinstance(row_values, int):
         return 1
-    values = block_values()
-    fit = max(values, at_least) // max(1, row_values)
-    most = max(1, fit if most is None or values == _ALL else min(fit, most))
+    fit = max(BLOCK_VALUES, at_least) // max(1, row_values)
+    most = max(1, fit if most is None else min(fit, most))
     return max(n for n in range(1, min(most, height) + 1) if height % n == 0)
-
-
-def block_values() -> int:
-    """Values of the widest map of a block, at most."""
-    return BLOCK_VALUES.get(jax.default_backend(), _BLOCK_VALUES_ELSEWHERE)
-
-
-def may_be_small() -> bool:
-    """Whether blocks may be smaller than fit, for memory alone; not on a device to keep busy."""
-    return jax.default_backend() in BLOCK_VALUES
 
 
 def map_row_blocks(
@@ -139,7 +111,7 @@ def map_row_blocks(
     arrays: tuple[Array, ...],
     *,
     forward: Function | None = None,
-    early: bool = False,
+    in_place: bool = False,
 ) -> tuple[Array, ...]:
     """Run `f(params, blocks) -> blocks` over `count` blocks of rows.
 
@@ -153,8 +125,8 @@ def map_row_blocks(
       arrays: the arrays.
       forward: gives the same from all rows at once. With it, blocks are for the gradient only. (If
         one block is all, `f` runs for both.)
-      early: the outputs may be allocated before the arrays are computed, as they are the results
-        of everything.
+      in_place: gradients to arrays whose blocks do not overlap are written over the arrays, block
+        by block. For arrays that nothing else reads later: others would be copied.
 
     Returns:
       The output arrays.
@@ -162,7 +134,7 @@ def map_row_blocks(
     if isinstance(count, int) and count == 1:
         # One block is all: nothing to loop over, nothing to recompute.
         return f(params, cut(arrays, 0, inputs))
-    return _map(f, count, inputs, outputs, forward, early, params, arrays)
+    return _map(f, count, inputs, outputs, forward, in_place, params, arrays)
 
 
 def map_row_blocks_normalised(
@@ -202,19 +174,19 @@ def map_row_blocks_normalised(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4, 5))
-def _map(f, count, inputs, outputs, forward, early, params, arrays):
+def _map(f, count, inputs, outputs, forward, in_place, params, arrays):
     if forward is not None:
         return forward(params, arrays)
-    return _run(lambda *args: (f(*args), ()), count, inputs, outputs, params, arrays, early)[0]
+    return _run(lambda *args: (f(*args), ()), count, inputs, outputs, params, arrays)[0]
 
 
-def _map_bwd(f, count, inputs, outputs, forward, early, saved, d_outputs):
+def _map_bwd(f, count, inputs, outputs, forward, in_place, saved, d_outputs):
     params, arrays = saved
 
     def cotangents(i, _):
         return cut(d_outputs, i, outputs)
 
-    return _run_backward(f, count, inputs, params, arrays, cotangents, d_outputs[0])
+    return _run_backward(f, count, inputs, params, arrays, cotangents, in_place)
 
 
 _map.defvjp(lambda *args: (_map(*args), args[6:]), _map_bwd)
@@ -274,7 +246,7 @@ def _map_normalised_bwd(layers, count, inputs, narrow, output, keep, saved, d_ou
         return *cut((d_out,), i, (output,)), d_sums
 
     (d_params, d_folded), d_arrays = _run_backward(
-        applied_and_sums, count, inputs, (params, folded), arrays, cotangents, d_out
+        applied_and_sums, count, inputs, (params, folded), arrays, cotangents
     )
     return d_params, of_fold(d_folded)[0], d_arrays
 
@@ -282,16 +254,14 @@ def _map_normalised_bwd(layers, count, inputs, narrow, output, keep, saved, d_ou
 _map_normalised.defvjp(_map_normalised_fwd, _map_normalised_bwd)
 
 
-def _run(f, count, inputs, outputs, params, arrays, early=False):
+def _run(f, count, inputs, outputs, params, arrays):
     """Output arrays, and sums over all blocks, of `f(params, blocks) -> (blocks, sums)`."""
     shapes, sum_shapes = jax.eval_shape(lambda p, a: f(p, cut(a, 0, inputs)), params, arrays)
     buffers = []
     for shape, rows in zip(shapes, outputs, strict=True):
         full = list(shape.shape)
         full[rows.axis] = rows.step * count
-        # Not earlier than needed: the buffers exist from when the first array is computed.
-        zeros = jnp.zeros if early else functools.partial(zeros_after, arrays[0])
-        buffers.append(zeros(tuple(full), shape.dtype))
+        buffers.append(jnp.zeros(tuple(full), shape.dtype))
     sums = zero_sums(sum_shapes)
 
     def body(i, state):
@@ -304,22 +274,27 @@ def _run(f, count, inputs, outputs, params, arrays, early=False):
     return tuple(buffers), sums
 
 
-def _run_backward(f, count, inputs, params, arrays, cotangents, done):
+def _run_backward(f, count, inputs, params, arrays, cotangents, in_place=False):
     """Gradients of the blocks' `f(params, blocks)`, made again.
 
-    `cotangents(i, results)` are those of the results of block i. The gradients exist from when
-    `done` is computed.
+    `cotangents(i, results)` are those of the results of block i.
     """
     d_params = zero_sums(params)
-    d_arrays = []
+    d_arrays, over = [], []
     for a, rows in zip(arrays, inputs, strict=True):
         filled = _are_apart(rows) and a.shape[rows.axis] == count * rows.step
+        over.append(filled and in_place)
         dtype = a.dtype if filled else at_least_float32(a.dtype)
-        d_arrays.append(zeros_after(done, a.shape, dtype))
+        d_arrays.append(a if over[-1] else jnp.zeros(a.shape, dtype))
 
     def body(i, state):
         d_params, d_arrays = state
-        results, vjp = jax.vjp(f, params, cut(arrays, i, inputs))
+        left = (d if o else a for a, d, o in zip(arrays, d_arrays, over, strict=True))
+        blocks = cut(tuple(left), i, inputs)
+        blocks = (
+            as_dtype(b, a.dtype) if o else b for a, b, o in zip(arrays, blocks, over, strict=True)
+        )
+        results, vjp = jax.vjp(f, params, tuple(blocks))
         parts, blocks = vjp(cotangents(i, results))
         d_params = add_to_sums(d_params, parts)
         d_arrays = [add(a, b, i, r) for a, b, r in zip(d_arrays, blocks, inputs, strict=True)]
@@ -354,21 +329,21 @@ def loop(count: Size, body, state):
     bound = count if isinstance(count, int) else jnp.asarray(count, jnp.int32)
     dtypes = jax.tree.map(lambda a: a.dtype, state)
     state = jax.lax.fori_loop(0, bound, body, jax.tree.map(_words, state))
-    return jax.tree.map(_as, state, dtypes)
+    return jax.tree.map(as_dtype, state, dtypes)
 
 
 def _words(a: Array) -> Array:
-    """bfloat16 as its bits, where it is not native.
+    """bfloat16 as its bits before JAX 0.11.2.
 
     There XLA's CPU compiler reads and updates a slice by way of float32, and for that writes the
     whole array again. Of the bits, a loop's result is copied once.
     """
-    needed = a.dtype == jnp.bfloat16 and not bfloat16_is_native()
-    return _as(a, jnp.dtype(jnp.uint16)) if needed else a
+    needed = a.dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11, 2)
+    return as_dtype(a, jnp.dtype(jnp.uint16)) if needed else a
 
 
-def _as(a: Array, dtype: np.dtype) -> Array:
-    """In the dtype of an array of the state, or back from it."""
+def as_dtype(a: Array, dtype: np.dtype) -> Array:
+    """In the dtype of an array of a loop's state, or back from it."""
     if a.dtype == dtype:
         return a
     if dtype == jnp.uint16:
@@ -396,14 +371,14 @@ def cut_parts(a: Array, i, rows: Rows, shape: tuple[Size, ...]) -> list[Array]:
     for k in range(shape[-2]):
         start = _start(words, i, rows)
         start[-2] = jnp.asarray(k, start[0].dtype)
-        parts.append(_as(jax.lax.dynamic_slice(words, start, length)[..., 0, :], dtype))
+        parts.append(as_dtype(jax.lax.dynamic_slice(words, start, length)[..., 0, :], dtype))
     return parts
 
 
 def _cut(a: Array, i, rows: Block) -> Any:
     if isinstance(i, int):
         return _cut_words(a, i, rows)
-    return jax.tree.map(lambda block: _as(block, a.dtype), _cut_words(_words(a), i, rows))
+    return jax.tree.map(lambda block: as_dtype(block, a.dtype), _cut_words(_words(a), i, rows))
 
 
 def _cut_words(a: Array, i, rows: Block) -> Any:
@@ -450,7 +425,7 @@ def _start_of_tap(a: Array, i, taps: Taps, offset) -> list[Array]:
 
 def put(a: Array, block: Array, i, rows: Rows, offset: Size = 0) -> Array:
     """The array with its block i, or the block so many slices further on, replaced."""
-    return jax.lax.dynamic_update_slice(a, _as(block, a.dtype), _start(a, i, rows, offset))
+    return jax.lax.dynamic_update_slice(a, as_dtype(block, a.dtype), _start(a, i, rows, offset))
 
 
 def _are_apart(rows: Block) -> bool:

@@ -25,18 +25,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._dtypes import cast
-from resfu_jax.ops._interp import Size
-from resfu_jax.ops._order import zeros_after
-from resfu_jax.ops._row_blocks import (
+from resfu_jax.ops._cpu.cast import cast
+from resfu_jax.ops._cpu.rows import (
     Rows,
     add,
     block_rows,
     cut,
     loop,
     map_row_blocks,
-    may_be_small,
 )
+from resfu_jax.ops.sizes import Size
 
 _PATCH_PIXELS = 64  # of the output, at most, in a patch of several rows of cells
 
@@ -91,8 +89,7 @@ def _reassemble_bwd(saved, g):
         d_weights = add(d_weights, _correlate(y, window, n, groups), i, pixels)
         return d_weights, add(d_x, scatter(w, y, window.shape), i, windows)
 
-    zeros = (zeros_after(g, a.shape, a.dtype) for a in (weights, x))
-    return loop(count, body, tuple(zeros))
+    return loop(count, body, (jnp.zeros_like(weights), jnp.zeros_like(x)))
 
 
 reassemble.defvjp(lambda weights, x: (reassemble(weights, x), (weights, x)), _reassemble_bwd)
@@ -110,7 +107,7 @@ def _correlate_bwd(n, groups, saved, g):
         d_y = add(d_y, cast(reassemble(weights, window), y.dtype), i, pixels)
         return d_y, add(d_x, scatter(weights, y_rows, window.shape), i, windows)
 
-    return loop(count, body, tuple(zeros_after(g, a.shape, a.dtype) for a in (y, x)))
+    return loop(count, body, (jnp.zeros_like(y), jnp.zeros_like(x)))
 
 
 correlate.defvjp(
@@ -249,7 +246,7 @@ def blocks(
     """
     (h, _), (ratio, _) = _cells(out_shape, padded_shape, n)
     most = None if tile is None else tile // ratio
-    if at_least > 1 and isinstance(h, int) and may_be_small():
+    if at_least > 1 and isinstance(h, int):
         most = max(1, h // at_least)
     rows = block_rows(h, out_shape[0] * ratio * out_shape[2] * padded_shape[3], most)
     return h // rows, Rows(1, rows, rows + n - 1), Rows(1, rows * ratio, rows * ratio)

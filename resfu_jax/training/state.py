@@ -1,0 +1,92 @@
+"""The state of a run: everything that a checkpoint holds, as a pytree of arrays."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from resfu_jax.model import SegmentationModel, create_model
+from resfu_jax.training.config import Config, ConfigError, model_arguments
+
+State = dict[str, Any]
+
+
+def split_model(model: SegmentationModel) -> tuple[nnx.GraphDef, State]:
+    """The model without its arrays, and these.
+
+    `params` are those that learn, `rest` the others: batch statistics, dropout, a frozen backbone.
+    """
+    graphdef, *states = nnx.split(model, model.trainable, ...)
+    params, rest = (nnx.as_pure(state) for state in states)
+    return graphdef, {"params": params, "rest": rest}
+
+
+def merge_model(graphdef: nnx.GraphDef, params: Any, rest: Any) -> SegmentationModel:
+    """The model with these arrays; to run it changes none of them."""
+    return nnx.merge(graphdef, params, rest, copy=True)
+
+
+def create_state(
+    config: Config,
+    num_classes: int,
+    optimizer: optax.GradientTransformation,
+    pretrained: dict[str, Any] | None = None,
+) -> tuple[nnx.GraphDef, State]:
+    """The model without its arrays, and the state that a run starts from.
+
+    Args:
+      config: an experiment.
+      num_classes: of its dataset.
+      optimizer: of `create_optimizer`.
+      pretrained: weights of the backbone, see `pretrained_backbone`.
+    """
+    model = create_model(
+        **model_arguments(config.model), num_classes=num_classes, rngs=nnx.Rngs(config.seed)
+    )
+    if pretrained is not None:
+        nnx.update(model.backbone, pretrained)
+    graphdef, weights = split_model(model)
+    state = {
+        "step": jnp.zeros((), jnp.int32),
+        **weights,
+        "optimizer": optimizer.init(weights["params"]),
+    }
+    if config.optimizer.ema_decay is not None:
+        state["ema"] = jax.tree.map(jnp.copy, weights["params"])
+    return graphdef, state
+
+
+def abstract_state(
+    config: Config, num_classes: int, optimizer: optax.GradientTransformation
+) -> tuple[nnx.GraphDef, State]:
+    """`create_state` in shapes and types only, of a model that takes crops of the config's size.
+
+    Raises:
+      ValueError: options of the model that do not fit together, or not that size.
+    """
+    graphdef, state = jax.eval_shape(lambda: create_state(config, num_classes, optimizer))
+    crop = jax.ShapeDtypeStruct((1, *config.data.crop_size, 3), jnp.uint8)
+    jax.eval_shape(
+        lambda params, rest, x: merge_model(graphdef, params, rest)(x),
+        state["params"],
+        state["rest"],
+        crop,
+    )
+    return graphdef, state
+
+
+@contextlib.contextmanager
+def blaming(field: str) -> Iterator[None]:
+    """What turns out not to fit is a mistake in this field of the config.
+
+    Raises:
+      ConfigError: instead of a `ValueError` or `FileNotFoundError`.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"{field}: {error}") from error

@@ -1,0 +1,95 @@
+"""What members say about themselves, and that one of another package needs no more than that."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from flax import nnx
+
+from resfu_jax import create_upsampler, list_upsamplers
+from resfu_jax.upsamplers import (
+    Upsampler,
+    _registry,
+    pixel_weights,
+    register,
+    takes_values,
+    upsampler_entry,
+)
+
+TESTS = pathlib.Path(__file__).parent
+
+
+def names_that(attribute):
+    ups = {n: create_upsampler(n, features=16, guide_features=16) for n in list_upsamplers()}
+    return {name for name, up in ups.items() if getattr(up, attribute)}
+
+
+def test_which_upsamplers_take_values():
+    makes_new = {n for n in list_upsamplers() if not takes_values(upsampler_entry(n).cls)}
+    assert makes_new == {"deconv", "pixel_shuffle"}
+
+
+def test_what_members_say():
+    dysample = {n for n in list_upsamplers() if n.startswith("dysample")}
+    whole = {"carafe", "deconv", "pixel_shuffle", "sapa_deform", *dysample}
+    assert names_that("needs_whole_scale") == whole
+    assert names_that("same_width") == {"fade", "fade_lite", "sapa_i"}
+    assert names_that("mixes") == {"fade", "fade_lite"}
+    others = {"bicubic", "deconv", "pixel_shuffle", "fade", "fade_lite"}
+    assert names_that("weights_are_convex") == set(list_upsamplers()) - others
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("fade", dict(gate=False), dict(same_width=False, mixes=False, weights_are_convex=True)),
+        ("sapa", dict(v_embed=True), dict(mixes=True, weights_are_convex=True)),
+        ("sapa", dict(out_dim=8), dict(mixes=True)),
+        ("sapa_deform", dict(high_offset=False), dict(needs_whole_scale=False)),
+        ("carafe", dict(up_group=2), dict(value_groups=2)),
+        ("lda_aqu", dict(nh=2, n_groups=4, reduction_factor=2), dict(value_groups=4)),
+    ],
+)
+def test_options_change_what_they_say(name, options, said):
+    up = create_upsampler(name, features=16, guide_features=16, **options)
+    assert {attribute: getattr(up, attribute) for attribute in said} == said
+
+
+@pytest.mark.parametrize("name", ["fade", "fade_lite"])
+def test_the_gate_gives_the_rest_to_the_guide(name):
+    up = create_upsampler(name, features=16, guide_features=16, scale=2)
+    x, guide = (jax.random.normal(jax.random.key(n), (1, n, n, 16)) for n in (6, 12))
+    assert 0.01 < pixel_weights(up, x, (6, 5), guide).sum() < 0.99
+
+
+def test_a_plain_module_gets_the_defaults(monkeypatch):
+    monkeypatch.setattr(_registry, "_ENTRIES", dict(_registry._ENTRIES))
+
+    @register("plain")
+    class Plain(nnx.Module):
+        guide = "features"
+        same_width = True
+
+        def __call__(self, features, guide):
+            return features
+
+    said = {name: getattr(Plain, name) for name in Upsampler.__annotations__}
+    defaults = {name: getattr(Upsampler, name) for name in Upsampler.__annotations__}
+    assert said == defaults | dict(guide="features", same_width=True)
+
+
+@pytest.mark.slow
+def test_a_member_of_another_package_passes_the_common_suite():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+        + [str(TESTS / "test_upsamplers_common.py"), "-k", "toy"],
+        cwd=TESTS.parent,
+        env=os.environ | {"PYTHONPATH": f"{TESTS}", "UPSAMPLERS": "toy_upsampler"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and "failed" not in done.stdout
