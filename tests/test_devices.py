@@ -236,7 +236,7 @@ def test_flops_of_a_product_and_of_blocks_of_rows():
     def blocks(a, b):
         rows = block_rows(16, 2**16)
         row = Rows(axis=0, step=rows, length=rows)
-        (y,) = map_row_blocks(lambda b, x: (x[0] @ b,), 16 // rows, (row,), (row,), b, (a,))
+        (y,) = map_row_blocks(lambda b, x: (x @ b,), 16 // rows, (None, row), (row,), b, a)
         return y
 
     assert "while" in jax.jit(blocks).lower(a, b).as_text()

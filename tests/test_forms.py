@@ -11,7 +11,7 @@ from flax import nnx
 from jax import export
 
 from resfu_jax import create_upsampler
-from resfu_jax.ops import conv, fns_attention, local_attention, resize, softmax
+from resfu_jax.ops import conv, fns_attention, local_attention, local_similarity, resize
 from resfu_jax.ops._forms import Form, Forms
 
 
@@ -35,8 +35,8 @@ ATTN, X = normal(0, 2, 8, 6, 9), normal(1, 2, 4, 3, 5)
             "'xla' does not apply: nearest needs whole ratios",
         ),
         (
-            lambda: softmax(X, implementation="xla"),
-            "must be None or one of reference, cpu for softmax, got 'xla' .no such form",
+            lambda: local_similarity(X, X, kernel_size=3, implementation="pallas"),
+            "of reference, xla, cpu for local_similarity, got 'pallas' .no such form",
         ),
         (
             lambda: conv(X, normal(2, 3, 3, 5, 2), implementation="cuda"),

@@ -2,6 +2,7 @@
 
 import fractions
 import functools
+import types
 
 import goldens
 import jax
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
 
-from resfu_jax.ops import _interp, _polyphase, sizes
-from resfu_jax.ops._polyphase import extend_axis, upsample_extended_axis
+from resfu_jax.ops import _interp, sizes
+from resfu_jax.ops._pad import pad
+from resfu_jax.ops._xla.pcdc import normalised_as_upsampled
+from resfu_jax.ops.group_norm import group_norm
 from resfu_jax.ops.resize import resize
 from resfu_jax.ops.sizes import cell_index
 
@@ -331,26 +334,25 @@ def test_jit_and_vmap_and_bfloat16(method, size):
 
 @pytest.mark.parametrize("ratio", [(1, 2), (2, 3), (16, 4)])
 def test_moments_of_the_upsampled_map(ratio):
-    """They and their gradients come from the small map."""
-    x = jax.random.normal(jax.random.key(0), (2, 5, 4, 3))
+    """A map normalised for its upsampling: what group normalisation makes of the upsampled one."""
+    x = jax.random.normal(jax.random.key(0), (2, 5, 4, 6))
+    scale, bias = 1 + jax.random.normal(jax.random.key(1), (2, 6))
+    size, parameters = (
+        (5 * ratio[0], 4 * ratio[1]),
+        types.SimpleNamespace(scale=scale, norm_bias=bias),
+    )
 
     def upsampled(x):
-        y = resize(x, (5 * ratio[0], 4 * ratio[1]), implementation="reference")
-        return y.mean(axis=(1, 2)), jnp.square(y).mean(axis=(1, 2))
+        return group_norm(resize(x, size, implementation="reference"), scale, bias, groups=3)
 
     def small(x):
-        return x.mean(axis=(1, 2)), _polyphase.upsampled_mean_square(x, ratio)
+        return resize(normalised_as_upsampled(x, parameters, size, 3, 1e-5), size)
 
-    def with_gradients(f, x):
-        y, vjp = jax.vjp(f, x)
-        return y, vjp(jax.tree.map(jnp.cos, y))
-
-    for got, expected in zip(
-        jax.tree.leaves(with_gradients(small, x)),
-        jax.tree.leaves(with_gradients(upsampled, x)),
-        strict=True,
-    ):
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    ours, vjp = jax.vjp(small, x)
+    wanted, expected = jax.vjp(upsampled, x)
+    np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-5)
+    g = jax.random.normal(jax.random.key(2), ours.shape)
+    np.testing.assert_allclose(vjp(g)[0], expected(g)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_nearest_takes_labels():
@@ -442,20 +444,14 @@ def test_interpolating_integers_is_an_error():
         resize(jnp.zeros((1, 4, 5, 2), jnp.uint8), scale=2)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5])
-@pytest.mark.parametrize(("ratio", "step"), [(2, 1), (3, 3), (4, 2)])
-def test_gradient_of_phases(n, ratio, step):
-    """Of an upsampled axis, and of its borders, against that of the matrix that they are."""
-
-    def f(x):
-        return upsample_extended_axis(extend_axis(x, 1, 1), ratio, 1, step)
-
-    x, g = (
-        jax.random.normal(jax.random.key(i), (2, m, 3))
-        for i, m in enumerate((n, n * ratio // step))
-    )
-    matrix = f(jnp.eye(n)[None])[0]
-    _, vjp = jax.vjp(f, x)
-    np.testing.assert_allclose(
-        vjp(g)[0], jnp.einsum("on,boc->bnc", matrix, g), rtol=1e-5, atol=1e-6
-    )
+@pytest.mark.parametrize("mode", ["constant", "edge", "reflect"])
+@pytest.mark.parametrize("border", [(0, 0), (1, 2), (3, 0)])
+def test_borders(mode, border):
+    """Values and gradient of `jnp.pad`, also of borders wider than the map."""
+    x = jax.random.normal(jax.random.key(0), (2, 4, 3, 2))
+    widths = ((0, 0), *((n, n) for n in border), (0, 0))
+    ours, vjp = jax.vjp(lambda x: pad(x, border, mode), x)
+    wanted, expected = jax.vjp(lambda x: jnp.pad(x, widths, mode=mode), x)
+    np.testing.assert_array_equal(ours, wanted)
+    g = jax.random.normal(jax.random.key(1), ours.shape)
+    np.testing.assert_allclose(vjp(g)[0], expected(g)[0], rtol=1e-5, atol=1e-6)

@@ -17,17 +17,7 @@ from resfu_jax.ops import (
 )
 from resfu_jax.ops._cpu import cells
 from resfu_jax.ops._cpu import rows as row_blocks
-from resfu_jax.ops._cpu.rows import (
-    Bordered,
-    Normalised,
-    Rows,
-    Taps,
-    add,
-    block_rows,
-    cut,
-    map_row_blocks,
-    map_row_blocks_normalised,
-)
+from resfu_jax.ops._cpu.rows import Rows, block_rows, map_row_blocks
 from resfu_jax.ops.pcdc import PCDCParameters, pcdc
 
 
@@ -178,57 +168,42 @@ def test_block_rows(monkeypatch):
 
 
 def test_overlapping_rows():
-    """A moving sum over three rows."""
+    """A moving sum over three rows, times a number that all blocks share."""
 
-    def f(scale, blocks):
-        (x,) = blocks
+    def f(scale, x):
         return (scale * (x[:, :-2] + x[:, 1:-1] + x[:, 2:]),)
 
     def in_blocks(scale, x):
-        (y,) = map_row_blocks(f, 3, (Rows(1, 2, 4),), (Rows(1, 2, 2),), scale, (x,))
+        (y,) = map_row_blocks(f, 3, (None, Rows(1, 2, 4)), (Rows(1, 2, 2),), scale, x)
         return (y * jnp.arange(6.0)[None, :, None]).sum()
 
     def written_out(scale, x):
-        return (f(scale, (x,))[0] * jnp.arange(6.0)[None, :, None]).sum()
+        return (f(scale, x)[0] * jnp.arange(6.0)[None, :, None]).sum()
 
     check_gradients(in_blocks, written_out, jnp.float32(1.5), normal(0, 2, 8, 3))
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_normalised_rows(keep):
-    """Rows times a parameter, over the root of the sum of all squares, projected to two numbers."""
+@pytest.mark.parametrize("whole_forward", [False, True])
+def test_sums_over_blocks(whole_forward):
+    """Rows over the root of the sum of all squares; what is shared may be a tree with a gap."""
+    rows = Rows(1, 2, 2)
 
-    def hidden(scale, blocks):
-        u = jnp.sin(scale * blocks[0])
-        return u, jnp.square(u).sum()
+    def f(params, x):
+        y = jnp.sin(params["scale"] * x)
+        return y, jnp.square(y).sum()
 
-    def narrow(_, u):
-        return jnp.stack([u[..., 0], u[..., 1:].sum(axis=-1)])
+    def normalised(run):
+        def loss(scale, x):
+            y, square = run(dict(scale=scale, bias=None), x)
+            return (y / jnp.sqrt(square) * jnp.arange(8.0)[None, :, None]).sum()
 
-    def finish(last, sums, narrow):
-        return last[0] * (narrow[0] - 2 * narrow[1]) / jnp.sqrt(sums) + last[1]
-
-    def fold(last, sums):
-        return last[0] / jnp.sqrt(sums) * jnp.array([1.0, -2, -2]), last[1]
-
-    def apply(folded, u):
-        return u @ folded[0] + folded[1]
-
-    layers = Normalised(hidden, narrow, finish, fold, apply)
-    weights = jnp.arange(8.0)[None, :, None]
+        return loss
 
     def in_blocks(params, x):
-        scale, *last = params
-        rows = Rows(1, 2, 2)
-        arguments = (layers, 4, (rows,), Rows(2, 2, 2), rows, scale, last, (x,))
-        return (map_row_blocks_normalised(*arguments, keep=keep) * weights).sum()
+        specs = (None, rows), (rows, None)
+        return map_row_blocks(f, 4, *specs, params, x, whole_forward=whole_forward)
 
-    def written_out(params, x):
-        scale, *last = params
-        u, sums = hidden(scale, (x,))
-        return (apply(fold(last, sums), u) * weights).sum()
-
-    check_gradients(in_blocks, written_out, (1.5, 0.7, 0.2), normal(0, 2, 8, 5, 3))
+    check_gradients(normalised(in_blocks), normalised(f), jnp.float32(1.5), normal(0, 2, 8, 5))
 
 
 def check_gradients(f, expected, *arguments):
@@ -243,12 +218,12 @@ def test_bfloat16_blocks_do_not_widen_the_map():
     block = Rows(1, 2, 2)
 
     def f(x):
-        return map_row_blocks(lambda _, a: (a[0] * a[0],), 8, (block,), (block,), (), (x,))[0]
+        return map_row_blocks(lambda a: (a * a,), 8, (block,), (block,), x)[0]
 
     x = normal(0, 1, 16, 5, 3).astype(jnp.bfloat16)
     compiled = jax.jit(f).lower(x).compile()
     updated = re.findall(r"(\w+)\[\S+ dynamic-update-slice", compiled.as_text())
-    assert set(updated) == {"bf16" if jax.__version_info__ >= (0, 11, 2) else "u16"}
+    assert set(updated) == {"u16"}
     np.testing.assert_array_equal(compiled(x), x * x)
 
 
@@ -291,53 +266,8 @@ def test_patches_of_cells(size, ratio, n, patch):
     chex.assert_trees_all_close(ours(weights, x, y), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("height", "step", "border"), [(6, 2, 1), (6, 1, 2), (3, 1, 2), (4, 4, 2), (4, 2, 0)]
-)
-def test_a_border_is_made_for_the_block(height, step, border):
-    a = normal(0, 2, height, 5, 3)
-    block = Bordered(step, step + 2 * border, border)
-
-    def of_whole(a, i):
-        whole = jnp.pad(a, ((0, 0), (border, border), (border, border), (0, 0)))
-        return whole[:, i * step : i * step + block.length]
-
-    for i in range(height // step):
-        (rows,) = cut((a,), i, (block,))
-        np.testing.assert_array_equal(rows, of_whole(a, i))
-        # `add` is its transpose.
-        g = normal(1, *rows.shape)
-        expected = a + jax.vjp(lambda a, i=i: of_whole(a, i), a)[1](g)[0]
-        np.testing.assert_allclose(add(a, g, i, block), expected, rtol=1e-6)
-
-
-def test_taps_are_what_a_convolution_sees():
-    a = normal(0, 2, 3, 9, 8)
-    taps = Taps(2, 2, 4, ((0, 0), (3, 1), (5, 4)))
-    (block,) = cut((a,), 1, (taps,))
-    expected = [a[:, :, 2 + v : 4 + v, u : u + 4] for v, u in taps.offsets]
-    np.testing.assert_array_equal(block, jnp.stack(expected, axis=1))
-    # `add` is its transpose.
-    g = normal(1, *block.shape)
-    (d_a,) = jax.vjp(lambda a: cut((a,), 1, (taps,))[0], a)[1](g)
-    np.testing.assert_allclose(add(jnp.zeros_like(a), g, 1, taps), d_a, rtol=1e-6)
-
-
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_gradients_take_the_place_of_arrays(dtype):
-    """In bfloat16, too, which a loop may hold as its bits."""
-    block, x = Rows(1, 2, 2), normal(0, 2, 8, 3).astype(dtype)
-
-    def gradient(in_place):
-        def f(x):
-            (y,) = map_row_blocks(
-                lambda _, a: (jnp.sin(a[0]),), 4, (block,), (block,), (), (x,), in_place=in_place
-            )
-            return y.sum()
-
-        return jax.grad(f)(x)
-
-    np.testing.assert_array_equal(gradient(True), gradient(False))
+def test_samples_of_many_blocks(dtype):
     points = (4 * jax.random.uniform(jax.random.key(4), (2, 16, 5, 2, 1, 2)) - 0.5).astype(dtype)
     f = functools.partial(with_gradients, deformable_sample, normal(0, 2, 4, 3, 600), points)
     chex.assert_trees_all_close(

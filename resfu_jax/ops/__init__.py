@@ -26,7 +26,6 @@ from resfu_jax.ops.norm_linear import norm_linear
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle, pixel_unshuffle
 from resfu_jax.ops.pool import adaptive_avg_pool
 from resfu_jax.ops.resize import resize
-from resfu_jax.ops.softmax import softmax
 from resfu_jax.ops.unfold import unfold
 
 __all__ = [
@@ -54,6 +53,5 @@ __all__ = [
     "pixel_shuffle",
     "pixel_unshuffle",
     "resize",
-    "softmax",
     "unfold",
 ]

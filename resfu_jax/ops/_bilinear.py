@@ -95,24 +95,22 @@ def unpad(padded: Float[Array, "b hp wp g d"], border: int) -> Maps:
 # group is one more index: to bring each group into a map of its own takes as long as all the rest.
 
 
-def gather(
-    padded: Maps, index: Index, dtype: DTypeLike, rows: int = 2
-) -> Float[Array, "b H W g p k d"]:
-    """The four corners, or the two of one row, in `dtype`."""
+def gather(padded: Maps, index: Index, dtype: DTypeLike) -> Float[Array, "b H W g p 4 d"]:
+    """The four corners, in `dtype`."""
     d = padded.shape[4]
     axes = jax.lax.GatherDimensionNumbers(
         offset_dims=(4, 5, 6), collapsed_slice_dims=(2,), start_index_map=(0, 1, 2)
     )
 
     def windows(x, index):
-        return jax.lax.gather(x, index, axes, (rows, 2, 1, d), mode="clip")
+        return jax.lax.gather(x, index, axes, (2, 2, 1, d), mode="clip")
 
     values = jax.vmap(windows)(padded, index).astype(dtype)
-    return values.reshape(*index.shape[:5], 2 * rows, d)
+    return values.reshape(*index.shape[:5], 4, d)
 
 
-def scatter_add(padded: Maps, index: Index, values: Float[Array, "b H W g p k d"]) -> Maps:
-    """Add values to the four corners, or to the two of one row."""
+def scatter_add(padded: Maps, index: Index, values: Float[Array, "b H W g p 4 d"]) -> Maps:
+    """Add values to the four corners."""
     axes = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(4, 5, 6),
         inserted_window_dims=(2,),
@@ -122,57 +120,8 @@ def scatter_add(padded: Maps, index: Index, values: Float[Array, "b H W g p k d"
     def windows(x, index, values):
         return jax.lax.scatter_add(x, index, values, axes, mode="clip")
 
-    values = values.reshape(*index.shape[:5], values.shape[5] // 2, 2, values.shape[6])
+    values = values.reshape(*index.shape[:5], 2, 2, values.shape[6])
     return jax.vmap(windows)(padded, index, values)
-
-
-def sample_bwd(
-    d_padded: Maps,
-    padded: Maps,
-    index: Index,
-    weights: Float[Array, "b H W g p 4"],
-    d_out: Samples,
-    d_out_parts: list[Float[Array, "b H W g p e"]],
-) -> tuple[Maps, Float[Array, "b H W g p 4"]]:
-    """Gradients of the samples `weighted_sum(weights, gather(padded, index, weights.dtype))`.
-
-    Args:
-      d_padded: what the gradient to the map is added to.
-      padded: the map.
-      index: as `corners` gives it.
-      weights: of the corners.
-      d_out: gradient to the samples.
-      d_out_parts: the same in equal parts of the channels, for the gradient to the weights: part
-        by part, products and sum are one fusion with the gather.
-
-    Returns:
-      Gradients to the map and to the weights.
-    """
-    n, e = len(d_out_parts), d_out_parts[0].shape[5]
-    ones = jnp.ones(e, weights.dtype)
-    d_weights = []
-    for row in range(2):
-        at = index + jnp.asarray([row, 0, 0], index.dtype).reshape(1, 1, 1, 1, 1, 3)
-        values = gather(padded, at, weights.dtype, rows=1)
-        values = values.reshape(*values.shape[:6], n, e)
-        products = sum(values[..., k, :] * d_out_parts[k][..., None, :] for k in range(n))
-        # The rest of the sum as a product: XLA's reductions of an inner axis are slow on a CPU.
-        d_weights.append(
-            jnp.einsum("...e,e->...", products, ones, precision=jax.lax.Precision.HIGHEST)
-        )
-        d_values = weights[..., 2 * row : 2 * row + 2, None] * d_out[..., None, :]
-        d_padded = scatter_add(d_padded, at, d_values)
-    return d_padded, jnp.concatenate(d_weights, axis=-1)
-
-
-def split(d_out: Samples) -> list[Float[Array, "b H W g p e"]]:
-    """A gradient to samples in parts, for `sample_bwd`."""
-    return jnp.split(d_out, count_parts(d_out.shape[5]), axis=5)
-
-
-def count_parts(d: int) -> int:
-    """Number of parts of d channels for `sample_bwd`: with 32 channels or more XLA vectorises."""
-    return max(n for n in range(1, 17) if d % n == 0 and (n == 1 or d // n >= 32))
 
 
 @jax.custom_jvp

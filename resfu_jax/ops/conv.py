@@ -3,7 +3,6 @@
 import jax
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._cpu import conv as cpu
 from resfu_jax.ops._forms import Form, Forms, Implementation
 from resfu_jax.ops.checks import takes_maps
 
@@ -32,9 +31,8 @@ def conv(
       stride: step between outputs, pixels; one number or (rows, columns).
       padding: zeros around x, pixels; one number or ((top, bottom), (left, right)).
       dilation: distance of the taps, pixels; one number or (rows, columns).
-      implementation: `"reference"` is XLA's convolution; `"cpu"`, for known sizes, has values and
-        gradients from products with windows of x where XLA is slow on a CPU. `None` takes the best
-        of the platform.
+      implementation: `"reference"` is XLA's convolution; `"cpu"`, for a 1 x 1 kernel alone, a
+        product of matrices. `None` takes the best of the platform.
 
     Raises:
       ValueError: a kernel that does not fit `x`, an unknown implementation, or a stride, dilation
@@ -80,8 +78,13 @@ def _reference(x: Array, kernel: Array, *, stride, padding, dilation) -> Array:
     )
 
 
-def _needs_known_sizes(x: Array, kernel: Array, **options) -> str | None:
-    return None if all(isinstance(n, int) for n in x.shape) else "it needs known sizes"
+def _product(x: Array, kernel: Array, **options) -> Array:
+    return x @ kernel[0, 0]
 
 
-_FORMS = Forms("conv", _reference, cpu=Form(cpu.conv, _needs_known_sizes))
+def _refusal(x: Array, kernel: Array, *, stride, padding, dilation) -> str | None:
+    plain = kernel.shape[:2] == stride == (1, 1) and not any(map(any, padding))
+    return None if plain else "it needs a 1 x 1 kernel, stride 1 and no padding"
+
+
+_FORMS = Forms("conv", _reference, cpu=Form(_product, _refusal))

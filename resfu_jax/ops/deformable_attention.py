@@ -14,6 +14,7 @@ Du et al., "LDA-AQU", ACM Multimedia 2024.
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -23,7 +24,6 @@ from resfu_jax.ops._xla import points as xla
 from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.deformable_sample import deformable_sample
 from resfu_jax.ops.dtypes import at_least_float32
-from resfu_jax.ops.softmax import softmax
 
 
 @takes_maps("q", "k", "v", "points", others=("bias",))
@@ -109,7 +109,7 @@ def _attend(
         bias = jnp.moveaxis(bias, 2, 1).reshape(groups, p, dk)
         scores = scores + jnp.einsum("bhwgd,gpd->bhwgp", q, bias, preferred_element_type=dtype)
     scores = scores.reshape(b, hh, ww, heads, groups // heads, p).sum(axis=4)
-    attn = jnp.repeat(softmax(scores), groups // heads, axis=3)
+    attn = jnp.repeat(jax.nn.softmax(scores), groups // heads, axis=3)
     out = jnp.einsum("bhwgp,bhwgpc->bhwgc", attn, values.astype(attn.dtype))
     return out.reshape(b, hh, ww, -1).astype(values.dtype)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._polyphase import extend_axis
+from resfu_jax.ops._pad import pad
 from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32, promote
 from resfu_jax.ops.resize import resize
@@ -41,8 +41,9 @@ def gaussian_blur(
     taps = [t / sum(taps) for t in taps]
 
     y = x.astype(at_least_float32(x.dtype))  # or taps would be rounded, and not sum to 1
+    y = pad(y, (r, r), "edge")
     for axis in (1, 2):
-        y = _correlate(extend_axis(y, r, axis), tuple(taps), axis)
+        y = _correlate(y, tuple(taps), axis)
     return y.astype(x.dtype)
 
 

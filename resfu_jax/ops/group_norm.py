@@ -1,4 +1,4 @@
-"""Group normalisation (Wu and He, ECCV 2018), also in the form that folds into a linear map."""
+"""Group normalisation (Wu and He, ECCV 2018)."""
 
 import jax
 import jax.numpy as jnp
@@ -27,21 +27,23 @@ def group_norm(
             "scale and bias must be (channels,) for x (batch, height, width, channels), "
             f"got scale {scale.shape}, bias {bias.shape} and x {x.shape}"
         )
-    mean, factor = group_moments(x, groups=groups, eps=eps)
+    return apply_moments(x, group_moments(x, groups=groups, eps=eps), scale, bias)
+
+
+def apply_moments(
+    x: Float[Array, "b h w c"], moments: tuple[Array, Array], scale: Array, bias: Array
+) -> Float[Array, "b h w c"]:
+    """The group norm whose `group_moments` are given."""
+    mean, factor = moments
     factor = factor * scale.astype(factor.dtype)[None]
-    shape = (x.shape[0], 1, 1, x.shape[3])
-    y = (x.astype(mean.dtype) - mean.reshape(shape)) * factor.reshape(shape)
-    return (y + bias.astype(mean.dtype).reshape(1, 1, 1, -1)).astype(x.dtype)
+    y = (x.astype(mean.dtype) - mean[:, None, None]) * factor[:, None, None]
+    return (y + bias.astype(mean.dtype)[None, None, None]).astype(x.dtype)
 
 
 def group_moments(
     x: Float[Array, "b h w c"], *, groups: int, eps: float = 1e-5
 ) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
-    """Mean and 1 / sqrt(variance + eps) of every channel's group.
-
-    Normalisation is affine in x once they are known. A linear map that follows it can take it over
-    (weights `factor * scale * W`), and the normalised map is never written.
-    """
+    """Mean and 1 / sqrt(variance + eps) of every channel's group."""
     means, variances = _channel_moments(x)
     mean = group_mean(means, groups)
     variance = group_mean(variances + jnp.square(means - mean), groups)

@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._cpu.grouped_conv import grouped_conv as cpu
-from resfu_jax.ops._forms import Forms, Implementation
 from resfu_jax.ops.checks import takes_maps
 
 
@@ -16,7 +14,6 @@ def grouped_conv(
     *,
     groups: int,
     dilation: int = 1,
-    implementation: Implementation | None = None,
 ) -> Float[Array, "b h2 w2 o"]:
     """Grouped, dilated convolution without padding, stride 1.
 
@@ -27,8 +24,6 @@ def grouped_conv(
       kernel: weights, HWIO, with I = c / groups.
       groups: number of groups.
       dilation: distance of the taps, pixels.
-      implementation: `"reference"` is XLA's convolution; `"cpu"` has another gradient to the
-        kernel. `None` takes the best of the platform.
 
     Raises:
       ValueError: channels that the groups do not divide, or a kernel that does not fit x.
@@ -42,7 +37,15 @@ def grouped_conv(
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation}")
     _check_dtype(x, kernel)
-    return _FORMS(implementation, x, kernel, groups=groups, dilation=dilation)
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(1, 1),
+        padding="VALID",
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
 
 
 @takes_maps(others=("x", "kernel"))
@@ -75,23 +78,3 @@ def block_diagonal(kernel: Float[Array, "i o"], groups: int) -> Float[Array, "c 
     blocks = kernel.reshape(1, i, groups, o // groups)
     eye = jnp.eye(groups, dtype=kernel.dtype)[:, None, :, None]
     return (blocks * eye).reshape(groups * i, o)
-
-
-def _check_dtype(x: Array, kernel: Array) -> None:
-    if kernel.dtype != x.dtype:
-        raise ValueError(f"kernel must have x's dtype {x.dtype}, got {kernel.dtype}; cast it")
-
-
-def _reference(x: Array, kernel: Array, *, groups: int, dilation: int) -> Array:
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(1, 1),
-        padding="VALID",
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
-
-
-_FORMS = Forms("grouped_conv", _reference, cpu=cpu)

@@ -66,7 +66,7 @@ def _reference(
     if norm == "group":
         y = group_norm(x, scale, norm_bias, groups=groups, eps=eps)
     else:
-        y = layer_norm(x, scale, norm_bias, eps=eps, implementation="reference")
+        y = layer_norm(x, scale, norm_bias, eps=eps)
     y = y @ kernel.astype(x.dtype)
     return y if bias is None else y + bias.astype(x.dtype)[None, None, None]
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._cpu import pcdc as cpu
 from resfu_jax.ops._forms import Forms, Implementation
-from resfu_jax.ops._polyphase import extend
+from resfu_jax.ops._pad import pad
 from resfu_jax.ops._xla import pcdc as xla
 from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.group_norm import group_norm
@@ -98,13 +98,7 @@ def _reference(
         k = resize(k, q.shape[1:3], implementation="reference")
     k, q = (group_norm(a, p.scale, p.norm_bias, groups=norm_groups, eps=eps) for a in (k, q))
     border = dilation * (p.kernel.shape[0] - 1) // 2
-    t = grouped_conv(
-        extend(k, border),
-        p.kernel,
-        groups=groups,
-        dilation=dilation,
-        implementation="reference",
-    )
+    t = grouped_conv(pad(k, (border, border), "edge"), p.kernel, groups=groups, dilation=dilation)
     t = t - grouped_linear(q, p.kernel.sum(axis=(0, 1)), groups=groups)
     t = jax.nn.relu(t + p.bias[None, None, None])
     u = grouped_linear(t, p.mix, groups=groups) + p.mix_bias[None, None, None]

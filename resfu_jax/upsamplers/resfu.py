@@ -20,6 +20,7 @@ Feature Upsampling"; the semantics are those of the authors' released module.
 
 from typing import Any, get_args
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -50,7 +51,6 @@ from resfu_jax.ops.gradient import scale_gradient
 from resfu_jax.ops.pcdc import PCDCParameters, pcdc
 from resfu_jax.ops.resize import resize
 from resfu_jax.ops.sizes import Size
-from resfu_jax.ops.softmax import softmax
 from resfu_jax.upsamplers._inputs import (
     check_features,
     check_guide,
@@ -237,7 +237,7 @@ class ReSFU(Upsampler):
         scores = self.semantic_scores(k, self.query_filtered(q, k), **self._form()) + scores
         scores = scores.astype(at_least_float32(dtype))
         mask = neighbours_inside(guide.shape[1:3], self.kernel_size, self.dilation)
-        return softmax(jnp.where(mask[None], scores, scores + _OUTSIDE))
+        return jax.nn.softmax(jnp.where(mask[None], scores, scores + _OUTSIDE))
 
     def query(self, y: Array) -> Array:
         """Queries q, `(B, H, W, E)`."""

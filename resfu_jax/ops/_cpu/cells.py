@@ -25,15 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._cpu.cast import cast
-from resfu_jax.ops._cpu.rows import (
-    Rows,
-    add,
-    block_rows,
-    cut,
-    loop,
-    map_row_blocks,
-)
+from resfu_jax.ops._cpu.rows import Rows, block_rows
 from resfu_jax.ops.sizes import Size
 
 _PATCH_PIXELS = 64  # of the output, at most, in a patch of several rows of cells
@@ -41,7 +33,6 @@ _PATCH_PIXELS = 64  # of the output, at most, in a patch of several rows of cell
 Weights = Float[Array, "b H W g taps"]
 Padded = Float[Array, "b hp wp c"]
 Output = Float[Array, "b H W c"]
-Products = Float[Array, "b rows cols g seen d"]
 
 
 @jax.custom_vjp
@@ -64,59 +55,20 @@ def reassemble(weights: Weights, x: Padded) -> Output:
     return out.reshape(b, hh, ww, -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def correlate(y: Output, x: Padded, n: int, groups: int = 1) -> Weights:
-    """Inner products of every pixel of y with the pixels of its n x n window in x, in y's dtype."""
-    count, windows, pixels = blocks(y.shape, x.shape, n)
-
-    def f(_, rows):
-        y, x = rows
-        return (cast(_correlate(y.astype(x.dtype), x, n, groups), y.dtype),)
-
-    (out,) = map_row_blocks(f, count, (pixels, windows), (pixels,), (), (y, x))
-    return out
-
-
 def _reassemble_bwd(saved, g):
-    # Both at once, since what takes time is to bring g into its blocks' order.
     weights, x = saved
     n, groups = math.isqrt(weights.shape[4]), weights.shape[3]
-    count, windows, pixels = blocks(g.shape, x.shape, n)
-
-    def body(i, state):
-        d_weights, d_x = state
-        w, y, window = cut((weights, g, x), i, (pixels, pixels, windows))
-        d_weights = add(d_weights, _correlate(y, window, n, groups), i, pixels)
-        return d_weights, add(d_x, scatter(w, y, window.shape), i, windows)
-
-    return loop(count, body, (jnp.zeros_like(weights), jnp.zeros_like(x)))
+    # As arrays: XLA would make them anew for each sum that they are in.
+    weights, g = jax.lax.optimization_barrier((weights, g))
+    return correlate(g, x, n, groups), scatter(weights, g, x.shape)
 
 
 reassemble.defvjp(lambda weights, x: (reassemble(weights, x), (weights, x)), _reassemble_bwd)
 
 
-def _correlate_bwd(n, groups, saved, g):
-    y, x = saved
-    # Two, as what is made of a block, all at once, is wider than its rows of y.
-    count, windows, pixels = blocks(y.shape, x.shape, n, at_least=2)
-
-    def body(i, state):
-        d_y, d_x = state
-        *narrow, window = cut((g, y, x), i, (pixels, pixels, windows))
-        weights, y_rows = (a.astype(x.dtype) for a in narrow)
-        d_y = add(d_y, cast(reassemble(weights, window), y.dtype), i, pixels)
-        return d_y, add(d_x, scatter(weights, y_rows, window.shape), i, windows)
-
-    return loop(count, body, (jnp.zeros_like(y), jnp.zeros_like(x)))
-
-
-correlate.defvjp(
-    lambda y, x, n, groups=1: (correlate(y, x, n, groups), (y, x)),
-    _correlate_bwd,
-)
-
-
-def _correlate(y: Output, x: Padded, n: int, groups: int) -> Weights:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def correlate(y: Output, x: Padded, n: int, groups: int = 1) -> Weights:
+    """Inner products of every pixel of y with the pixels of its n x n window in x."""
     # Per patch of cells: (pixels x C)(C x what they see), of which each cell keeps its window.
     b, hh, ww, _ = y.shape
     (h, w), ratio = _cells(y.shape, x.shape, n)
@@ -136,18 +88,16 @@ def _correlate(y: Output, x: Padded, n: int, groups: int) -> Weights:
     return out.transpose(0, 1, 4, 5, 2, 6, 7, 3, 8, 9).reshape(b, hh, ww, groups, n * n)
 
 
+def _correlate_bwd(n, groups, saved, g):
+    y, x = saved
+    return reassemble(g, x), scatter(g, y, x.shape)
+
+
+correlate.defvjp(lambda y, x, n, groups=1: (correlate(y, x, n, groups), (y, x)), _correlate_bwd)
+
+
 def scatter(weights: Weights, y: Output, size: tuple) -> Padded:
     """Every pixel of y added to its window's pixels, times the weights; `size` is x's shape."""
-    n = math.isqrt(weights.shape[4])
-    ratio = _cells(y.shape, size, n)[1]
-    return overlap_add(patch_products(weights, y, size), size, n, ratio)
-
-
-def patch_products(weights: Weights, y: Output, size: tuple) -> Products:
-    """What each patch of cells adds to the pixels that it sees: the products of `scatter`.
-
-    `overlap_add` sums them up. `size` is x's shape; both are for all rows at once.
-    """
     # Per patch of cells: (what they see x pixels)(pixels x C).
     b, hh, ww, g, taps = weights.shape
     n = math.isqrt(taps)
@@ -173,16 +123,9 @@ def patch_products(weights: Weights, y: Output, size: tuple) -> Products:
         axis=4,
     )
     weights = weights.reshape(b, h // rows, w // cols, g, -1, seen_rows * seen_cols)
-    return jnp.einsum("bhwgpt,bhwgpc->bhwgtc", weights, _by_patch(y, g, ratio, patch))
-
-
-def overlap_add(products: Products, size: tuple, n: int, ratio: tuple[int, int]) -> Padded:
-    """The patches' products, each pixel of them added to its place in x."""
-    (b, height, width, _), g = size, products.shape[3]
-    h, w = height - n + 1, width - n + 1
-    rows, cols = _patch(h, w, n, ratio)
-    seen_rows, seen_cols = rows + n - 1, cols + n - 1
-    out = products.reshape(b, h // rows, w // cols, g, seen_rows, seen_cols, -1)
+    out = jnp.einsum("bhwgpt,bhwgpc->bhwgtc", weights, _by_patch(y, g, ratio, patch))
+    # Each pixel that a patch sees, added to its place in x: columns, then rows.
+    out = out.reshape(*out.shape[:4], seen_rows, seen_cols, -1)
     bands = 0
     for s in range(0, seen_cols, cols):
         band = out[..., s : s + cols, :].transpose(0, 1, 4, 2, 5, 3, 6)
@@ -233,20 +176,10 @@ def _by_patch(
 
 
 def blocks(
-    out_shape: tuple[Size, ...],
-    padded_shape: tuple[Size, ...],
-    n: int,
-    tile: int | None = None,
-    *,
-    at_least: int = 1,
+    out_shape: tuple[Size, ...], padded_shape: tuple[Size, ...], n: int, tile: int | None = None
 ) -> tuple[Size, Rows, Rows]:
-    """Number of blocks of rows, at most `tile`, and their rows of the padded map and the output.
-
-    `at_least` so many, for memory alone, where blocks may be small.
-    """
+    """Number of blocks of rows, at most `tile`, and their rows of the padded map and the output."""
     (h, _), (ratio, _) = _cells(out_shape, padded_shape, n)
-    most = None if tile is None else tile // ratio
-    if at_least > 1 and isinstance(h, int):
-        most = max(1, h // at_least)
-    rows = block_rows(h, out_shape[0] * ratio * out_shape[2] * padded_shape[3], most)
+    row_values = out_shape[0] * ratio * out_shape[2] * padded_shape[3]
+    rows = block_rows(h, row_values, None if tile is None else tile // ratio)
     return h // rows, Rows(1, rows, rows + n - 1), Rows(1, rows * ratio, rows * ratio)

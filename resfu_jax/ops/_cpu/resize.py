@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from resfu_jax.ops._interp import kernel_weights
+from resfu_jax.ops._pad import pad
 from resfu_jax.ops.sizes import whole_ratio
 
 _MOST = 16  # phases; each is an operand of the compiled program
@@ -39,10 +40,15 @@ def _polyphase(values: Array, r: int, axis: int, method: str) -> Array:
     if method in ("nearest", "nearest-exact"):
         phases = [values] * r
     else:
-        shifted = {0: values}
-        for offset in (1, 2):
-            shifted[offset] = _next(shifted[offset - 1], axis)
-            shifted[-offset] = _previous(shifted[1 - offset], axis)
+        border = [0, 0]
+        border[axis - 1] = 2
+        extended = pad(values, tuple(border), "edge")
+        shifted = {
+            offset: jax.lax.slice_in_dim(
+                extended, 2 + offset, 2 + offset + values.shape[axis], axis=axis
+            )
+            for offset in range(-2, 3)
+        }
         phases = []
         for p in range(r):
             lower, remainder = divmod(2 * p + 1 - r, 2 * r)  # position (p + 1/2) / r - 1/2
@@ -50,17 +56,3 @@ def _polyphase(values: Array, r: int, axis: int, method: str) -> Array:
             phases.append(sum(w * shifted[lower + i] for i, w in weights.items() if w != 0))
     shape = (*values.shape[:axis], -1, *values.shape[axis + 1 :])
     return jnp.stack(phases, axis=axis + 1).reshape(shape)
-
-
-def _next(values: Array, axis: int) -> Array:
-    """The pixel after every pixel along `axis`, the last edge repeated."""
-    n = values.shape[axis]
-    rest = jax.lax.slice_in_dim(values, 1, n, axis=axis)
-    return jnp.concatenate([rest, jax.lax.slice_in_dim(values, n - 1, n, axis=axis)], axis=axis)
-
-
-def _previous(values: Array, axis: int) -> Array:
-    """The pixel before every pixel along `axis`, the first edge repeated."""
-    n = values.shape[axis]
-    rest = jax.lax.slice_in_dim(values, 0, n - 1, axis=axis)
-    return jnp.concatenate([jax.lax.slice_in_dim(values, 0, 1, axis=axis), rest], axis=axis)

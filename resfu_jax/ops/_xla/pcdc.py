@@ -5,12 +5,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from resfu_jax.ops._pad import pad
-from resfu_jax.ops._polyphase import upsampled_mean_square
-from resfu_jax.ops._xla.resample import upsample
+from resfu_jax.ops._xla.resample import along, upsample, upsampling
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.group_norm import group_mean, group_norm
 from resfu_jax.ops.grouped_conv import block_diagonal, grouped_linear
-from resfu_jax.ops.sizes import whole_ratio
+from resfu_jax.ops.sizes import Size, whole_ratio
 
 
 def pcdc(k, q, p, *, dilation: int, groups: int, norm_groups: int, eps: float, tile: int | None):
@@ -23,7 +22,7 @@ def pcdc(k, q, p, *, dilation: int, groups: int, norm_groups: int, eps: float, t
     q = group_norm(q, p.scale, p.norm_bias, groups=norm_groups, eps=eps)
     central = grouped_linear(q, p.kernel.sum(axis=(0, 1)), groups=groups)
     if whole_ratio(k.shape[1:3], size) == (dilation, dilation) and dilation > 1:
-        k = _normalised_as_upsampled(k, p, (dilation, dilation), norm_groups, eps)
+        k = normalised_as_upsampled(k, p, size, norm_groups, eps)
         # One ring of responses beyond the image, for the interpolation at its border.
         t = upsample(_convolution(k, p.kernel, groups, 1, side // 2 + 1), size, border=1)
     else:
@@ -50,11 +49,18 @@ def _convolution(x: Array, kernel: Array, groups: int, dilation: int, border: in
     return windows @ dense.reshape(-1, kernel.shape[3])
 
 
-def _normalised_as_upsampled(k: Array, p, ratio: tuple[int, int], groups: int, eps: float):
-    """The small map, normalised with the statistics that it has once it is upsampled."""
+def normalised_as_upsampled(k: Array, p, size: tuple[Size, Size], groups: int, eps: float):
+    """The small map, normalised with the statistics that it has once it is upsampled to `size`.
+
+    Its mean is that of k, at whole ratios; with U the upsampling, |U k|^2 = k . (U^T U) k.
+    """
     wide = k.astype(at_least_float32(k.dtype))
-    centred = wide - group_mean(wide.mean(axis=(1, 2)), groups)[:, None, None]
-    variance = group_mean(upsampled_mean_square(centred, ratio), groups)
+    centred = filtered = wide - group_mean(wide.mean(axis=(1, 2)), groups)[:, None, None]
+    for axis, m in ((1, size[0]), (2, size[1])):
+        u = upsampling(k.shape[axis], m, 0, wide.dtype)
+        square = jnp.matmul(u.T, u, precision="highest") / jnp.asarray(m, u.dtype)
+        filtered = along(filtered, square, axis)
+    variance = group_mean((centred * filtered).sum(axis=(1, 2)), groups)
     factor = jax.lax.rsqrt(variance + eps) * p.scale.astype(wide.dtype)[None]
     return (
         centred * factor[:, None, None] + p.norm_bias.astype(wide.dtype)[None, None, None]

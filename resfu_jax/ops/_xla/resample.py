@@ -5,6 +5,7 @@ A shift by a pixel is costly on a TPU, a product is not.
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._interp import neighbours
@@ -48,12 +49,15 @@ def upsample(
     Pixels beyond the border repeat its edge.
     """
     for axis, m in ((1, size[0]), (2, size[1])):
-        n, wide = x.shape[axis], at_least_float32(x.dtype)
-        inner = n - 2 * border
-        taps = neighbours(inner, m, (inner, m), "bilinear", False, wide)
-        matrix = _matrix([(index + border, weight) for index, weight in taps], n)
-        x = along(x, matrix.astype(x.dtype), axis)
+        x = along(x, upsampling(x.shape[axis] - 2 * border, m, border, x.dtype), axis)
     return x
+
+
+def upsampling(n: Size, m: Size, border: int, dtype: DTypeLike) -> Float[Array, "m n2"]:
+    """Matrix of the bilinear upsampling of n pixels, with a border of others around them, to m."""
+    taps = neighbours(n, m, (n, m), "bilinear", False, at_least_float32(dtype))
+    taps = [(index + border, weight) for index, weight in taps]
+    return _matrix(taps, n + 2 * border).astype(dtype)
 
 
 def _matrix(taps: list[tuple[Array, Array]], n: Size) -> Float[Array, "m n"]:
