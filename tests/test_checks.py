@@ -66,7 +66,6 @@ OPS = {
     "pixel_shuffle": Op(dict(x=X), keywords=dict(factor=2), moves=True),
     "pixel_unshuffle": Op(dict(x=X), keywords=dict(factor=2), moves=True),
     "resize": Op(dict(x=X), keywords=dict(scale=2, method="nearest"), moves=True),
-    "softmax": Op(dict(scores=X)),
     "unfold": Op(dict(x=X), keywords=dict(kernel_size=3, padding=1), moves=True),
 }
 every = pytest.mark.parametrize("name", OPS)

@@ -66,6 +66,7 @@ def pcdc(
         scores = _per_group(project, u.astype(dtype)).reshape(b, units, taps, rows, ww)
         return scores, u.sum(axis=3), jnp.square(u).sum(axis=3)
 
+    p = p._replace(norm_bias=jnp.zeros_like(p.norm_bias))  # it cancels in the difference
     q = group_norm(q, p.scale, p.norm_bias, groups=norm_groups, eps=eps)
     if whole_ratio(k.shape[1:3], q.shape[1:3]) == (dilation, dilation) and dilation > 1:
         # The taps of an output pixel share its fractions: so the dilated convolution of an

@@ -19,6 +19,7 @@ def pcdc(k, q, p, *, dilation: int, groups: int, norm_groups: int, eps: float, t
     small one, as the taps of an output pixel share its fractions.
     """
     side, size = p.kernel.shape[0], q.shape[1:3]
+    p = p._replace(norm_bias=jnp.zeros_like(p.norm_bias))  # it cancels in the difference
     q = group_norm(q, p.scale, p.norm_bias, groups=norm_groups, eps=eps)
     central = grouped_linear(q, p.kernel.sum(axis=(0, 1)), groups=groups)
     if whole_ratio(k.shape[1:3], size) == (dilation, dilation) and dilation > 1:
