@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from resfu_jax import training
-from resfu_jax.ops._cpu.rows import Rows, block_rows, map_row_blocks
+from resfu_jax.ops._rows import Rows, block_rows, map_row_blocks
 from resfu_jax.training import ConfigError, OptimizerConfig, ParallelConfig, ProfileConfig
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from resfu_jax.ops import _rows as row_blocks
 from resfu_jax.ops import (
     deformable_attention,
     deformable_sample,
@@ -16,8 +17,7 @@ from resfu_jax.ops import (
     local_reassembly,
 )
 from resfu_jax.ops._cpu import cells
-from resfu_jax.ops._cpu import rows as row_blocks
-from resfu_jax.ops._cpu.rows import Rows, block_rows, map_row_blocks
+from resfu_jax.ops._rows import Rows, block_rows, map_row_blocks
 from resfu_jax.ops.pcdc import PCDCParameters, pcdc
 
 

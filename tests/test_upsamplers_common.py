@@ -20,7 +20,7 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from resfu_jax import create_upsampler, list_upsamplers
-from resfu_jax.ops._cpu import rows
+from resfu_jax.ops import _rows as rows
 from resfu_jax.upsamplers import pixel_weights, takes_values, upsampler_entry
 
 for module in os.environ.get("UPSAMPLERS", "").split():

@@ -20,9 +20,7 @@ Sources: Hassani et al., "Neighborhood Attention Transformer", CVPR 2023; Hassan
 Neighborhood Attention Transformer", 2022; the window rule is that of their library NATTEN.
 """
 
-import functools
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +28,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._forms import Forms, Implementation
+from resfu_jax.ops._rows import Rows, map_row_blocks
 from resfu_jax.ops._windows import check_pair, extend, window_members
 from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.sizes import Size
-
-T = TypeVar("T")
 
 # The most members of a tile along an axis: larger ones waste more products beyond the windows,
 # smaller ones have less efficient products.
@@ -155,58 +152,29 @@ def _axes(
     return tuple(a._replace(kernel=1) for a in axes), tuple(axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _tiles(
     q: Array,
     k: Array,
     v: Array,
+    *,
     kernel: tuple[int, int],
     dilation: tuple[int, int],
     scale: float,
 ) -> Array:
     own, around = _axes(q.shape[1:3], kernel, dilation)
-    queries, keys, values = _grid(q, own), _grid(k, around), _grid(v, around)
 
-    def band(i, out):
-        p = _probabilities(_load(queries, i, own), _load(keys, i, around), around, scale)
-        return _add(out, _product("xij,xjc->xic", p, _load(values, i, around)), i, own)
+    def block(q, k, v):
+        """Of one row of tiles in each residue class of the rows."""
+        p = _probabilities(_cut(q, own[1]), _cut(k, around[1]), around, scale)
+        tiles = _product("xij,xjc->xic", p, _cut(v, around[1])).astype(v.dtype)
+        out = jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), v.dtype)
+        return jax.linear_transpose(lambda x: _cut(x, own[1]), out)(tiles)  # back to their places
 
-    out = jnp.zeros((*queries.shape[:-1], v.shape[-1]), v.dtype)
-    return _ungrid(_for_each_band(own, band, out), q.shape[1])
-
-
-def _tiles_fwd(q, k, v, kernel, dilation, scale):
-    return _tiles(q, k, v, kernel, dilation, scale), (q, k, v)
-
-
-def _tiles_bwd(kernel, dilation, scale, saved, g):
-    q, k, v = saved
-    own, around = _axes(q.shape[1:3], kernel, dilation)
-    queries, cotangents = _grid(q, own), _grid(g, own)
-    keys, ungrid_keys = jax.vjp(lambda x: _grid(x, around), k)
-    values, ungrid_values = jax.vjp(lambda x: _grid(x, around), v)
-
-    def band(i, sums):
-        d_q, d_k, d_v = sums
-        q_i, g_i = _load(queries, i, own), _load(cotangents, i, own)
-        k_i, v_i = _load(keys, i, around), _load(values, i, around)
-        p = _probabilities(q_i, k_i, around, scale)
-        d_p = _product("xic,xjc->xij", g_i, v_i).astype(p.dtype)
-        d_scores = scale * p * (d_p - jnp.sum(p * d_p, axis=-1, keepdims=True))
-        return (
-            _add(d_q, _product("xij,xjc->xic", d_scores, k_i), i, own),
-            _add(d_k, _product("xij,xic->xjc", d_scores, q_i), i, around),
-            _add(d_v, _product("xij,xic->xjc", p, g_i), i, around),
-        )
-
-    # A key or value sums the contributions of several bands, a query belongs to one.
-    d_k, d_v = (jnp.zeros(x.shape, at_least_float32(x.dtype)) for x in (keys, values))
-    d_q, d_k, d_v = _for_each_band(own, band, (jnp.zeros_like(queries), d_k, d_v))
-    (d_k,), (d_v,) = ungrid_keys(d_k.astype(k.dtype)), ungrid_values(d_v.astype(v.dtype))
-    return _ungrid(d_q, q.shape[1]), d_k, d_v
-
-
-_tiles.defvjp(_tiles_fwd, _tiles_bwd)
+    of_own, of_around = (Rows(1, rows.tile, rows.window) for rows, _ in (own, around))
+    grids = _grid(q, own), _grid(k, around), _grid(v, around)
+    inputs = of_own, of_around, of_around
+    (out,) = map_row_blocks(block, own[0].count, inputs, (of_own,), *grids)
+    return _ungrid(out, q.shape[1])
 
 
 def _product(subscripts: str, a: Array, b: Array) -> Array:
@@ -247,41 +215,14 @@ def _extend(x: Array, a: _Axis, axis: int, members: Size) -> Array:
     return jnp.concatenate([x, jnp.zeros(zeros, x.dtype)], axis)
 
 
-def _for_each_band(own: _Axes, band: Callable[[Array, T], T], state: T) -> T:
-    """Run over the rows of tiles: `count` of them in each residue class."""
-    bands = own[0].count * own[0].dilation
-    if not isinstance(bands, int):
-        bands = jnp.asarray(bands, jnp.int32)
-    return jax.lax.fori_loop(0, bands, band, state)
-
-
-def _band(grid: Array, i: Array, rows: _Axis) -> tuple[list[Array], tuple[Size, ...]]:
-    """Corner and shape of band i."""
-    zero = jnp.zeros_like(i)
-    corner = [zero, i // rows.dilation * rows.tile, i % rows.dilation, zero, zero, zero]
-    return corner, (grid.shape[0], rows.window, 1, *grid.shape[3:])
-
-
-def _load(grid: Array, i: Array, axes: _Axes) -> Array:
-    """The tiles of band i with what they see: (x, window^2, c), x over images, tiles and heads."""
-    rows, columns = axes
-    return _cut(jax.lax.dynamic_slice(grid, *_band(grid, i, rows)), columns)
-
-
-def _add(grid: Array, tiles: Array, i: Array, axes: _Axes) -> Array:
-    """Add tiles to band i, the adjoint of `_load`."""
-    rows, columns = axes
-    corner, shape = _band(grid, i, rows)
-    band = jax.ShapeDtypeStruct(shape, tiles.dtype)
-    (band,) = jax.linear_transpose(lambda x: _cut(x, columns), band)(tiles)
-    band = jax.lax.dynamic_slice(grid, corner, shape) + band.astype(grid.dtype)
-    return jax.lax.dynamic_update_slice(grid, band, corner)
-
-
 def _cut(band: Array, columns: _Axis) -> Array:
-    """(b, window, 1, W, heads, c) to overlapping tiles (x, window^2, c)."""
+    """(b, window, residue, W, heads, c) to overlapping tiles (x, window^2, c).
+
+    x over images, residues of the rows, tiles, residues of the columns and heads.
+    """
+    band = jnp.moveaxis(band, 2, 1).reshape(-1, band.shape[1], *band.shape[3:])
     count, tile, blocks = columns.count, columns.tile, columns.blocks
-    x = _extend(band[:, :, 0], columns, axis=2, members=(count - 1 + blocks) * tile)
+    x = _extend(band, columns, axis=2, members=(count - 1 + blocks) * tile)
     x = x.reshape(*x.shape[:2], count - 1 + blocks, tile, columns.dilation, *x.shape[3:])
     last = columns.window - (blocks - 1) * tile
     x = [x[:, :, s : s + count, : tile if s + 1 < blocks else last] for s in range(blocks)]
@@ -290,8 +231,4 @@ def _cut(band: Array, columns: _Axis) -> Array:
     return x.reshape(-1, x.shape[4] * x.shape[5], x.shape[6])
 
 
-def _xla(q: Array, k: Array, v: Array, *, kernel, dilation, scale) -> Array:
-    return _tiles(q, k, v, kernel, dilation, scale)
-
-
-_FORMS = Forms("neighborhood_attention", _reference, xla=_xla)
+_FORMS = Forms("neighborhood_attention", _reference, xla=_tiles)

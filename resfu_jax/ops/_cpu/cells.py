@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._cpu.rows import Rows, block_rows
+from resfu_jax.ops._rows import Rows, block_rows
 from resfu_jax.ops.sizes import Size
 
 _PATCH_PIXELS = 64  # of the output, at most, in a patch of several rows of cells

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._cpu.rows import Rows, block_rows, map_row_blocks
 from resfu_jax.ops._pad import pad
+from resfu_jax.ops._rows import Rows, block_rows, map_row_blocks
 from resfu_jax.ops._xla.pcdc import normalised_as_upsampled
 from resfu_jax.ops._xla.resample import upsampling
 from resfu_jax.ops.dtypes import at_least_float32

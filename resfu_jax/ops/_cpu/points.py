@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from resfu_jax.ops import _bilinear as bilinear
-from resfu_jax.ops._cpu.rows import Rows, add, block_rows, cut, loop, map_row_blocks
+from resfu_jax.ops._rows import Rows, add, block_rows, cut, loop, map_row_blocks
 from resfu_jax.ops.sizes import Size
 
 

@@ -9,8 +9,8 @@ import jax
 from jaxtyping import Array
 
 from resfu_jax.ops._cpu import cells
-from resfu_jax.ops._cpu.rows import map_row_blocks
 from resfu_jax.ops._pad import pad
+from resfu_jax.ops._rows import map_row_blocks
 from resfu_jax.ops.dtypes import at_least_float32, promote
 
 
