@@ -223,32 +223,19 @@ def guided_filter_subsampled(
     # `a guide + b` is the same with any zero of the guide, and most precise with one amid it.
     zero = small_guide.astype(at_least_float32(dtype)).mean(axis=(1, 2), keepdims=True)
     zero = jax.lax.stop_gradient(zero)
-    a, b = _models(small_guide, small_x, zero, radius, eps)
+    # The moments are made again for the gradient, which takes little time, not kept.
+    models = jax.checkpoint(_models, static_argnums=(3, 4))
+    a, b = models(small_guide, small_x, zero, radius, eps)
     a, b = (resize(x, guide.shape[1:3]) for x in (a, b))
     return (a * (guide.astype(zero.dtype) - zero) + b).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _models(i: Array, p: Array, zero: Array, radius: int, eps: float) -> tuple[Array, Array]:
     """(a, b) of `guided_filter` of the guide i - zero, averaged over the windows of a pixel."""
-    return _fit(i, p, zero, radius, eps)
-
-
-def _fit(i, p, zero, radius, eps):
     i, p = i.astype(zero.dtype) - zero, p.astype(zero.dtype)
     mean_i, mean_p, var, cov = _window_moments(i, p, radius)
     a = cov / (var + eps)
     return box_filter(a, radius), box_filter(mean_p - a * mean_i, radius)
-
-
-def _models_bwd(radius, eps, saved, g):
-    # The moments are made again, which takes little time, not kept.
-    i, p, zero = saved
-    _, vjp = jax.vjp(lambda i, p: _fit(i, p, zero, radius, eps), i, p)
-    return *vjp(g), None
-
-
-_models.defvjp(lambda *args: (_models(*args), args[:3]), _models_bwd)
 
 
 def subsample(x: Float[Array, "b H W c"], step: int) -> Float[Array, "b h w c"]:

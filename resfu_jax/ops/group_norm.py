@@ -50,29 +50,12 @@ def group_moments(
     return mean, jax.lax.rsqrt(variance + eps)
 
 
-@jax.custom_vjp
+@jax.checkpoint  # for the gradient the centred map is made again, not kept
 def _channel_moments(x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
     """Mean and variance over space, in float32 or better."""
     x = x.astype(at_least_float32(x.dtype))
     mean = jnp.mean(x, axis=(1, 2))
     return mean, jnp.mean(jnp.square(x - mean[:, None, None]), axis=(1, 2))
-
-
-def _channel_moments_fwd(x):
-    mean, variance = _channel_moments(x)
-    return (mean, variance), (x, mean)
-
-
-def _channel_moments_bwd(saved, g):
-    # From x itself: differentiated as it stands, the centred map would be kept.
-    x, mean = saved
-    d_mean, d_variance = (a[:, None, None] for a in g)
-    centred = x.astype(mean.dtype) - mean[:, None, None]
-    pixels = jnp.asarray(x.shape[1] * x.shape[2], mean.dtype)
-    return (((d_mean + 2 * d_variance * centred) / pixels).astype(x.dtype),)
-
-
-_channel_moments.defvjp(_channel_moments_fwd, _channel_moments_bwd)
 
 
 def group_mean(x: Float[Array, "b c"], groups: int) -> Float[Array, "b c"]:
