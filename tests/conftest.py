@@ -1,6 +1,10 @@
 """Test-wide settings: strict numerics, eight fake CPU devices, and where the golden tensors are."""
 
+import functools
+import gc
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -11,11 +15,12 @@ import pytest
 from absl import flags
 from jax._src import compiler
 from jax._src.interpreters.partial_eval import DynamicJaxprTracer
+from jax.experimental.compilation_cache import compilation_cache
 
 # The suite compiles much and computes little: without LLVM's optimisations, and without the
 # emitters that go through MLIR where they can be switched off, it takes a fraction of the time.
 # Processes that tests start inherit it.
-quick = "--xla_backend_optimization_level=0"
+quick = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if jax.__version_info__ < (0, 11):
     quick += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}"
@@ -24,6 +29,11 @@ os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}"
 AS_IN_USE = {"xla_backend_optimization_level": 3}
 if jax.__version_info__ < (0, 11):
     AS_IN_USE["xla_cpu_use_fusion_emitters"] = True
+
+# The processes that tests start share the programs that they compile (`pytest_configure`). Those of
+# pytest itself do not: JAX does not know the memory of a program that comes from a file.
+jax.config.update("jax_compilation_cache_dir", None)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # for tests that set a folder
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -47,8 +57,26 @@ def check_annotated_types(*, typechecker):
 
 jaxtyping.jaxtyped = check_annotated_types
 
+# Tracing makes and drops many objects while JAX's caches hold many more, through which Python's
+# collector would go again and again.
+gc.set_threshold(100_000, 20, 100)
+
 # grain's multiprocess prefetch reads absl flags, which nobody parses under pytest.
 flags.FLAGS.mark_as_parsed()
+
+
+def pytest_configure(config):
+    """A new folder for the programs of all processes that this session's tests start."""
+    if not hasattr(config, "workerinput"):  # xdist's workers inherit it
+        config.programs = tempfile.mkdtemp(prefix="programs")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.programs
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+def pytest_unconfigure(config):
+    """They are of this session only."""
+    if hasattr(config, "programs"):
+        shutil.rmtree(config.programs, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -78,6 +106,33 @@ def compiled_as_marked(request, monkeypatch):
     jax.clear_caches()  # of programs that others compiled
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def programs_are_kept():
+    """For tests that make the same functions anew, as if they were in several processes."""
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    compilation_cache.reset_cache()  # else JAX keeps to the folder that it had first
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def by_this_platform(forms, options, *arrays):
+    """As `_by_platform` of `ops/_forms.py`, without a choice when the program is lowered."""
+    return dict(forms)["cpu"](*arrays, **dict(options))
+
+
+@pytest.fixture
+def this_platform_only(monkeypatch):
+    """For tests whose subject is not how the form of an op is chosen: each program is half as long.
+
+    Otherwise it is traced for all platforms. So are those of `test_*_parity.py`, `test_export.py`,
+    `test_forms.py`, what `test_upsamplers_common.py` has of transformations, and all that runs in
+    processes of its own.
+    """
+    monkeypatch.setattr("resfu_jax.ops._forms._by_platform", by_this_platform)
 
 
 @pytest.fixture

@@ -22,18 +22,10 @@ from resfu_jax.predictor import Predictor
 from resfu_jax.serving import load_exported
 from resfu_jax.training import BackboneConfig, HeadConfig
 
+pytestmark = pytest.mark.usefixtures("this_platform_only", "programs_are_kept")
+
 ROOT = pathlib.Path(__file__).parents[1]
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Programs are kept between the tests, and nothing in the home directory."""
-    before = jax.config.jax_compilation_cache_dir
-    directory = tmp_path_factory.mktemp("xla")
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    yield directory
-    jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.fixture(scope="module")
@@ -285,12 +277,10 @@ def test_benchmark_of_one_upsampler(capsys, options):
     assert re.search(r"median \d+\.\d+ ms, .* of 2 calls; .* MB; .* GFLOP", capsys.readouterr().out)
 
 
-def test_a_real_process(run, photos, tmp_path, compilation_cache):
+def test_a_real_process(run, photos, tmp_path):
     command = [sys.executable, "-m", "resfu_jax", "predict", str(photos / "a.png")]
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     environment |= {"JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
-    # JAX keeps only what took a second to compile; on a fast machine, this model does not.
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     result = subprocess.run(
         [*command, "--checkpoint", str(run), "--out", str(tmp_path / "out")],
         cwd=ROOT,

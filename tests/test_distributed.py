@@ -40,7 +40,6 @@ def start(data_dir, workdir, *arguments):
         "RESFU_DATA_DIR": str(data_dir),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
-        "JAX_COMPILATION_CACHE_DIR": str(data_dir / "compiled"),
     }
     command = [sys.executable, "train.py", "--config=tests/tiny_config.py", f"--workdir={workdir}"]
     camvid = ["--config.data.name=camvid", "--config.data.resize_scale=1.0"]

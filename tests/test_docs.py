@@ -87,11 +87,12 @@ def run(tmp_path):
     (tmp_path / "shapes_jbu.py").write_text(config)
 
     def run(*arguments):
-        paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+        paths = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "tests")])
         done = subprocess.run(
             [sys.executable, *arguments],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": paths, "UPSAMPLERS": "jbu", "TMPDIR": str(tmp_path)},
+            env=os.environ
+            | {"PYTHONPATH": paths, "UPSAMPLERS": "jbu toy_upsampler", "TMPDIR": str(tmp_path)},
             capture_output=True,
             text=True,
         )
@@ -102,11 +103,13 @@ def run(tmp_path):
 
 
 @pytest.mark.slow
-def test_upsampler_of_extending_passes_the_common_suite(run, tmp_path):
+def test_upsamplers_of_other_packages_pass_the_common_suite(run, tmp_path):
+    """That of docs/extending.md and toy_upsampler.py, which needs nothing of this package."""
     run(tmp_path / "use.py")
-    suite = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
-    output = run(*suite, "tests/test_upsamplers_common.py", "-k", "jbu")
-    assert int(re.search(r"^(\d+) passed, (?:\d+ skipped, )?\d+ deselected", output, re.M)[1]) >= 18
+    suite = ["-m", "pytest", "-q", "-rA", "-n", "0", "-p", "no:cacheprovider"]
+    output = run(*suite, "tests/test_upsamplers_common.py", "-k", "jbu or toy")
+    for name in ("jbu", "toy"):
+        assert len(re.findall(rf"^PASSED .*\b{name}\]", output, re.M)) >= 18
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ import pytest
 from nbclient import NotebookClient
 from test_vit import WEIGHTS
 
+from resfu_jax.data.fabricate import prepare_fabricated
+
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
@@ -67,6 +69,8 @@ def test_links_to_this_repository(name):
 def test_runs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("RESFU_NOTEBOOK_SMALL", "1")
     monkeypatch.setenv("RESFU_DATA_DIR", str(tmp_path / "datasets"))
+    if "train" in name:  # test_train.py has all of `shapes` drawn; here a few images will do
+        prepare_fabricated("shapes", tmp_path / "datasets", examples=16)
     monkeypatch.setenv("RESFU_VIT_WEIGHTS", str(WEIGHTS) if WEIGHTS.is_file() else "")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = read(name)

@@ -1,9 +1,4 @@
-"""What members say about themselves, and that one of another package needs no more than that."""
-
-import os
-import pathlib
-import subprocess
-import sys
+"""What members say about themselves."""
 
 import jax
 import pytest
@@ -18,8 +13,6 @@ from resfu_jax.upsamplers import (
     takes_values,
     upsampler_entry,
 )
-
-TESTS = pathlib.Path(__file__).parent
 
 
 def names_that(attribute):
@@ -79,17 +72,3 @@ def test_a_plain_module_gets_the_defaults(monkeypatch):
     said = {name: getattr(Plain, name) for name in Upsampler.__annotations__}
     defaults = {name: getattr(Upsampler, name) for name in Upsampler.__annotations__}
     assert said == defaults | dict(guide="features", same_width=True)
-
-
-@pytest.mark.slow
-def test_a_member_of_another_package_passes_the_common_suite():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
-        + [str(TESTS / "test_upsamplers_common.py"), "-k", "toy"],
-        cwd=TESTS.parent,
-        env=os.environ | {"PYTHONPATH": f"{TESTS}", "UPSAMPLERS": "toy_upsampler"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout and "failed" not in done.stdout

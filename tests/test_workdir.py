@@ -19,6 +19,8 @@ from resfu_jax import data, training
 from resfu_jax._files import local_path, write_whole
 from resfu_jax.training import config as config_module
 
+pytestmark = pytest.mark.usefixtures("this_platform_only")
+
 
 # ------------------------------------------------------------------------------------ config.json
 def test_a_config_of_an_older_version_has_the_defaults_for_what_it_lacks(tmp_path, monkeypatch):
@@ -159,15 +161,6 @@ def data_dir(tmp_path_factory):
     return directory
 
 
-@pytest.fixture
-def programs_are_kept(tmp_path):
-    """The runs of a test compile the same programs."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
 def config_of(data_dir, **fields):
     config = tiny_config.get_config()
     config.data.name, config.data.dir, config.data.resize_scale = "camvid", str(data_dir), 1.0
@@ -184,7 +177,7 @@ def lines(workdir, *names):
 
 @pytest.mark.slow
 def test_an_evaluation_that_fails_or_is_stopped_costs_no_step(
-    stop, data_dir, tmp_path, monkeypatch
+    stop, data_dir, tmp_path, monkeypatch, programs_are_kept
 ):
     def run(workdir):
         config = config_of(data_dir, steps=4)
