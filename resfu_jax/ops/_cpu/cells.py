@@ -14,8 +14,7 @@ so that the gradients of `reassemble` and `correlate` are exact and again of the
 Differentiated by JAX, the slices of x would each become a padded map.
 
 Shapes: w (B, H, W, G, n*n), x (B, h + n - 1, w + n - 1, C), y (B, H, W, C); G groups of channels,
-contiguous, with weights of their own. Sums are in the arrays' dtype, which callers choose wide; of
-`correlate`, y may be narrow.
+contiguous, with weights of their own. Sums are in the arrays' dtype, which callers choose wide.
 """
 
 import functools

@@ -8,9 +8,8 @@ cell,
     out[a s + p, b s + q] = sum_ts weight[p, q, t, s] x[a + t, b + s],
 
 with x extended by replication: no upsampled copy of x and no gather. Forward, the sum is a chain of
-broadcast products, which XLA fuses into the pass that writes the output. At even ratios above 2
-it is made for the halves of a cell along each axis, which see (K + 1)^2 pixels only. Backward, both
-gradients are matrix products per cell.
+broadcast products, which XLA fuses into the pass that writes the output. Backward, both gradients
+are matrix products per patch of cells.
 """
 
 import functools
