@@ -45,7 +45,7 @@ ROWS = dataclasses.replace(WORKLOADS["segmenter"], size=(8, 32))
 # For one v5e in bfloat16, forward and with backward: a little above what the code needs. Only
 # samples at points take a loop, over strips of rows, and again backward.
 LIMITS = {
-    "resfu": (Limit(0.1, 36, 0), Limit(0.1, 96, 0)),
+    "resfu": (Limit(0.1, 36, 0), Limit(0.1, 101, 0)),
     "carafe": (Limit(0.1, 7, 0), Limit(0.1, 23, 0)),
     "sapa": (Limit(0.1, 6, 0), Limit(0.1, 21, 0)),
     "fade": (Limit(0.1, 20, 0), Limit(0.2, 44, 0)),

@@ -224,7 +224,7 @@ def guided_filter_subsampled(
     zero = small_guide.astype(at_least_float32(dtype)).mean(axis=(1, 2), keepdims=True)
     zero = jax.lax.stop_gradient(zero)
     # The moments are made again for the gradient, which takes little time, not kept.
-    models = jax.checkpoint(_models, static_argnums=(3, 4))
+    models = jax.checkpoint(_models, static_argnums=(3, 4), prevent_cse=False)
     a, b = models(small_guide, small_x, zero, radius, eps)
     a, b = (resize(x, guide.shape[1:3]) for x in (a, b))
     return (a * (guide.astype(zero.dtype) - zero) + b).astype(dtype)

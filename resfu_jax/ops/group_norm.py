@@ -1,5 +1,7 @@
 """Group normalisation (Wu and He, ECCV 2018)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -50,7 +52,9 @@ def group_moments(
     return mean, jax.lax.rsqrt(variance + eps)
 
 
-@jax.checkpoint  # for the gradient the centred map is made again, not kept
+@functools.partial(
+    jax.checkpoint, prevent_cse=False
+)  # for the gradient the centred map is made again, not kept
 def _channel_moments(x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
     """Mean and variance over space, in float32 or better."""
     x = x.astype(at_least_float32(x.dtype))
