@@ -60,7 +60,7 @@ def test_resfu_at_high_ratio(direction, limit):
 @pytest.mark.parametrize(
     ("name", "forward", "both"),
     [
-        ("sapa", 0.25, 0.97),
+        ("sapa", 0.25, 1.07),
         ("carafe", 0.25, 0.45),
         ("dysample", 0.05, 0.17),
         ("fade", 0.27, 1.4),
@@ -85,7 +85,12 @@ def test_dysample_of_small_maps(workload, limit):
 )
 @pytest.mark.parametrize(
     ("name", "forward", "both"),
-    [("sapa", 0.3, 0.53), ("carafe", 0.2, 0.41), ("dysample", 0.065, 0.12), ("resfu", 1.36, 2.66)],
+    [
+        ("sapa", 0.21, 0.36),
+        ("carafe", 0.28, 0.44),
+        ("dysample", 0.065, 0.125),
+        ("resfu", 1.25, 3.3),
+    ],
 )
 def test_bfloat16(name, forward, both):
     """28 x 28 to 448 x 448, 384 channels, in outputs, which are half as large.
@@ -103,14 +108,15 @@ def test_bfloat16(name, forward, both):
     [
         ("dino", "both", 66.0e6),
         ("segformer_x8", "forward", 6.56e6),
-        # The official module's is 4.01 MB: ours has the scores of forward and backward at once.
-        ("segformer_x8", "both", 6.3e6),
-        ("segformer_x4", "both", 9.2e6),
+        # The official module's are 4.0 and 9.1 MB: ours has the scores of forward and backward at
+        # once, and the gradient to a convolution's kernel twice. (JAX 0.10: 6.3 and 9.2.)
+        ("segformer_x8", "both", 7.6e6),
+        ("segformer_x4", "both", 11.5e6),
         ("segmenter", "both", 11.4e6),
     ],
 )
 def test_carafe(workload, direction, limit):
-    """But for one row, at most what the official module takes (docs/benchmarks_cpu_amd.json)."""
+    """But for two rows, at most what the official module takes (docs/benchmarks_cpu_amd.json)."""
     assert temporary("carafe", WORKLOADS[workload], direction)[0] <= limit
 
 

@@ -174,12 +174,14 @@ def loop(count: Size, body: Callable[[Any, Any], Any], state: Any) -> Any:
     return jax.tree.map(_as_dtype, words, dtypes)
 
 
-# In a loop, bfloat16 arrays are held as their bits: XLA's CPU compiler widens all of a bfloat16
-# array for every block that is cut from it or put into it.
+# Before JAX 0.11.2, bfloat16 arrays of a loop are held as their bits: XLA's CPU compiler widens all
+# of a bfloat16 array for every block that is cut from it or put into it.
+_HELD_AS_BITS = jax.__version_info__ < (0, 11, 2)
 
 
 def _words(a: Array) -> Array:
-    return jax.lax.bitcast_convert_type(a, jnp.uint16) if a.dtype == jnp.bfloat16 else a
+    narrow = _HELD_AS_BITS and a.dtype == jnp.bfloat16
+    return jax.lax.bitcast_convert_type(a, jnp.uint16) if narrow else a
 
 
 def _as_dtype(a: Array, dtype: DTypeLike) -> Array:
