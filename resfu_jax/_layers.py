@@ -6,6 +6,8 @@ float32. Parameters have Flax's names.
 The calls leave out Flax's arguments for sharding and masks, hence `type: ignore[override]`.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,8 +16,11 @@ from jaxtyping import Array, Float
 
 from resfu_jax import ops
 from resfu_jax.ops.dtypes import at_least_float32
+from resfu_jax.ops.pad import Mode
 
 XAVIER_UNIFORM = nnx.initializers.xavier_uniform()
+# PyTorch's default: uniform within 1 / sqrt(fan in). `Conv` and `Linear` draw their bias likewise.
+PYTORCH_UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 # With the fans that PyTorch counts for a depthwise kernel (kh, kw, C): kh kw in, kh kw C out.
 DEPTHWISE_XAVIER_UNIFORM = nnx.initializers.variance_scaling(
     1.0, "fan_avg", "uniform", in_axis=(), out_axis=-1
@@ -69,6 +74,26 @@ def normalised(x: Float[Array, "b h w c"], norm: Norm | None) -> Float[Array, "b
 class Linear(nnx.Linear):
     """A linear map of the channels, and of the norm before it."""
 
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        *,
+        use_bias: bool = True,
+        kernel_init: Initializer,
+        param_dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            in_features,
+            features,
+            use_bias=use_bias,
+            kernel_init=kernel_init,
+            bias_init=_bias_init(kernel_init, in_features),
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
     def __call__(  # type: ignore[override]
         self, x: Float[Array, "b h w c"], *, norm: Norm | None = None
     ) -> Float[Array, "b h w d"]:
@@ -88,26 +113,36 @@ class Linear(nnx.Linear):
 
 
 class Conv(nnx.Conv):
-    """A convolution of stride 1 with an odd kernel, and zero padding that keeps the size."""
+    """A convolution of stride 1 that keeps the size, with zeros or the map's own border around it.
+
+    An axis with K taps, D apart, gets a border of D (K - 1) / 2 pixels on both sides, which must be
+    whole: by `border`, `"constant"` (zeros), `"edge"` (the border repeated) or `"reflect"` (the map
+    reflected in its border pixels, of which there must be enough).
+    """
 
     def __init__(
         self,
         in_features: int,
         features: int,
-        kernel_size: int,
+        kernel_size: int | tuple[int, int],
         *,
         dilation: int = 1,
+        border: Mode = "constant",
+        use_bias: bool = True,
         kernel_init: Initializer = XAVIER_UNIFORM,
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        self.dilation = dilation
+        kernel = (kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size
+        self.dilation, self.border = dilation, border
         super().__init__(
             in_features,
             features,
-            (kernel_size, kernel_size),
+            kernel,
             kernel_dilation=dilation,
+            use_bias=use_bias,
             kernel_init=kernel_init,
+            bias_init=_bias_init(kernel_init, math.prod(kernel) * in_features),
             param_dtype=param_dtype,
             rngs=rngs,
         )
@@ -117,7 +152,10 @@ class Conv(nnx.Conv):
     ) -> Float[Array, "b h w d"]:
         """The convolved map."""
         kernel = self.kernel[...].astype(x.dtype)
-        padding = self.dilation * (kernel.shape[0] // 2)
+        rows, columns = (self.dilation * (n - 1) // 2 for n in kernel.shape[:2])
+        padding = ((rows, rows), (columns, columns))
+        if self.border != "constant" and (rows or columns):
+            x, padding = ops.pad(x, (rows, columns), self.border), ((0, 0), (0, 0))
         return _biased(ops.conv(x, kernel, padding=padding, dilation=self.dilation), self.bias)
 
 
@@ -139,6 +177,14 @@ class DepthwiseConv(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """The filtered map."""
         return _biased(ops.depthwise_conv(x, self.kernel[...].astype(x.dtype)), self.bias)
+
+
+def _bias_init(kernel_init: Initializer, fan_in: int) -> Initializer:
+    """Zeros, or PyTorch's default if that is the kernel's."""
+    if kernel_init is not PYTORCH_UNIFORM:
+        return nnx.initializers.zeros_init()
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def _biased(y: Float[Array, "b h w d"], bias: nnx.Param | None) -> Float[Array, "b h w d"]:

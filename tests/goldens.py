@@ -12,7 +12,6 @@ import os
 import pathlib
 
 import numpy as np
-import pytest
 
 _HERE = pathlib.Path(__file__).resolve().parent
 _PLACES = [
@@ -90,23 +89,6 @@ def load(name: str, x64: bool = False) -> Golden:
         tol_out=5e-7 if x64 else tol["out"],
         tol_grad=5e-7 if x64 else tol["grad"],
     )
-
-
-def by_form(names: list[str], fully: set[str]) -> list:
-    """What the parity of modules runs over: (golden, implementation, whether in float64).
-
-    In float32 every golden by every form. In float64, where a formula's mistake cannot pass for
-    rounding, every golden by the portable form, and those of `fully`, one of each op, by all: there
-    the others show that nothing on their way is narrowed, which no option of a module changes.
-    """
-    assert fully <= set(names), fully - set(names)
-    return [
-        pytest.param(name, form, x64, id=f"{name}-{form}-{'x64' if x64 else 'float32'}")
-        for name in names
-        for form in ("reference", "xla", "cpu", None)
-        for x64 in (False, True)
-        if not x64 or form == "xla" or name in fully
-    ]
 
 
 def nhwc(a: np.ndarray) -> np.ndarray:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from jax import export
 
 from resfu_jax.ops import _interp, sizes
-from resfu_jax.ops._pad import pad
 from resfu_jax.ops._xla.pcdc import normalised_as_upsampled
 from resfu_jax.ops.group_norm import group_norm
+from resfu_jax.ops.pad import pad
 from resfu_jax.ops.resize import resize
 from resfu_jax.ops.sizes import cell_index
 

@@ -43,25 +43,9 @@ def value_and_gradients(graphdef, params, inputs, cotangent):
     return y, vjp(cotangent)
 
 
-# One of each class, and of each op that it calls.
-FULLY = {
-    "carafe_s2_k3_g4_dil2",
-    "sapa_b_s2_k3_samedim",
-    "sapa_base_s2_k3_nonorm",
-    "sapa_exp_gate_s2_k5",
-    "sapa_deform_s2_p4_norm",
-    "fade_l2h_s2",
-    "fade_lite_s2",
-    "fade_semishiftup_s2",
-    "dysample_lp_s2_dyscope",
-    "lda_aqu_s2_nh2",
-}
-
-
 # On the CPUs that run the tests, `None` is the CPU's form wherever it applies.
-@pytest.mark.parametrize(
-    ("name", "implementation", "x64"), goldens.by_form(MODULES, FULLY), indirect=["x64"]
-)
+@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu", None])
+@pytest.mark.parametrize("name", MODULES)
 def test_module(name, implementation, x64):
     g = goldens.load(name, x64=x64)
     cls, args = official(g)

@@ -23,9 +23,11 @@ from resfu_jax.ops.local_window import (
 )
 from resfu_jax.ops.neighborhood_attention import neighborhood_attention
 from resfu_jax.ops.norm_linear import norm_linear
+from resfu_jax.ops.pad import pad
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle, pixel_unshuffle
 from resfu_jax.ops.pool import adaptive_avg_pool
 from resfu_jax.ops.resize import resize
+from resfu_jax.ops.rotary import rotate
 from resfu_jax.ops.unfold import unfold
 
 __all__ = [
@@ -50,8 +52,10 @@ __all__ = [
     "local_similarity",
     "neighborhood_attention",
     "norm_linear",
+    "pad",
     "pixel_shuffle",
     "pixel_unshuffle",
     "resize",
+    "rotate",
     "unfold",
 ]

@@ -91,21 +91,21 @@ def _map(f, count, inputs, outputs, whole_forward, *arrays):
         shape if rows is None else _of_all_blocks(shape, rows, count)
         for shape, rows in zip(shapes, outputs, strict=True)
     )
-    return loop(count, body, zeros(full, outputs))
+    return loop(count, body, tuple(map(_zeros, full, outputs)))
 
 
 def _map_bwd(f, count, inputs, outputs, _, arrays, g):
-    # An array whose blocks do not overlap gives way to its gradient, block by block.
-    own = [rows is not None and rows.apart for rows in inputs]
+    def chosen(of_own, of_others):
+        """For each argument: of one whose blocks do not overlap, or of another."""
+        apart = [rows is not None and rows.apart for rows in inputs]
+        return tuple(a if c else b for a, b, c in zip(of_own, of_others, apart, strict=True))
 
+    # An argument whose blocks do not overlap gives way to its gradient, block by block.
     def body(i, sums):
-        left = tuple(s if o else a for s, a, o in zip(sums, arrays, own, strict=True))
-        _, vjp = jax.vjp(f, *_cut(left, i, inputs))
+        _, vjp = jax.vjp(f, *_cut(chosen(sums, arrays), i, inputs))
         return _add(sums, vjp(_cut(g, i, outputs)), i, inputs)
 
-    sums = zeros(arrays, inputs)
-    sums = tuple(a if o else s for s, a, o in zip(sums, arrays, own, strict=True))
-    sums = loop(count, body, sums)
+    sums = loop(count, body, chosen(arrays, map(_zeros, arrays, inputs)))
     return jax.tree.map(lambda a, b: a.astype(b.dtype), sums, arrays)
 
 
@@ -118,17 +118,14 @@ def _of_all_blocks(block: Any, rows: Rows, count: Size) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape), block.dtype)
 
 
-def zeros(like: tuple, rows: tuple[Rows | None, ...]) -> tuple:
+def _zeros(like: Any, rows: Rows | None) -> Any:
     """To which blocks are added; in float32 or wider where several blocks add to one number."""
 
-    def zero(rows):
-        def of(a):
-            dtype = a.dtype if rows and rows.apart else at_least_float32(a.dtype)
-            return jnp.zeros(a.shape, dtype)
+    def zeros(a):
+        dtype = a.dtype if rows is not None and rows.apart else at_least_float32(a.dtype)
+        return jnp.zeros(a.shape, dtype)
 
-        return of
-
-    return tuple(jax.tree.map(zero(r), a) for a, r in zip(like, rows, strict=True))
+    return jax.tree.map(zeros, like)
 
 
 def _cut(arrays: tuple, i: Any, rows: tuple[Rows | None, ...]) -> tuple:

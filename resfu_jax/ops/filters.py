@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._pad import pad
 from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32, promote
+from resfu_jax.ops.pad import pad, pad_axis
 from resfu_jax.ops.resize import resize
 from resfu_jax.ops.sizes import Size
 
@@ -96,7 +96,7 @@ def _over_windows(x: T, radius: int, axis: int, join: Callable[[T, T], T]) -> T:
     Beyond the map they are zeros. `join` is of two neighbouring windows.
     """
     n, width = jax.tree.leaves(x)[0].shape[axis], 2 * radius + 1
-    x = jax.tree.map(lambda a: _pad(a, radius, axis), x)
+    x = jax.tree.map(lambda a: pad_axis(a, radius, axis), x)
 
     def cut(x, start, length):
         return jax.tree.map(lambda a: jax.lax.slice_in_dim(a, start, start + length, axis=axis), x)
@@ -267,11 +267,7 @@ def _correlate_fwd(x, taps, axis):
 def _correlate_bwd(taps, axis, _, g):
     # Slices of one padded map: differentiated as it stands, the sum would become one padded map a
     # tap, 25 times slower on a CPU.
-    return (_correlate(_pad(g, len(taps) - 1, axis), taps[::-1], axis),)
+    return (_correlate(pad_axis(g, len(taps) - 1, axis), taps[::-1], axis),)
 
 
 _correlate.defvjp(_correlate_fwd, _correlate_bwd)
-
-
-def _pad(x: Array, width: int, axis: int) -> Array:
-    return jnp.pad(x, [(width, width) if i == axis else (0, 0) for i in range(x.ndim)])

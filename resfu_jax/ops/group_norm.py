@@ -29,14 +29,7 @@ def group_norm(
             "scale and bias must be (channels,) for x (batch, height, width, channels), "
             f"got scale {scale.shape}, bias {bias.shape} and x {x.shape}"
         )
-    return apply_moments(x, group_moments(x, groups=groups, eps=eps), scale, bias)
-
-
-def apply_moments(
-    x: Float[Array, "b h w c"], moments: tuple[Array, Array], scale: Array, bias: Array
-) -> Float[Array, "b h w c"]:
-    """The group norm whose `group_moments` are given."""
-    mean, factor = moments
+    mean, factor = group_moments(x, groups=groups, eps=eps)
     factor = factor * scale.astype(factor.dtype)[None]
     y = (x.astype(mean.dtype) - mean[:, None, None]) * factor[:, None, None]
     return (y + bias.astype(mean.dtype)[None, None, None]).astype(x.dtype)
@@ -52,9 +45,9 @@ def group_moments(
     return mean, jax.lax.rsqrt(variance + eps)
 
 
-@functools.partial(
-    jax.checkpoint, prevent_cse=False
-)  # for the gradient the centred map is made again, not kept
+# For the gradient the centred map is made again, not kept. Barriers against merging it with the
+# first one (`prevent_cse`) would cost a TPU traffic.
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def _channel_moments(x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
     """Mean and variance over space, in float32 or better."""
     x = x.astype(at_least_float32(x.dtype))

@@ -16,11 +16,11 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._cpu import pcdc as cpu
 from resfu_jax.ops._forms import Forms, Implementation
-from resfu_jax.ops._pad import pad
 from resfu_jax.ops._xla import pcdc as xla
 from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.group_norm import group_norm
 from resfu_jax.ops.grouped_conv import grouped_conv, grouped_linear
+from resfu_jax.ops.pad import pad
 from resfu_jax.ops.resize import resize
 
 

@@ -5,8 +5,8 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from resfu_jax.ops._pad import pad
 from resfu_jax.ops.checks import takes_maps
+from resfu_jax.ops.pad import pad
 
 PadMode = Literal["constant", "edge", "reflect"]
 

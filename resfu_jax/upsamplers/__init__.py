@@ -5,10 +5,12 @@ from resfu_jax.ops.checks import check_floating
 from resfu_jax.upsamplers._inputs import (
     check_features,
     check_guide,
+    check_image,
     check_output_size,
     compute_dtype,
     need_guide,
     reassembled,
+    size_of_output,
 )
 from resfu_jax.upsamplers._registry import (
     create_upsampler,
@@ -41,6 +43,7 @@ __all__ = [
     "check_features",
     "check_floating",
     "check_guide",
+    "check_image",
     "check_output_size",
     "check_whole",
     "compute_dtype",
@@ -51,6 +54,7 @@ __all__ = [
     "pixel_weights",
     "reassembled",
     "register",
+    "size_of_output",
     "takes_values",
     "upsampler_entry",
 ]

@@ -48,6 +48,30 @@ def check_guide(features: Array, guide: Array, channels: int) -> None:
             )
 
 
+def check_image(features: Array, image: Array, channels: int | None = 3) -> None:
+    """The image, of any size, fits the features."""
+    need(
+        image.ndim == 4 and channels in (None, image.shape[3]),
+        f"image must be (batch, height, width, {channels or 'channels'}), got shape {image.shape}",
+    )
+    need(
+        features.shape[0] == image.shape[0],
+        f"image must have the features' batch size {features.shape[0]}, got {image.shape[0]}",
+    )
+
+
+def size_of_output(image: Array, output_size: tuple[Size, Size] | None) -> tuple[Size, Size]:
+    """The size that is asked for, or the image's."""
+    if output_size is None:
+        output_size = image.shape[1], image.shape[2]
+    need(
+        len(output_size) == 2 and all(n >= 1 for n in output_size if isinstance(n, int)),
+        f"output_size must be two positive sizes, got {output_size!r}",
+    )
+    height, width = output_size
+    return height, width
+
+
 def reassembled(
     features: Array, values: Array | None, *, groups: int = 1
 ) -> Float[Array, "b h w d"]:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from flax import nnx
 
-Guide = Literal["none", "features"]
+Guide = Literal["none", "features", "image"]
 
 
 class Upsampler(nnx.Module):
@@ -14,8 +14,11 @@ class Upsampler(nnx.Module):
     states what differs from the defaults here, its constructor what depends on options.
 
     Attributes:
-      guide: `"none"`, called as `up(features, output_size=None)`, or `"features"`, called as
-        `up(features, guide)`.
+      guide: `"none"`, called as `up(features, output_size=None)`; `"features"`, called as
+        `up(features, guide)`; or `"image"`, called as `up(features, image, output_size=None)`: the
+        image may be of any size, and without `output_size` the output has its size.
+      image: what values the image has: `"imagenet"`, RGB with ImageNet's mean and deviation taken
+        out, or `"unit"`, RGB in 0 .. 1. (Members that work with any take what they are given.)
       needs_whole_scale: only `scale` times the size is possible; any other is a `ValueError`.
       same_width: guide and features must have as many channels: they are mixed or compared.
       value_groups: groups of channels, blocks of successive ones, that have weights of their own.
@@ -27,6 +30,7 @@ class Upsampler(nnx.Module):
     """
 
     guide: Guide = "none"
+    image: Literal["imagenet", "unit"] = "imagenet"
     needs_whole_scale: bool = False
     same_width: bool = False
     value_groups: int = 1

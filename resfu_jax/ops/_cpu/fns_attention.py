@@ -21,9 +21,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._cpu import cells
-from resfu_jax.ops._pad import pad
 from resfu_jax.ops._rows import map_row_blocks
 from resfu_jax.ops.dtypes import at_least_float32
+from resfu_jax.ops.pad import pad
 from resfu_jax.ops.sizes import whole_ratio
 
 

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._pad import pad
 from resfu_jax.ops._rows import Rows, block_rows, map_row_blocks
 from resfu_jax.ops._xla.pcdc import normalised_as_upsampled
 from resfu_jax.ops._xla.resample import upsampling
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.group_norm import group_mean, group_norm
+from resfu_jax.ops.pad import pad
 from resfu_jax.ops.resize import resize
 from resfu_jax.ops.sizes import whole_ratio
 
@@ -82,10 +82,10 @@ def pcdc(
         k = (beside @ cell.T).reshape(b, hidden, h + 2, ww)
         rows = block_rows(h, b * ww * hidden * dilation, tile and tile // dilation)
         of_k, count, rows = Rows(2, rows, rows + 2), h // rows, rows * dilation
-        first = central
+        of_pixel = central
 
-        def block(params, first, k, q):
-            t = _per_group(first, q.reshape(b, groups, -1, rows * ww))
+        def block(params, of_pixel, k, q):
+            t = _per_group(of_pixel, q.reshape(b, groups, -1, rows * ww))
             m = upsampling(rows // dilation, rows, 1, dtype)
             return scores_and_sums(params, t + (m[None, None] @ k).reshape(t.shape), rows)
 
@@ -97,11 +97,11 @@ def pcdc(
         k = by_group(pad(k, (border, border), "edge"))
         rows = block_rows(hh, b * ww * hidden, tile)
         of_k, count = Rows(3, rows, rows + 2 * border), hh // rows
-        first = jnp.concatenate([weights, central], axis=2)
+        of_pixel = jnp.concatenate([weights, central], axis=2)
 
-        def block(params, first, k, q):
+        def block(params, of_pixel, k, q):
             windows = _windows(k, side, dilation, (rows, ww), q)
-            return scores_and_sums(params, _per_group(first, windows), rows)
+            return scores_and_sums(params, _per_group(of_pixel, windows), rows)
 
     def statistics(deviation, square):
         """What makes the variance of u 1, unit by unit, and the bias of the scores."""
@@ -123,7 +123,7 @@ def pcdc(
 
     own = Rows(3, rows, rows)
     inputs = None, None, of_k, own
-    arrays = (bias, mix, mix_bias, project), first, k, by_group(q)
+    arrays = (bias, mix, mix_bias, project), of_pixel, k, by_group(q)
     if tile is None:
         scores, *sums = map_row_blocks(block, count, inputs, (own, None, None), *arrays)
         return normalised(scores, *statistics(*sums))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from resfu_jax.ops._interp import kernel_weights
-from resfu_jax.ops._pad import pad
+from resfu_jax.ops.pad import pad_axis
 from resfu_jax.ops.sizes import whole_ratio
 
 _MOST = 16  # phases; each is an operand of the compiled program
@@ -40,9 +40,7 @@ def _polyphase(values: Array, r: int, axis: int, method: str) -> Array:
     if method in ("nearest", "nearest-exact"):
         phases = [values] * r
     else:
-        border = [0, 0]
-        border[axis - 1] = 2
-        extended = pad(values, tuple(border), "edge")
+        extended = pad_axis(values, 2, axis, "edge")
         shifted = {
             offset: jax.lax.slice_in_dim(
                 extended, 2 + offset, 2 + offset + values.shape[axis], axis=axis

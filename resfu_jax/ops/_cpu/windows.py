@@ -9,9 +9,9 @@ import jax
 from jaxtyping import Array
 
 from resfu_jax.ops._cpu import cells
-from resfu_jax.ops._pad import pad
 from resfu_jax.ops._rows import map_row_blocks
 from resfu_jax.ops.dtypes import at_least_float32, promote
+from resfu_jax.ops.pad import pad
 
 
 def similarity(q: Array, k: Array, *, kernel_size: int) -> Array:

@@ -21,7 +21,6 @@ from jaxtyping import Array
 
 from resfu_jax.ops._forms import Refusal
 from resfu_jax.ops._interp import half_pixel_taps
-from resfu_jax.ops._pad import pad
 from resfu_jax.ops._pallas.kernel import kernel_form
 from resfu_jax.ops._pallas.tiles import (
     Tiles,
@@ -34,6 +33,7 @@ from resfu_jax.ops._pallas.tiles import (
     tiles,
 )
 from resfu_jax.ops._xla import windows as xla
+from resfu_jax.ops.pad import pad
 
 
 def _attention(scores: Array, scale: Array | None, v: Array, *, groups, softmax) -> Array:

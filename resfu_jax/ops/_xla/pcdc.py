@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from resfu_jax.ops._pad import pad
 from resfu_jax.ops._xla.resample import along, upsample, upsampling
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.group_norm import group_mean, group_norm
 from resfu_jax.ops.grouped_conv import block_diagonal, grouped_linear
+from resfu_jax.ops.pad import pad
 from resfu_jax.ops.sizes import Size, whole_ratio
 
 

@@ -24,8 +24,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from resfu_jax.ops._interp import half_pixel_taps
-from resfu_jax.ops._pad import pad
 from resfu_jax.ops.dtypes import at_least_float32, promote
+from resfu_jax.ops.pad import pad
 from resfu_jax.ops.sizes import Size, cell_index, whole_ratio
 
 _TILE = 32  # cells of a tile of columns, at most

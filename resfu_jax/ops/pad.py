@@ -1,19 +1,49 @@
 """Borders around maps."""
 
 import functools
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
+from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.sizes import Size
 
+Mode = Literal["constant", "edge", "reflect"]
 
+
+@takes_maps("x", real=False)
 def pad(
-    x: Shaped[Array, "b h w c"], border: tuple[Size, Size], mode: str = "constant"
+    x: Shaped[Array, "b h w c"], border: tuple[Size, Size], mode: Mode = "constant"
 ) -> Shaped[Array, "b h2 w2 c"]:
-    """Maps with so many rows and columns more on each side, as `jnp.pad` makes them."""
+    """Maps with more rows and columns on each side.
+
+    Args:
+      x: maps.
+      border: rows added above and below, and columns added left and right.
+      mode: `"constant"`, zeros; `"edge"`, the map's border repeated; `"reflect"`, the map reflected
+        in its border pixels.
+
+    Raises:
+      ValueError: another mode, a border below 0, or one that the map is too small to be reflected
+        in.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
+    for n, size in zip(border, x.shape[1:3], strict=True):
+        if isinstance(n, int) and n < 0:
+            raise ValueError(f"border must not be negative, got {border}")
+        if mode == "reflect" and isinstance(n, int) and isinstance(size, int) and n >= size:
+            raise ValueError(
+                f"border must be smaller than x {x.shape[1:3]} to reflect it, got {border}"
+            )
     return _edge(x, border) if mode == "edge" else _pad(x, border, mode)
+
+
+def pad_axis(x: Array, width: int, axis: int, mode: Mode = "constant") -> Array:
+    """`pad` along rows (axis 1) or columns (axis 2) alone."""
+    return pad(x, (width, 0) if axis == 1 else (0, width), mode)
 
 
 def _pad(x: Array, border: tuple[Size, Size], mode: str) -> Array:
