@@ -28,6 +28,7 @@ from resfu_jax.ops.pixel_shuffle import pixel_shuffle, pixel_unshuffle
 from resfu_jax.ops.pool import adaptive_avg_pool
 from resfu_jax.ops.resize import resize
 from resfu_jax.ops.rotary import rotate
+from resfu_jax.ops.rows import map_rows
 from resfu_jax.ops.unfold import unfold
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "local_attention",
     "local_reassembly",
     "local_similarity",
+    "map_rows",
     "neighborhood_attention",
     "norm_linear",
     "pad",
