@@ -51,8 +51,8 @@ Extract = Callable[[Num[np.ndarray | Array, "b H W 3"]], Float[Array, "b h w c"]
 class GuidedUpsampler(nnx.Module):
     """Any upsampler, guided by the image where it takes a guide.
 
-    The guide is the image at the size of the output through two 3x3 convolutions, which learn with
-    the upsampler.
+    The guide is the image at the size of the output: as it is, for upsamplers that are guided by
+    the image, or through two 3x3 convolutions, which learn with the upsampler.
 
     Args:
       upsampler: a name of `list_upsamplers()`.
@@ -88,8 +88,8 @@ class GuidedUpsampler(nnx.Module):
         self.features, self.scale = features, scale
         self.upsample = create(guide_features, rngs)
         types = dict(dtype=None, param_dtype=jnp.float32, rngs=rngs)
-        guided = self.upsample.guide != "none"
-        self.stem = ImageStem(64, guide_features, (1, 1), **types) if guided else None
+        by_map = self.upsample.guide == "features"
+        self.stem = ImageStem(64, guide_features, (1, 1), **types) if by_map else None
 
     def __call__(
         self, features: Float[Array, "b h w c"], images: Num[Array, "b H W 3"]
@@ -116,11 +116,13 @@ class GuidedUpsampler(nnx.Module):
         self, features: Float[Array, "b h w c"], images: Num[Array, "b H W 3"]
     ) -> tuple[Float[Array, "b sh sw g"], ...]:
         """What guides the upsampler; nothing for an unguided one."""
-        if self.stem is None:
+        if self.upsample.guide == "none":
             return ()
-        images = normalise(images, IMAGENET_MEAN, IMAGENET_STD)
-        images = _resized(images, self.scale, features.shape)
-        return (self.stem(images.astype(features.dtype)),)
+        unit = self.stem is None and self.upsample.image == "unit"
+        mean, std = ((0.0,) * 3, (255.0,) * 3) if unit else (IMAGENET_MEAN, IMAGENET_STD)
+        images = _resized(normalise(images, mean, std), self.scale, features.shape)
+        images = images.astype(features.dtype)
+        return (images if self.stem is None else self.stem(images),)
 
 
 def extractor(

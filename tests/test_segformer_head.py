@@ -196,12 +196,12 @@ def test_wrong_options(options, message):
 
 
 def test_a_guide_that_heads_do_not_have(monkeypatch):
-    class ByImage(nnx.Module):
-        guide = "image"
+    class ByDepth(nnx.Module):
+        guide = "depth"
 
-    monkeypatch.setattr(_layers, "upsampler_entry", lambda name: _registry.Entry(ByImage, {}))
-    with pytest.raises(ValueError, match="'by_image' needs a guide of kind 'image'"):
-        head(upsampler="by_image")
+    monkeypatch.setattr(_layers, "upsampler_entry", lambda name: _registry.Entry(ByDepth, {}))
+    with pytest.raises(ValueError, match="'by_depth' needs a guide of kind 'depth'"):
+        head(upsampler="by_depth")
 
 
 def test_wrong_input(monkeypatch):

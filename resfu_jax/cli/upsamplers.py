@@ -29,7 +29,7 @@ def upsamplers(
     Args:
       names: some of them; by default all.
       features: channels of the low-resolution features.
-      guide_features: channels of the guide; by default as many as the features.
+      guide_features: channels of the guide; by default as many as the features. (Of an image, 3.)
       size: height and width of the features.
       scale: ratio of the output to them.
     """
@@ -156,7 +156,8 @@ class _Call:
 
         shapes = [(1, *size, features)]
         if guide != "none":
-            shapes.append((1, *(n * scale for n in size), guide_features))
+            channels = 3 if guide == "image" else guide_features
+            shapes.append((1, *(n * scale for n in size), channels))
         inputs = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
         return cls(create, guide, inputs)
 

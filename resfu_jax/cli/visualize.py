@@ -164,8 +164,9 @@ def _trained(run: Run, image: Any, pixels: Pixels) -> "list[Panel]":
 
     @jax.jit
     def weights(model, images, place):
-        x, other = model.head.upsampler_inputs(model.features(images), model.normalise(images))
-        return pixel_weights(model.head.upsample, x, tuple(place), other)
+        maps = model.features(images)
+        x, *others = model.head.upsampler_inputs(maps, model.normalise(images))
+        return pixel_weights(model.head.upsample, x, tuple(place), *others)
 
     for pixel in pixels:
         context, draw = _window(image, pixel, seen, drawn[1][1], high.shape[:2])

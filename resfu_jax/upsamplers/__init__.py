@@ -18,7 +18,7 @@ from resfu_jax.upsamplers._registry import (
     register,
     upsampler_entry,
 )
-from resfu_jax.upsamplers._upsampler import Upsampler
+from resfu_jax.upsamplers._upsampler import Guide, Upsampler
 from resfu_jax.upsamplers._weights import keeps_space, pixel_weights, takes_values
 from resfu_jax.upsamplers.carafe import CARAFE
 from resfu_jax.upsamplers.classic import Deconvolution, Interpolation, PixelShuffle
@@ -35,6 +35,7 @@ __all__ = [
     "SAPA",
     "Deconvolution",
     "DySample",
+    "Guide",
     "Interpolation",
     "PixelShuffle",
     "ReSFU",
