@@ -30,8 +30,6 @@ from resfu_jax.heads import HEADS
 from resfu_jax.model import create_model
 from resfu_jax.training import BackboneConfig, pretrained_backbone
 
-pytestmark = pytest.mark.usefixtures("this_platform_only")
-
 HERE = pathlib.Path(__file__).parent
 TORCH = HERE / "goldens_torch"  # made by scripts/make_torch_goldens.py
 

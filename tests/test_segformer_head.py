@@ -25,8 +25,6 @@ from resfu_jax.heads._layers import BatchNorm
 from resfu_jax.ops.resize import resize
 from resfu_jax.upsamplers import _registry, create_upsampler, list_upsamplers
 
-pytestmark = pytest.mark.usefixtures("this_platform_only")
-
 
 def head(upsampler="bilinear", **options):
     return SegFormerHead(

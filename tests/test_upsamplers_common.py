@@ -21,7 +21,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from resfu_jax import create_upsampler, list_upsamplers
 from resfu_jax.model import evaluating
-from resfu_jax.ops import _forms
 from resfu_jax.ops import _rows as rows
 from resfu_jax.upsamplers import pixel_weights, takes_values, upsampler_entry
 
@@ -44,7 +43,6 @@ GUIDED = [n for n in NAMES if upsampler_entry(n).cls.guide != "none"]
 BY_IMAGE = [n for n in GUIDED if upsampler_entry(n).cls.guide == "image"]
 REASSEMBLING = [n for n in NAMES if takes_values(upsampler_entry(n).cls)]
 every = pytest.mark.parametrize("name", NAMES)
-not_of_forms = pytest.mark.usefixtures("this_platform_only")
 
 # Members with large layers or windows by default are tested with smaller ones.
 SMALL: dict[str, dict] = {}
@@ -85,14 +83,14 @@ def disturbed(name, spread=0.2, **options):
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves), rest)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(choice, graphdef, params, arrays, keywords):
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(graphdef, params, arrays, keywords):
     return nnx.merge(graphdef, params)(*arrays, **keywords)
 
 
 def run(up, arrays, **keywords):
-    """The compiled call; one for each choice of forms, of which `not_of_forms` has another."""
-    return _apply(_forms._by_platform, *nnx.split(up), arrays, keywords)
+    """The compiled call."""
+    return _apply(*nnx.split(up), arrays, keywords)
 
 
 def gradients(up, arrays):
@@ -128,7 +126,6 @@ def test_every_parameter_and_input_receives_a_gradient(name):
 
 @pytest.mark.parametrize("scale", [3, 4, 8])
 @every
-@not_of_forms
 def test_scales(name, scale):
     """All other tests are of scale 2."""
     for width in (16, 64, 72):  # the first that the member takes at this scale
@@ -144,7 +141,6 @@ def test_scales(name, scale):
 
 
 @every
-@not_of_forms
 def test_single_pixel(name):
     y = run(disturbed(name), inputs(name, batch=1, size=(1, 1)))
     assert y.shape == (1, 2, 2, 16)
@@ -152,7 +148,6 @@ def test_single_pixel(name):
 
 
 @every
-@not_of_forms
 def test_output_size_is_kept_or_refused(name):
     """Any other size is made or, if the member says so, answered by what is possible."""
     up, size = build(name), (7, 11)
@@ -256,7 +251,6 @@ def test_export_with_symbolic_batch_and_sizes(name):
 
 
 @every
-@not_of_forms
 def test_save_and_restore(name, tmp_path):
     up, other = disturbed(name), nnx.clone(build(name))
     state = nnx.as_pure(nnx.state(up))
@@ -271,7 +265,6 @@ def test_save_and_restore(name, tmp_path):
 
 
 @every
-@not_of_forms
 def test_outputs_are_weighted_means(name):
     """Constants stay, and no output lies outside the range of the features."""
     x, *guide = inputs(name, batch=1, size=(6, 7))
@@ -289,7 +282,6 @@ def test_outputs_are_weighted_means(name):
 
 
 @pytest.mark.parametrize("name", REASSEMBLING)
-@not_of_forms
 def test_values_stand_in_for_the_features(name):
     up, arrays = disturbed(name), inputs(name)
     x = arrays[0]
@@ -303,7 +295,6 @@ def test_values_stand_in_for_the_features(name):
 
 
 @pytest.mark.parametrize("name", REASSEMBLING)
-@not_of_forms
 def test_weights_of_an_output_pixel(name):
     """They are what the pixel makes of any values; they sum to 1 where nothing lies beyond."""
     x, *guide = inputs(name, batch=1, size=(6, 7))
@@ -323,7 +314,6 @@ def test_weights_of_an_output_pixel(name):
 
 
 @every
-@not_of_forms
 def test_wrong_values_are_named(name, as_users_call):
     up, (x, *guide) = build(name), inputs(name, batch=1)
 
@@ -391,7 +381,6 @@ def test_what_is_not_real_is_refused(name):
 
 
 @every
-@not_of_forms
 def test_float16_with_bfloat16_is_float32(name):
     """The narrowest type that holds both."""
     up, arrays = build(name), named(name, inputs(name, batch=1))
@@ -406,7 +395,6 @@ def test_float16_with_bfloat16_is_float32(name):
 
 
 @pytest.mark.parametrize("name", REASSEMBLING)
-@not_of_forms
 def test_values_are_not_narrowed_to_the_features(name):
     features, *guide = (a.astype(jnp.bfloat16) for a in inputs(name, batch=1))
     up, values = build(name), 1 + 1e-4 * inputs(name, batch=1)[0]
@@ -441,7 +429,6 @@ def test_maps_without_pixels_or_channels_are_refused(name):
 
 
 @pytest.mark.parametrize("name", GUIDED)
-@not_of_forms
 def test_the_guide_matters(name):
     x, guide = inputs(name, batch=1)
     up = disturbed(name)

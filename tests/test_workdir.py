@@ -19,8 +19,6 @@ from resfu_jax import data, training
 from resfu_jax._files import local_path, write_whole
 from resfu_jax.training import config as config_module
 
-pytestmark = pytest.mark.usefixtures("this_platform_only")
-
 
 # ------------------------------------------------------------------------------------ config.json
 def test_a_config_of_an_older_version_has_the_defaults_for_what_it_lacks(tmp_path, monkeypatch):
