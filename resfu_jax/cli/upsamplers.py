@@ -90,10 +90,10 @@ def _print_weights(names: tuple[str, ...]) -> None:
     table.add_column("where", overflow="fold")
     for name, release in RELEASES.items():
         facts = release.facts()
-        site = "/".join(release.url.split("/")[2:5])
+        site = "/".join(release.url.split("/")[2:4])
         table.add_row(name, *(facts.get(c.header, site) for c in table.columns[1:]))
     console = Console()
-    console.width = max(console.width, 120)  # a narrower table cannot be read
+    console.width = max(console.width, 130)  # a narrower table cannot be read
     console.print(table)
 
 

@@ -42,6 +42,8 @@ def download(url: str, sha256: str | None = None) -> pathlib.Path:
         try:
             _fetch(url, path, sha256)
         except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
             raise FileNotFoundError(
                 f"{url} could not be fetched: {type(error).__name__}: {str(error)[:500]}. Check "
                 "the connection, or download the file by hand and give its path"

@@ -33,7 +33,6 @@ class Release:
         `"any"`: it scales the image itself.
       sha256: of the file.
       size: of the file, in bytes.
-      prefix: where the entries are in a file that holds more than the upsampler.
       note: what else is to be known.
     """
 
@@ -47,7 +46,6 @@ class Release:
     image: Image
     sha256: str | None = None
     size: int | None = None
-    prefix: str | None = None
     note: str = ""
 
     @property
@@ -114,7 +112,7 @@ _FEATUP = "https://marhamilresearch4.blob.core.windows.net/feature-upsampling-pu
 
 
 def _featup(name: str, backbone: str, features: int, *, norm: bool) -> Release:
-    note = "the features first go through LayerNorm over channels (eps 1e-5)" if norm else ""
+    note = "normalises the features first, over channels" if norm else ""
     return Release(
         "featup",
         f"{_FEATUP}/{'' if norm else 'no_norm/'}{name}_jbu_stack_cocostuff.ckpt",
@@ -124,20 +122,26 @@ def _featup(name: str, backbone: str, features: int, *, norm: bool) -> Release:
         backbone,
         features,
         "imagenet",
-        prefix="upsampler",  # the file holds the backbone and what it was trained with, too
         note=note,
     )
 
 
 def _uplift(
-    name: str, backbone: str, features: int, patch: int, image: Image, cfg: Mapping[str, Any]
+    name: str,
+    backbone: str,
+    features: int,
+    patch: int,
+    image: Image,
+    *,
+    cfg: Mapping[str, Any],
+    iters: int,
 ) -> Release:
     return Release(
         "uplift",
         f"UPLiFT-upsampler/uplift_{name}:uplift_{name}.safetensors",
         "MIT",
         "mwalmer-umd/UPLiFT:UPLiFT",
-        dict(in_channels=features, patch_size=patch, cfg=cfg),
+        dict(in_channels=features, patch_size=patch, cfg=cfg, iters=iters),
         backbone,
         features,
         image,
@@ -254,11 +258,13 @@ RELEASES: dict[str, Release] = {
         for norm in (True, False)
         if not (norm and name == "maskclip")
     },
-    "uplift_dinov2_s14": _uplift("dinov2-s14", "DINOv2 S/14", 384, 14, "imagenet", _DINO_CFG),
-    "uplift_dinov3_splus16": _uplift(
-        "dinov3-splus16", "DINOv3 S+/16", 384, 16, "imagenet", _DINO_CFG
+    "uplift_dinov2_s14": _uplift(
+        "dinov2-s14", "DINOv2 S/14", 384, 14, "imagenet", cfg=_DINO_CFG, iters=4
     ),
-    "uplift_sd15_vae": _uplift("sd1.5vae", "VAE of SD 1.5", 4, 8, "unit", _VAE_CFG),
+    "uplift_dinov3_splus16": _uplift(
+        "dinov3-splus16", "DINOv3 S+/16", 384, 16, "imagenet", cfg=_DINO_CFG, iters=4
+    ),
+    "uplift_sd15_vae": _uplift("sd1.5vae", "VAE of SD 1.5", 4, 8, "unit", cfg=_VAE_CFG, iters=2),
 }
 
 

@@ -8,8 +8,8 @@ from flax import nnx
 
 from resfu_jax import convert
 from resfu_jax.convert._download import download
-from resfu_jax.convert._files import find_weights, read_weights
-from resfu_jax.convert._state import Misfit, entries_of
+from resfu_jax.convert._files import find_weights
+from resfu_jax.convert._state import Misfit
 from resfu_jax.convert.catalogue import RELEASES, Release, find_releases
 
 
@@ -29,8 +29,7 @@ def load_upsampler(
       weights: where they are, if not where they were released: all that `from_torch` takes, such as
         a path, a repository of Hugging Face (`"owner/name:file"`) or an address. None fetches the
         released file once, by https, and compares its SHA-256 where that is known.
-      prefix: what the names in the file begin with, where it holds more than the upsampler; that of
-        the released file if not given.
+      prefix: as of `from_torch`: what the names in the file begin with, where it holds more.
       **options: `dtype`, `param_dtype`, `implementation`; and arguments of the official constructor
         that are other than the released model's.
 
@@ -67,18 +66,15 @@ def load_upsampler(
 
 def _networks(releases: Mapping[str, Release]) -> list[Release]:
     """One release of each network."""
-    networks = {f"{r.official_class} {r.arguments}": r for r in reversed(releases.values())}
-    return list(reversed(networks.values()))
+    networks: dict[str, Release] = {}
+    for release in releases.values():
+        networks.setdefault(f"{release.official_class} {release.arguments}", release)
+    return list(networks.values())
 
 
 def _load(
     release: Release, weights: Any, prefix: str | None, options: Mapping[str, Any]
 ) -> nnx.Module:
-    if prefix is None and release.prefix is not None:
-        # Not in a file of the upsampler alone.
-        state = read_weights(weights) if isinstance(weights, os.PathLike) else weights
-        inside = f".{release.prefix}."
-        prefix = release.prefix if any(inside in f".{n}" for n in entries_of(state)) else None
     arguments = {**release.arguments, **options}
     return convert.from_torch(release.official_class, weights, prefix=prefix, **arguments)
 
