@@ -350,7 +350,7 @@ def test_a_member_and_a_file_of_one_of_its_networks(releases):
     same(load_upsampler("carafe", STATE), carafe(STATE))
     with pytest.raises(ValueError, match="2 released models, .*choose one by its name") as error:
         load_upsampler("carafe")
-    assert all(f"{n}: any, {r.url}" in str(error.value) for n, r in releases.items())
+    assert "They are carafe_small (any), carafe_wide (any)" in str(error.value)
     with pytest.raises(ValueError, match="fit CARAFEPack: it holds the network of 'carafe_wide';"):
         load_upsampler("carafe_small", wide)
     with pytest.raises(ValueError, match="does not fit CARAFEPack: it has none of the names"):

@@ -40,10 +40,10 @@ def load_upsampler(
     """
     releases = find_releases(name)
     if weights is None and len(releases) > 1:
-        listed = "".join(f"\n  {n}: {r.backbone}, {r.url}" for n, r in releases.items())
+        listed = ", ".join(f"{n} ({release.backbone})" for n, release in releases.items())
         raise ValueError(
             f"{name!r} has {len(releases)} released models, of different backbones: choose one by "
-            f"its name, or give its file, weights='path':{listed}"
+            f"its name, or give its file, weights='path'. They are {listed}"
         )
     networks = _networks(releases)
     for release in networks:
