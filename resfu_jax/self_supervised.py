@@ -81,7 +81,7 @@ class GuidedUpsampler(nnx.Module):
     ):
         def create(guide_features: int, rngs: nnx.Rngs) -> Any:
             widths = dict(features=features, guide_features=guide_features)
-            return create_upsampler(upsampler, **widths, scale=scale, rngs=rngs, **options)
+            return create_upsampler(name, **widths, scale=scale, rngs=rngs, **options)
 
         self.features, self.scale = features, scale
         if isinstance(upsampler, nnx.Module):
@@ -93,6 +93,8 @@ class GuidedUpsampler(nnx.Module):
             self.upsample: Any = upsampler
             self.stem = None
             return
+
+        name = upsampler
 
         # One that does not take a guide of this width at all does not need it either.
         with contextlib.suppress(ValueError):
