@@ -24,6 +24,7 @@ from resfu_jax.upsamplers.carafe import CARAFE
 from resfu_jax.upsamplers.classic import Deconvolution, Interpolation, PixelShuffle
 from resfu_jax.upsamplers.dysample import DySample
 from resfu_jax.upsamplers.fade import FADE
+from resfu_jax.upsamplers.freqfusion import FreqFusion
 from resfu_jax.upsamplers.lda_aqu import LDAAQU
 from resfu_jax.upsamplers.resfu import ReSFU
 from resfu_jax.upsamplers.sapa import SAPA, SAPADeform
@@ -35,6 +36,7 @@ __all__ = [
     "SAPA",
     "Deconvolution",
     "DySample",
+    "FreqFusion",
     "Interpolation",
     "PixelShuffle",
     "ReSFU",
