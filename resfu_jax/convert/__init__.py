@@ -20,6 +20,7 @@ from resfu_jax.convert.lda_aqu import lda_aqu
 from resfu_jax.convert.pretrained import load_pretrained
 from resfu_jax.convert.resfu import pcdc_block, resfu
 from resfu_jax.convert.sapa import sapa, sapa_base, sapa_deform, sapa_exp
+from resfu_jax.convert.uplift import uplift
 
 __all__ = ["from_torch", "load_pretrained"]
 
@@ -37,6 +38,7 @@ _CONVERTERS: dict[str, Callable[..., nnx.Module]] = {
     "duzw9311/LDA-AQU:LDA_AQU": lda_aqu,
     "Linwei-Chen/FreqFusion:FreqFusion": freqfusion,
     "open-mmlab/mmcv:CARAFEPack": carafe_pack,
+    "mwalmer-umd/UPLiFT:UPLiFT": uplift,
     "pytorch/pytorch:ConvTranspose2d": conv_transpose,
     "pytorch/pytorch:Sequential(Conv2d, PixelShuffle)": conv_pixel_shuffle,
 }

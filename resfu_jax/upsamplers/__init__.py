@@ -28,6 +28,7 @@ from resfu_jax.upsamplers.freqfusion import FreqFusion
 from resfu_jax.upsamplers.lda_aqu import LDAAQU
 from resfu_jax.upsamplers.resfu import ReSFU
 from resfu_jax.upsamplers.sapa import SAPA, SAPADeform
+from resfu_jax.upsamplers.uplift import UPLiFT
 
 __all__ = [
     "CARAFE",
@@ -41,6 +42,7 @@ __all__ = [
     "PixelShuffle",
     "ReSFU",
     "SAPADeform",
+    "UPLiFT",
     "Upsampler",
     "check_features",
     "check_floating",
