@@ -45,8 +45,13 @@ def uplift(
     for group in every:
         norm = every[0].get("norm", "batch")
         _only({"norm": "batch"} | group, "each block of cfg", norm=norm)
-        _only({"residual": True, "stride": 1, "one_by": True} | group, "each block of cfg",
-              residual=True, stride=1, one_by=True)
+        _only(
+            {"residual": True, "stride": 1, "one_by": True} | group,
+            "each block of cfg",
+            residual=True,
+            stride=1,
+            one_by=True,
+        )
     convs = {
         part: _alike([_one_of(group["block"]) for group in own], f"blocks of cfg.{part}")
         for part, own in groups.items()
@@ -98,7 +103,7 @@ def set_decoder(s: StateDict, decoder: Decoder, prefix: str) -> None:
 
 def set_attender(s: StateDict, attender: LocalAttender, prefix: str) -> None:
     """Its layer, from the official one's."""
-    s.set_layer(attender.linear, f"{prefix}conv1", layout="OI11")
+    s.set_layer(attender, f"{prefix}conv1", layout="OI11")
 
 
 def set_group(s: StateDict, group: Group, prefix: str) -> None:

@@ -3,9 +3,9 @@
 With x the features (low resolution) and y the guide (high resolution), L and H convolutions to the
 K*K scores of a low-pass and a high-pass kernel, and for scores z and a map v
 
-    F(z, v)[p] = sum_uv softmax_uv(z[p] + log window) v[cell(p) + (u, v) - r],     `ops.local_attention`
+    F(z, v)[p] = sum_uv softmax_uv(z[p] + log window) v[cell(p) + (u, v) - r]
 
-with a Hamming window; the map may have y's size or, as in CARAFE, x's:
+with a Hamming window, `ops.local_attention`; the map may have y's size or, as in CARAFE, x's:
 
     X = Linear(x),  Y = Linear(y),  h = H(Y),  Y' = 2 Y - F(h, Y)       compressed, Y sharpened
     l = L(Y'),  low = l + F(l, L(X))                                    adaptive low-pass filter
@@ -253,8 +253,7 @@ class FreqFusion(Upsampler):
         check_guide(features, guide, self.guide_features)
         size, out_size = features.shape[1:3], guide.shape[1:3]
         need(
-            not self.needs_whole_scale
-            or whole_ratio(size, out_size) == (self.scale, self.scale),
+            not self.needs_whole_scale or whole_ratio(size, out_size) == (self.scale, self.scale),
             f"freqfusion of scale {self.scale} with feature_resample needs a guide exactly that "
             f"much larger, got {size} to {out_size}; use feature_resample=False",
         )
@@ -268,7 +267,7 @@ class FreqFusion(Upsampler):
         if not self.semi_conv:
             y = y + _nearest(x, size)
             return _Kernels(self.low(y), None, x, y)
-        if not self.sharpens:
+        if not self.sharpens or self.high is None:
             return _Kernels(self.low(y) + _nearest(self.low(x), size), None, x, y)
         h = self.high(y)
         y = 2 * y - self._filtered(h, y)
@@ -315,8 +314,13 @@ class FreqFusion(Upsampler):
 
 
 class _Kernels(NamedTuple):
-    """Scores of low-pass kernels, those of high-pass kernels of the guide alone if already made,
-    and what they and offsets are made of: features and guide, compressed and sharpened."""
+    """Scores of kernels, and what they are made of.
+
+    Attributes:
+      low: of low-pass kernels.
+      h: of high-pass kernels, as far as the guide makes them, if that is known.
+      x, y: features and guide, compressed and sharpened.
+    """
 
     low: Float[Array, "b H W taps"]
     h: Float[Array, "b H W taps2"] | None

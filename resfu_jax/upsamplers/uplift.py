@@ -193,13 +193,14 @@ class UPLiFT(Upsampler):
         dtype = compute_dtype(self.dtype, features, image, values)
         x, image = features.astype(dtype), image.astype(dtype)
         maps = self.encode(image)
-        draws = self._draws(noise)
+        append = self._noise(noise)
         v = None if values is None else reassembled(x, values)
         for _ in range(self.passes):
-            scores = self.attender.scores(self.decoder(x, maps, draws))
-            x, v = (None if a is None else self.attender.pool(scores, a) for a in (x, v))
+            scores = self.attender.scores(self.decoder(x, maps, append))
+            x = self.attender.pool(scores, x)
+            v = None if v is None else self.attender.pool(scores, v)
             if self.refiner is not None and self.refined is not None:
-                x = self.refined(self.refiner(_join(x, maps[-1], draws)))
+                x = self.refined(self.refiner(_join(x, maps[-1], append)))
         y = x if v is None else v
         return y if y.shape[1:3] == size else ops.resize(y, size, antialias=True)
 
@@ -213,25 +214,24 @@ class UPLiFT(Upsampler):
             maps.append(group(maps[-1]))
         return maps[1:]
 
-    def _draws(self, noise: Noise | None) -> "Draws":
+    def _noise(self, noise: Noise | None) -> "Append":
         """What appends the next random channels to a map."""
         if not self.noise:
             need(noise is None, "noise must not be given: the module has no random channels")
             return lambda x: x
         if isinstance(noise, Sequence):
             given = iter(noise)
-            return lambda x: _concatenated(x, next(given))
+            return lambda x: _append(x, next(given))
         key = jax.random.key(0) if noise is None else noise
         keys = (jax.random.fold_in(key, i) for i in itertools.count())
 
-        def append(x: Array) -> Array:
-            shape = (*x.shape[:3], self.noise)
-            return _concatenated(x, jax.random.normal(next(keys), shape, x.dtype))
+        def draw(x: Array) -> Array:
+            return _append(x, jax.random.normal(next(keys), (*x.shape[:3], self.noise), x.dtype))
 
-        return append
+        return draw
 
 
-Draws = Callable[[Array], Array]
+Append = Callable[[Array], Array]
 
 
 class LocalAttender(nnx.Module):
@@ -262,7 +262,8 @@ class LocalAttender(nnx.Module):
         check_choice(tuple(_TAPS), attender=taps)
         check_flag(skip=skip)
         self.taps, self.skip, self.implementation = taps, skip, implementation
-        self.linear = _pointwise(features, taps, param_dtype=param_dtype, rngs=rngs)
+        draw = _uniform(features, param_dtype, rngs)
+        self.kernel, self.bias = draw(features, taps), draw(taps)
 
     def __call__(
         self, guide: Float[Array, "b H W g"], v: Float[Array, "b h w c"]
@@ -276,9 +277,9 @@ class LocalAttender(nnx.Module):
         side = range(-reach, reach + 1)
         window = [_TAPS[self.taps](i, j) for i in side for j in side]
         places = np.flatnonzero(window)
-        kernel, bias = self.linear.kernel[...], self.linear.bias[...]
+        kernel, bias = self.kernel[...], self.bias[...]
         if self.skip:
-            kernel = kernel + jnp.eye(*kernel.shape, dtype=kernel.dtype)
+            kernel = kernel + jnp.eye(kernel.shape[0], self.taps, dtype=kernel.dtype)
         kernel = jnp.zeros((kernel.shape[0], len(window)), kernel.dtype).at[:, places].set(kernel)
         bias = jnp.full(len(window), -jnp.inf, bias.dtype).at[places].set(bias)
         dtype = guide.dtype
@@ -318,11 +319,11 @@ class Decoder(nnx.Module):
         self.group_1 = Group(inner + joined[1], widths[1], **blocks)
 
     def __call__(
-        self, x: Float[Array, "b h w c"], maps: Sequence[Array], draws: Draws = lambda x: x
+        self, x: Float[Array, "b h w c"], maps: Sequence[Array], append: Append = lambda x: x
     ) -> Float[Array, "b H W g"]:
         """The guide."""
-        x = self.double(self.group_0(_join(x, maps[-1], draws)))
-        return self.group_1(_join(x, maps[-2], draws))
+        x = self.double(self.group_0(_join(x, maps[-1], append)))
+        return self.group_1(_join(x, maps[-2], append))
 
 
 class Double(nnx.Module):
@@ -335,12 +336,7 @@ class Double(nnx.Module):
     """
 
     def __init__(self, features: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        bound = (4 * features) ** -0.5
-
-        def draw(*shape: int) -> nnx.Param:
-            key = rngs.params()
-            return nnx.Param(jax.random.uniform(key, shape, param_dtype, -bound, bound))
-
+        draw = _uniform(4 * features, param_dtype, rngs)
         self.kernel, self.bias = draw(2, 2, features, features), draw(features)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
@@ -422,17 +418,26 @@ def _norm(kind: NormKind, features: int, *, param_dtype: DTypeLike, rngs: nnx.Rn
     return norm
 
 
+def _uniform(fan: int, dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[..., nnx.Param]:
+    """Draws parameters of a given shape, within 1 / sqrt(fan)."""
+
+    def draw(*shape: int) -> nnx.Param:
+        return nnx.Param(jax.random.uniform(rngs.params(), shape, dtype, -(fan**-0.5), fan**-0.5))
+
+    return draw
+
+
 def _pointwise(n: int, m: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs) -> Linear:
     return Linear(n, m, kernel_init=PYTORCH_UNIFORM, param_dtype=param_dtype, rngs=rngs)
 
 
 def _join(
-    x: Float[Array, "b h w c"], encoded: Float[Array, "b _h _w _c"], append: Draws
+    x: Float[Array, "b h w c"], encoded: Float[Array, "b _h _w _c"], append: Append
 ) -> Float[Array, "b h w d"]:
     """A map, one of the encoder's at its size, and noise."""
     encoded = ops.resize(encoded, (x.shape[1], x.shape[2]), method="nearest")
-    return append(_concatenated(x, encoded))
+    return append(_append(x, encoded))
 
 
-def _concatenated(x: Float[Array, "b h w c"], y: Float[Array, "b h w d"]) -> Array:
+def _append(x: Float[Array, "b h w c"], y: Float[Array, "b h w d"]) -> Array:
     return jnp.concatenate([x, y.astype(x.dtype)], axis=-1)

@@ -86,7 +86,11 @@ def fns_attention(attn: Array, x: Array, *, tile: int | None = None) -> Array:
 
 
 def _reassemble(
-    weights: Float[Array, "b g t j s p n x"], values: Array, rows: "_Axis", cols: "_Axis", mode: Mode
+    weights: Float[Array, "b g t j s p n x"],
+    values: Array,
+    rows: "_Axis",
+    cols: "_Axis",
+    mode: Mode,
 ) -> Array:
     b, groups, _, taps, *_ = weights.shape
     band = sum(
