@@ -15,11 +15,13 @@ from resfu_jax.convert.carafe import carafe_pack
 from resfu_jax.convert.classic import conv_pixel_shuffle, conv_transpose
 from resfu_jax.convert.dysample import dysample
 from resfu_jax.convert.fade import fade, fade_lite, semi_shift_up
+from resfu_jax.convert.freqfusion import freqfusion
 from resfu_jax.convert.lda_aqu import lda_aqu
 from resfu_jax.convert.pretrained import load_pretrained
 from resfu_jax.convert.released import load_upsampler
 from resfu_jax.convert.resfu import pcdc_block, resfu
 from resfu_jax.convert.sapa import sapa, sapa_base, sapa_deform, sapa_exp
+from resfu_jax.convert.uplift import uplift
 
 __all__ = ["from_torch", "load_pretrained", "load_upsampler"]
 
@@ -35,7 +37,9 @@ _CONVERTERS: dict[str, Callable[..., nnx.Module]] = {
     "poppinace/fade:SemiShiftUp": semi_shift_up,
     "tiny-smart/dysample:DySample": dysample,
     "duzw9311/LDA-AQU:LDA_AQU": lda_aqu,
+    "Linwei-Chen/FreqFusion:FreqFusion": freqfusion,
     "open-mmlab/mmcv:CARAFEPack": carafe_pack,
+    "mwalmer-umd/UPLiFT:UPLiFT": uplift,
     "pytorch/pytorch:ConvTranspose2d": conv_transpose,
     "pytorch/pytorch:Sequential(Conv2d, PixelShuffle)": conv_pixel_shuffle,
 }

@@ -24,9 +24,11 @@ from resfu_jax.upsamplers.carafe import CARAFE
 from resfu_jax.upsamplers.classic import Deconvolution, Interpolation, PixelShuffle
 from resfu_jax.upsamplers.dysample import DySample
 from resfu_jax.upsamplers.fade import FADE
+from resfu_jax.upsamplers.freqfusion import FreqFusion
 from resfu_jax.upsamplers.lda_aqu import LDAAQU
 from resfu_jax.upsamplers.resfu import ReSFU
 from resfu_jax.upsamplers.sapa import SAPA, SAPADeform
+from resfu_jax.upsamplers.uplift import UPLiFT
 
 __all__ = [
     "CARAFE",
@@ -36,10 +38,12 @@ __all__ = [
     "Deconvolution",
     "DySample",
     "Guide",
+    "FreqFusion",
     "Interpolation",
     "PixelShuffle",
     "ReSFU",
     "SAPADeform",
+    "UPLiFT",
     "Upsampler",
     "check_features",
     "check_floating",
