@@ -1,4 +1,4 @@
-"""Writes the table of released weights into docs/_weights.md.
+"""Writes the table of released weights into docs/weights.md.
 
 python -m scripts.weights_table
 """
@@ -8,7 +8,7 @@ import re
 
 from resfu_jax.convert.catalogue import RELEASES
 
-PAGE = pathlib.Path(__file__).parents[1] / "docs" / "_weights.md"
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "weights.md"
 _HEAD = "| name | backbone | channels | image | licence | MB | file | |"
 _TABLE = re.compile(rf"^{re.escape(_HEAD)}\n(\|.*\n)+", re.M)
 
