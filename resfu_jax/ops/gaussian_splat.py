@@ -18,16 +18,15 @@ Source: Seo, Hamilton and Kim, "Upsample Anything: A Simple and Hard to Beat Bas
 Upsampling", 2025 (arXiv 2511.16301), with the semantics of the authors' code.
 """
 
-from collections.abc import Callable
 from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from resfu_jax.ops import _around
+from resfu_jax.ops import _gaussians
 from resfu_jax.ops._forms import Forms, Implementation
-from resfu_jax.ops._xla import around as xla
+from resfu_jax.ops._xla import gaussians as xla
 from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32, promote
 from resfu_jax.ops.resize import resize
@@ -44,7 +43,7 @@ def gaussian_splat(
     *,
     r_max: int = 8,
     alpha: float = 2.0,
-    center_mode: _around.Centre = "nearest",
+    center_mode: _gaussians.Centre = "nearest",
     implementation: Implementation | None = None,
 ) -> Float[Array, "b H W c"]:
     """Values spread by the Gaussians of their cells; see the module's docstring.
@@ -69,7 +68,7 @@ def gaussian_splat(
     Raises:
       ValueError: shapes that do not fit, or an argument out of range.
     """
-    _around.check(values, guide)
+    _gaussians.check_maps(values, guide)
     maps = dict(sigma_x=sigma_x, sigma_y=sigma_y, theta=theta, sigma_r=sigma_r)
     for name, a in maps.items():
         if a.shape != values.shape[:3]:
@@ -80,9 +79,9 @@ def gaussian_splat(
         raise ValueError(f"r_max must be a positive whole number, got {r_max!r}")
     if not alpha > 0:
         raise ValueError(f"alpha must be positive, got {alpha!r}")
-    if center_mode not in get_args(_around.Centre):
+    if center_mode not in get_args(_gaussians.Centre):
         raise ValueError(
-            f"center_mode must be one of {', '.join(get_args(_around.Centre))}, got {center_mode!r}"
+            f"center_mode must be one of {', '.join(get_args(_gaussians.Centre))}, got {center_mode!r}"
         )
     dtype = at_least_float32(promote(guide.dtype, *(a.dtype for a in maps.values())))
     guide = guide.astype(dtype)
@@ -102,32 +101,9 @@ def gaussian_splat(
     xx, yy = mean + half * jnp.cos(2 * theta), mean - half * jnp.cos(2 * theta)
     xy = 2 * half * jnp.sin(2 * theta)
     forms = jnp.stack([xx, xy, yy, colour], axis=-1)
-    cells = jnp.concatenate([forms, resize(guide, values.shape[1:3])], axis=-1)
-    pixels = jnp.concatenate([radius, guide], axis=-1)
-    return _FORMS(implementation, pixels, cells, values, r_max=r_max, center_mode=center_mode)
+    low = resize(guide, values.shape[1:3])
+    options = dict(reach=r_max, centre=center_mode)
+    return _FORMS(implementation, values, forms, low, guide, radius, **options)
 
 
-def _form(weighted_means: Callable[..., Array]) -> Callable[..., Array]:
-    def form(pixels, cells, values, *, r_max, center_mode):
-        size = [  # of a cell, in pixels
-            jnp.asarray(m, pixels.dtype) / jnp.asarray(n, pixels.dtype)
-            for n, m in zip(values.shape[1:3], pixels.shape[1:3], strict=True)
-        ]
-
-        def log_weights(pixels, cells, rows, columns):
-            radius, i_p = pixels[0], pixels[1:]
-            xx, xy, yy, colour, i_q = *cells[:4], cells[4:]
-            dy, dx = rows.distance * size[0], columns.distance * size[1]
-            place = xx * jnp.square(dx) + (xy * dx + yy * dy) * dy
-            scores = -place - colour * jnp.square(i_p - i_q).sum(axis=0)
-            near = jnp.square(rows.count) + jnp.square(columns.count) <= jnp.square(radius)
-            return jnp.where(near, scores, -jnp.inf)
-
-        return weighted_means(
-            log_weights, pixels, cells, values, reach=r_max, centre=center_mode
-        )
-
-    return form
-
-
-_FORMS = Forms("gaussian_splat", _form(_around.reference), xla=_form(xla.weighted_means))
+_FORMS = Forms("gaussian_splat", _gaussians.reference, xla=xla.weighted_means)

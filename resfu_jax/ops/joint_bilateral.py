@@ -12,15 +12,14 @@ centre, one pixel or an interpolation.
 Source: Kopf, Cohen, Lischinski and Uyttendaele, "Joint Bilateral Upsampling", SIGGRAPH 2007.
 """
 
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from resfu_jax.ops import _around
+from resfu_jax.ops import _gaussians
 from resfu_jax.ops._forms import Forms, Implementation
-from resfu_jax.ops._xla import around as xla
+from resfu_jax.ops._xla import gaussians as xla
 from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
@@ -58,7 +57,7 @@ def joint_bilateral(
     Raises:
       ValueError: shapes that do not fit, or an argument out of range.
     """
-    _around.check(values, guide)
+    _gaussians.check_maps(values, guide)
     if not isinstance(radius, int) or radius < 0:
         raise ValueError(f"radius must be a whole number, 0 or more, got {radius!r}")
     for name, sigma in (("sigma_spatial", sigma_spatial), ("sigma_range", sigma_range)):
@@ -72,22 +71,11 @@ def joint_bilateral(
     guide = guide.astype(at_least_float32(guide.dtype))
     method = "nearest-exact" if guide_at_low_resolution == "sampled" else "bilinear"
     low = resize(guide, values.shape[1:3], method=method)
-    options = dict(radius=radius, sigma_spatial=sigma_spatial, sigma_range=sigma_range)
-    return _FORMS(implementation, guide, low, values, **options)
+    place, colour = 1 / (2 * sigma_spatial**2), 1 / (2 * sigma_range**2)
+    forms = jnp.asarray([place, 0, place, colour], guide.dtype)
+    forms = jnp.broadcast_to(forms, (*values.shape[:3], 4))
+    options = dict(reach=radius, centre="nearest")
+    return _FORMS(implementation, values, forms, low, guide, None, **options)
 
 
-def _form(weighted_means: Callable[..., Array]) -> Callable[..., Array]:
-    def form(guide, low, values, *, radius, sigma_spatial, sigma_range):
-        def log_weights(i_p, i_q, rows, columns):
-            place = jnp.square(rows.distance) + jnp.square(columns.distance)
-            colour = jnp.square(i_p - i_q).sum(axis=0)
-            scores = -place / (2 * sigma_spatial**2) - colour / (2 * sigma_range**2)
-            near = (jnp.abs(rows.count) <= radius) & (jnp.abs(columns.count) <= radius)
-            return jnp.where(near & rows.inside & columns.inside, scores, -jnp.inf)
-
-        return weighted_means(log_weights, guide, low, values, reach=radius, centre="nearest")
-
-    return form
-
-
-_FORMS = Forms("joint_bilateral", _form(_around.reference), xla=_form(xla.weighted_means))
+_FORMS = Forms("joint_bilateral", _gaussians.reference, xla=xla.weighted_means)

@@ -24,13 +24,16 @@ from resfu_jax.upsamplers.carafe import CARAFE
 from resfu_jax.upsamplers.classic import Deconvolution, Interpolation, PixelShuffle
 from resfu_jax.upsamplers.dysample import DySample
 from resfu_jax.upsamplers.fade import FADE
+from resfu_jax.upsamplers.jbu import JBU
 from resfu_jax.upsamplers.lda_aqu import LDAAQU
 from resfu_jax.upsamplers.resfu import ReSFU
 from resfu_jax.upsamplers.sapa import SAPA, SAPADeform
+from resfu_jax.upsamplers.upsample_anything import UpsampleAnything
 
 __all__ = [
     "CARAFE",
     "FADE",
+    "JBU",
     "LDAAQU",
     "SAPA",
     "Deconvolution",
@@ -39,6 +42,7 @@ __all__ = [
     "PixelShuffle",
     "ReSFU",
     "SAPADeform",
+    "UpsampleAnything",
     "Upsampler",
     "check_features",
     "check_floating",
