@@ -29,10 +29,13 @@ from resfu_jax.upsamplers.lda_aqu import LDAAQU
 from resfu_jax.upsamplers.resfu import ReSFU
 from resfu_jax.upsamplers.sapa import SAPA, SAPADeform
 from resfu_jax.upsamplers.uplift import UPLiFT
+from resfu_jax.upsamplers.jbu import JBU
+from resfu_jax.upsamplers.upsample_anything import UpsampleAnything
 
 __all__ = [
     "CARAFE",
     "FADE",
+    "JBU",
     "LDAAQU",
     "SAPA",
     "Deconvolution",
@@ -44,6 +47,7 @@ __all__ = [
     "ReSFU",
     "SAPADeform",
     "UPLiFT",
+    "UpsampleAnything",
     "Upsampler",
     "check_features",
     "check_floating",
