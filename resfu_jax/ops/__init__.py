@@ -6,6 +6,7 @@ moves them; float16 maps with bfloat16 ones are made float32; an empty batch giv
 
 from resfu_jax.ops._forms import Implementation
 from resfu_jax.ops.conv import conv
+from resfu_jax.ops.cross_attention import cross_attention, repeated_windows
 from resfu_jax.ops.cross_scale_attention import cross_scale_attention
 from resfu_jax.ops.deformable_attention import deformable_attention
 from resfu_jax.ops.deformable_sample import deformable_sample
@@ -36,6 +37,7 @@ __all__ = [
     "adaptive_avg_pool",
     "box_filter",
     "conv",
+    "cross_attention",
     "cross_scale_attention",
     "deformable_attention",
     "deformable_sample",
@@ -57,6 +59,7 @@ __all__ = [
     "pad",
     "pixel_shuffle",
     "pixel_unshuffle",
+    "repeated_windows",
     "resize",
     "rotate",
     "unfold",

@@ -23,16 +23,17 @@ BLOCK_VALUES = 2**19
 
 
 class Rows(NamedTuple):
-    """Block i of an array: `length` slices along `axis` from i * step on."""
+    """Block i of an array: `length` slices along `axis` from i * step, or else from starts[i], on."""
 
     axis: int
     step: Size
     length: Size
+    starts: tuple[int, ...] | None = None
 
     @property
     def apart(self) -> bool:
         """Whether blocks do not overlap."""
-        return self.step == self.length
+        return self.starts is None and self.step == self.length
 
 
 def block_rows(height: Size, row_values: Size, most: int | None = None) -> int:
@@ -156,7 +157,8 @@ def add(a: Array, block: Array, i: Any, rows: Rows) -> Array:
 
 
 def _start(i: Any, rows: Rows) -> Array:
-    return jnp.asarray(i, jnp.int32) * rows.step
+    i = jnp.asarray(i, jnp.int32)
+    return i * rows.step if rows.starts is None else jnp.asarray(rows.starts, jnp.int32)[i]
 
 
 def loop(count: Size, body: Callable[[Any, Any], Any], state: Any) -> Any:
