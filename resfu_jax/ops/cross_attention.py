@@ -26,7 +26,7 @@ from resfu_jax.ops.sizes import Size
 Table = Shaped[np.ndarray, "n m"] | Shaped[Array, "n m"]
 
 _FEWEST, _PIXELS = 16, 64  # of a tile of columns
-_LARGER = 4  # than others', is a block: 
+_LARGER = 4  # than the usual blocks: accelerators have more work in each, CPUs do not mind
 
 
 @takes_maps("q", "k", "v")
@@ -157,16 +157,18 @@ def _in_blocks(
 
     def block(q, k, v, row_counts, column_counts):
         q = q.reshape(batch, r, n, width // n, -1).swapaxes(1, 2).reshape(batch, n, -1, q.shape[3])
-        s = scale * jnp.einsum(
-            "bnigc,btnmgc->bgntmi", _heads(q, heads), _heads(k, heads), preferred_element_type=dtype
-        )
+        q, k, v = _heads(q, heads), *(a.swapaxes(1, 2).reshape(batch, n, t * m, -1) for a in (k, v))
+        k = _heads(k, heads)
         of_rows, of_columns = map(jax.lax.stop_gradient, (row_counts[0].T, column_counts))
         counts = of_rows[None, :, None, :, None] + of_columns.swapaxes(1, 2)[:, None, :, None, :]
-        counts = jnp.broadcast_to(counts, (n, t, m, r, width // n)).reshape(n, t, m, -1)
-        p = jax.nn.softmax(s + counts[None, None], axis=(3, 4)).mean(axis=1).astype(v.dtype)
-        out = jnp.einsum(
-            "bntmi,btnmd->bnid", p, v, preferred_element_type=at_least_float32(v.dtype)
-        )
+        counts = jnp.broadcast_to(counts, (n, t, m, r, width // n)).reshape(1, n, t * m, -1)
+
+        def weights(g):  # by itself: XLA for CPUs is slow in sums of all heads' softmax
+            s = jnp.einsum("bnic,bnjc->bnji", q[:, :, :, g], k[:, :, :, g], preferred_element_type=dtype)
+            return jax.nn.softmax(scale * s + counts, axis=2)
+
+        p = (sum(map(weights, range(heads))) / heads).astype(v.dtype)
+        out = jnp.einsum("bnji,bnjd->bnid", p, v, preferred_element_type=at_least_float32(v.dtype))
         out = out.reshape(batch, n, r, width // n, -1).swapaxes(1, 2)
         return (out.reshape(batch, r, width, -1).astype(v.dtype),)
 

@@ -20,10 +20,12 @@ from resfu_jax.upsamplers._registry import (
 )
 from resfu_jax.upsamplers._upsampler import Upsampler
 from resfu_jax.upsamplers._weights import keeps_space, pixel_weights, takes_values
+from resfu_jax.upsamplers.anyup import AnyUp
 from resfu_jax.upsamplers.carafe import CARAFE
 from resfu_jax.upsamplers.classic import Deconvolution, Interpolation, PixelShuffle
 from resfu_jax.upsamplers.dysample import DySample
 from resfu_jax.upsamplers.fade import FADE
+from resfu_jax.upsamplers.jafar import JAFAR
 from resfu_jax.upsamplers.lda_aqu import LDAAQU
 from resfu_jax.upsamplers.resfu import ReSFU
 from resfu_jax.upsamplers.sapa import SAPA, SAPADeform
@@ -31,8 +33,10 @@ from resfu_jax.upsamplers.sapa import SAPA, SAPADeform
 __all__ = [
     "CARAFE",
     "FADE",
+    "JAFAR",
     "LDAAQU",
     "SAPA",
+    "AnyUp",
     "Deconvolution",
     "DySample",
     "Interpolation",
