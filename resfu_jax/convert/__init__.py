@@ -11,10 +11,12 @@ from resfu_jax._names import lookup
 from resfu_jax.convert._files import read_weights
 from resfu_jax.convert._places import load_from
 from resfu_jax.convert._state import Misfit, entries_of, has_entries
+from resfu_jax.convert.anyup import anyup, natten_block
 from resfu_jax.convert.carafe import carafe_pack
 from resfu_jax.convert.classic import conv_pixel_shuffle, conv_transpose
 from resfu_jax.convert.dysample import dysample
 from resfu_jax.convert.fade import fade, fade_lite, semi_shift_up
+from resfu_jax.convert.jafar import jafar
 from resfu_jax.convert.lda_aqu import lda_aqu
 from resfu_jax.convert.pretrained import load_pretrained
 from resfu_jax.convert.resfu import pcdc_block, resfu
@@ -35,6 +37,9 @@ _CONVERTERS: dict[str, Callable[..., nnx.Module]] = {
     "tiny-smart/dysample:DySample": dysample,
     "duzw9311/LDA-AQU:LDA_AQU": lda_aqu,
     "open-mmlab/mmcv:CARAFEPack": carafe_pack,
+    "PaulCouairon/JAFAR:JAFAR": jafar,
+    "wimmerth/anyup:AnyUp": anyup,
+    "wimmerth/anyup:NATTENCrossAttentionBlock": natten_block,
     "pytorch/pytorch:ConvTranspose2d": conv_transpose,
     "pytorch/pytorch:Sequential(Conv2d, PixelShuffle)": conv_pixel_shuffle,
 }

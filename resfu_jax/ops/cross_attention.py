@@ -23,7 +23,7 @@ from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.sizes import Size
 
-Table = Shaped[np.ndarray, "n m"] | Shaped[Array, "n m"]
+Table = np.ndarray | Array
 
 _FEWEST, _PIXELS = 16, 64  # of a tile of columns
 _LARGER = 4  # than the usual blocks: accelerators have more work in each, CPUs do not mind
@@ -36,8 +36,8 @@ def cross_attention(
     v: Float[Array, "b h w d"],
     *,
     heads: int,
-    rows: Table | None = None,
-    columns: Table | None = None,
+    rows: Shaped[Table, "H h"] | None = None,
+    columns: Shaped[Table, "W w"] | None = None,
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "b H W d"]:

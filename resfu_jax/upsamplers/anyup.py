@@ -24,6 +24,7 @@ the semantics are those of the official module.
 """
 
 import itertools
+import math
 from typing import Any, Literal, get_args
 
 import jax
@@ -127,19 +128,19 @@ class AnyUp(Upsampler):
         check_choice(get_args(Window), window=window)
         check_choice((*get_args(Implementation), None), implementation=implementation)
         check_heads(qk_dim, num_heads)
-        self.input_dim, self.dtype = input_dim, dtype
-        self.window, self.window_ratio = window, float(window_ratio)
+        self.input_dim = input_dim
+        self.implementation, self.dtype = implementation, dtype
         types: dict[str, Any] = dict(param_dtype=param_dtype, rngs=rngs)
         self.encode = ImageEncoder(input_dim, qk_dim, kernel_size, **types)
         self.encode_features = FeatureEncoder(
             lfu_dim, qk_dim, kernel_size_lfu, gaussian=init_gaussian_derivatives, **types
         )
         self.aggregate = Encoder(2 * qk_dim, qk_dim, 3, **types)
-        self.attention = CrossAttention(
+        self.attention = WindowAttention(
             qk_dim,
             num_heads,
-            kernel_init=FUSED_XAVIER_UNIFORM if window == "mask" else PYTORCH_UNIFORM,
-            implementation=implementation,
+            window=window,
+            window_ratio=window_ratio,
             **types,
         )
 
@@ -164,13 +165,11 @@ class AnyUp(Upsampler):
         output_size = size_of_output(image, output_size)
         dtype = compute_dtype(self.dtype, features, image, values)
         x, image = features.astype(dtype), image.astype(dtype)
-        size = x.shape[1:3]
-        queries, keys = self.encode(image, output_size, size)
+        queries, keys = self.encode(image, output_size, x.shape[1:3])
         keys = jnp.concatenate([keys, self.encode_features(unit(x))], axis=-1)
         keys = _as_if_larger(self.aggregate, keys)
-        make = mask_windows if self.window == "mask" else natten_windows
-        windows = make(size, output_size, self.window_ratio)
-        return self.attention(queries, keys, reassembled(x, values), windows)
+        v = reassembled(x, values)
+        return self.attention(queries, keys, v, implementation=self.implementation)
 
 
 class FeatureEncoder(nnx.Module):
@@ -204,18 +203,133 @@ class FeatureEncoder(nnx.Module):
 
 
 def unify(x: Float[Array, "b h w c"], basis: Float[Array, "k m"]) -> Float[Array, "b h w m"]:
-    """Mean over groups of softmax (psi_m * x_c), in the official order of channels.
+    """Mean over groups of the softmax of psi_m * x_c, in the official order of channels.
 
     Filters see zeros beyond the map, and are divided by the number of pixels that they see in it.
     """
-    kernel = round(basis.shape[0] ** 0.5)
+    kernel, channels = math.isqrt(basis.shape[0]), x.shape[3]
 
     def windows(x):
         return ops.unfold(x, kernel, padding=kernel // 2)
 
-    patches = windows(x) / windows(jnp.ones_like(x[:1, :, :, :1])).sum(axis=3, keepdims=True)
-
     def mean_of_softmax(patches, basis):
-        dtype = at_least_float32(patches.dtype)
-        y = jnp.einsum("...kc,km->...cm", patches.reshape(*patches.shape[:3], len(basis), -1), basis, preferred_element_type=dtype)
-        ...
+        size = patches.shape[:3]
+        y = jnp.einsum(
+            "bhwkc,km->bhwcm",
+            patches.reshape(*size, -1, channels),
+            basis,
+            preferred_element_type=at_least_float32(patches.dtype),
+        )
+        y = jax.nn.softmax(y.reshape(*size, -1, channels), axis=3)
+        return y.mean(axis=4).astype(patches.dtype)
+
+    seen = windows(jnp.ones_like(x[:1, ..., :1])).sum(axis=3, keepdims=True)
+    patches = (windows(x) / seen).reshape(*x.shape[:3], -1)
+    values = channels * basis.shape[1]
+    return ops.map_rows(mean_of_softmax, patches, shared=basis, values=values)
+
+
+def gaussian_derivatives(basis: int, kernel_size: int) -> Float[np.ndarray, "k m"]:
+    """The first derivatives of a Gaussian, by order and then along the columns, not scaled.
+
+    Of order n along an axis, (-1)^n He_n(z) g(z) with the Hermite polynomials He and z in standard
+    deviations, of which kernel_size // 2 pixels are 1.645.
+    """
+    need(
+        kernel_size > 1,
+        f"init_gaussian_derivatives needs kernel_size_lfu of at least 3, got {kernel_size}",
+    )
+    sigma = (kernel_size // 2) / 1.645
+    z = (np.arange(kernel_size) - kernel_size // 2) / sigma
+    order = next(n for n in itertools.count() if (n + 1) * (n + 2) // 2 >= basis)
+    hermite = [np.ones_like(z), z]
+    for n in range(1, order):
+        hermite.append(z * hermite[-1] - n * hermite[-2])
+    gauss = np.exp(-(z**2) / 2) / (sigma * math.sqrt(2 * math.pi))
+    axis = [(-1) ** n * polynomial * gauss for n, polynomial in enumerate(hermite)]
+    orders = [(n - i, i) for n in range(order + 1) for i in range(n + 1)]
+    return np.stack([np.outer(axis[i], axis[j]).ravel() for i, j in orders[:basis]], axis=1)
+
+
+class WindowAttention(CrossAttention):
+    """Attention to what lies around each pixel; the arguments are those of `AnyUp`."""
+
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        *,
+        window: Window,
+        window_ratio: float,
+        param_dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            features,
+            heads,
+            kernel_init=FUSED_XAVIER_UNIFORM if window == "mask" else PYTORCH_UNIFORM,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.window, self.window_ratio = window, float(window_ratio)
+
+    def windows(self, size: tuple[Size, Size], output_size: tuple[Size, Size]) -> Windows:
+        """What each pixel of the output sees."""
+        make = mask_windows if self.window == "mask" else natten_windows
+        return make(size, output_size, self.window_ratio)
+
+
+def mask_windows(
+    size: tuple[Size, Size], output_size: tuple[Size, Size], ratio: float
+) -> Windows:
+    """The paper's: pixel i of m sees floor(low n) .. ceil(high n) - 1 of n, in float32, with
+
+        low, high = (i + 1/2) / m -+ ratio, within 0 .. 1.
+
+    In this order, as the official module computes it on a CPU: where an edge falls on the border of
+    a pixel, rounding decides. That of symbolic sizes is the device's (a CPU's is the same).
+    """
+
+    def seen(n, m):
+        np_ = np if isinstance(n, int) and isinstance(m, int) else jnp
+        as_float = np.float32 if np_ is np else lambda n: jnp.asarray(n, jnp.float32)
+        centre = (np_.arange(m, dtype=np.float32) + np.float32(0.5)) / as_float(m)
+        low = np_.clip(centre - np.float32(ratio), 0, 1) * as_float(n)
+        high = np_.clip(centre + np.float32(ratio), 0, 1) * as_float(n)
+        pixel = np_.arange(n, dtype=np.float32)[None]
+        return (np_.floor(low)[:, None] <= pixel) & (pixel < np_.ceil(high)[:, None])
+
+    return Windows(*map(seen, size, output_size)) if ratio else Windows()
+
+
+def natten_windows(
+    size: tuple[Size, Size], output_size: tuple[Size, Size], ratio: float
+) -> Windows:
+    """Those of `ops.cross_scale_attention`: about 2 ratio n pixels, an odd number, at least 3.
+
+    They are shifted inwards at the borders. A ratio of 0, or 1/2 and more, is the whole map, as is
+    a window that would be larger. (The official module has the heads' outputs averaged, and not
+    their weights, which is the same.)
+    """
+
+    def shown(n, m):
+        need(
+            isinstance(n, int) and isinstance(m, int),
+            "window='natten' needs sizes that are known, for they decide its windows' sizes; got "
+            f"{size} and {output_size}; export with fixed sizes, or take window='mask'",
+        )
+        kernel = max(3, round(2 * ratio * n)) | 1 if 0 < ratio < 0.5 else n
+        return ops.repeated_windows(n, m, min(kernel, m // max(1, m // n)))
+
+    return Windows(*map(shown, size, output_size))
+
+
+def _as_if_larger(encode: Encoder, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+    """`encode(x)`; a single row or column, which cannot be reflected, counts as two equal ones."""
+    single = [i for i in (1, 2) if isinstance(x.shape[i], int) and x.shape[i] == 1]
+    for axis in single:
+        x = jnp.repeat(x, 2, axis)
+    x = encode(x)
+    for axis in single:
+        x = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
+    return x

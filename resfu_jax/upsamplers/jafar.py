@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax import ops
-from resfu_jax._checks import check_choice, check_odd, check_whole, need
+from resfu_jax._checks import check_choice, check_odd, check_whole
 from resfu_jax._layers import PYTORCH_UNIFORM, XAVIER_UNIFORM, Linear
 from resfu_jax.ops import Implementation
 from resfu_jax.ops.checks import check_floating
@@ -35,6 +35,7 @@ from resfu_jax.upsamplers._cross_attention import (
     FUSED_XAVIER_UNIFORM,
     CrossAttention,
     ImageEncoder,
+    check_heads,
     unit,
 )
 from resfu_jax.upsamplers._encoder import Encoder
@@ -99,7 +100,8 @@ class JAFAR(Upsampler):
         check_odd(kernel_size=kernel_size)
         check_choice((*get_args(Implementation), None), implementation=implementation)
         check_heads(qk_dim, num_heads)
-        self.features, self.input_dim, self.dtype = features, input_dim, dtype
+        self.features, self.input_dim = features, input_dim
+        self.implementation, self.dtype = implementation, dtype
         types: dict[str, Any] = dict(param_dtype=param_dtype, rngs=rngs)
         self.encode = ImageEncoder(input_dim, qk_dim, kernel_size, **types)
         self.encode_features = Encoder(features, qk_dim, **types)
@@ -112,7 +114,6 @@ class JAFAR(Upsampler):
             qk_dim,
             num_heads,
             kernel_init=FUSED_XAVIER_UNIFORM if fused else XAVIER_UNIFORM,
-            implementation=implementation,
             **types,
         )
 
@@ -137,15 +138,8 @@ class JAFAR(Upsampler):
         queries, keys = self.encode(image, size, x.shape[1:3])
         f = self.encode_features(unit(x))
         keys = self.gamma(f) * _norm(keys) + self.beta(f)
-        return self.attention(_norm(queries), keys, reassembled(x, values))
-
-
-def check_heads(qk_dim: int, num_heads: int) -> None:
-    """Norms need groups of channels, and heads as many each."""
-    need(
-        qk_dim % _GROUPS == 0 and qk_dim % num_heads == 0,
-        f"qk_dim must be a multiple of {_GROUPS} and of num_heads={num_heads}, got {qk_dim}",
-    )
+        v = reassembled(x, values)
+        return self.attention(_norm(queries), keys, v, implementation=self.implementation)
 
 
 def _norm(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
