@@ -25,6 +25,7 @@ from resfu_jax.upsamplers.classic import Deconvolution, Interpolation, PixelShuf
 from resfu_jax.upsamplers.dysample import DySample
 from resfu_jax.upsamplers.fade import FADE
 from resfu_jax.upsamplers.lda_aqu import LDAAQU
+from resfu_jax.upsamplers.naf import NAF
 from resfu_jax.upsamplers.resfu import ReSFU
 from resfu_jax.upsamplers.sapa import SAPA, SAPADeform
 
@@ -32,6 +33,7 @@ __all__ = [
     "CARAFE",
     "FADE",
     "LDAAQU",
+    "NAF",
     "SAPA",
     "Deconvolution",
     "DySample",
