@@ -21,6 +21,7 @@ Source: Chambon et al., "NAF: Zero-Shot Feature Upsampling via Neighborhood Atte
 2025.
 """
 
+import functools
 import math
 from typing import Any, get_args
 
@@ -42,7 +43,7 @@ from resfu_jax.upsamplers._across_scales import (
     check_features_of_heads,
     check_heads,
 )
-from resfu_jax.upsamplers._encoder import Encoder
+from resfu_jax.upsamplers._encoder import Encoder, encode_in_turn
 from resfu_jax.upsamplers._inputs import (
     check_image,
     compute_dtype,
@@ -177,29 +178,23 @@ class NAF(Upsampler):
     ) -> Float[Array, "b H W d"]:
         """The encoded image at this size, turned."""
         image = _shrunk(image, size)
-        encoded = [encode(image) for encode in (self.encoder, self.sem_encoder)]
+        encoded = encode_in_turn((self.encoder, self.sem_encoder), image)
         pooled = [ops.adaptive_avg_pool(e, size) for e in encoded]
-        return self._turned(jnp.concatenate(pooled, axis=-1))
+        dtype = at_least_float32(image.dtype)
+        factor = self._factor(dtype)
+        y, z = (factor * _centres(n, dtype) for n in size)
+        frequencies = jnp.asarray(2 * np.pi / self.periods(), dtype)
+        angles = [
+            y[None, :, None, None] * frequencies[None, None, None],
+            z[None, None, :, None] * frequencies[None, None, None],
+        ]
+        turn = functools.partial(_turned, heads=self.heads_rope)
+        return ops.map_rows(turn, *pooled, angles[0], shared=angles[1], values=self.dim)
 
     def periods(self) -> Float[np.ndarray, " n"]:
         """Of the positions along an axis, of each frequency."""
         half = self.dim // self.heads_rope // 2  # d
         return self.rope_base ** (2 * np.arange(half // 2, dtype=np.float32) / half)
-
-    def _turned(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
-        """R(x)."""
-        dtype = at_least_float32(x.dtype)
-        frequencies = jnp.asarray(2 * np.pi / self.periods(), dtype)
-        factor = self._factor(dtype)
-        y, z = (factor * _centres(n, dtype) for n in x.shape[1:3])
-        heads = x.reshape(*x.shape[:3], self.heads_rope, -1)
-        # The channels turned by y and those turned by z apart, each by the angles of one axis: of
-        # all pixels, there would be many cosines.
-        of_y, of_z, partners_y, partners_z = jnp.split(heads, 4, axis=-1)
-        of_y, partners_y = _turn(of_y, partners_y, y[None, :, None, None, None] * frequencies[None, None, None, None])
-        of_z, partners_z = _turn(of_z, partners_z, z[None, None, :, None, None] * frequencies[None, None, None, None])
-        turned = jnp.concatenate([of_y, of_z, partners_y, partners_z], axis=-1)
-        return turned.reshape(x.shape)
 
     def _factor(self, dtype: DTypeLike) -> Float[Array, ""]:
         """What positions are scaled by."""
@@ -220,11 +215,25 @@ def _centres(n: Size, dtype: DTypeLike) -> Float[Array, " n"]:
     return twice.astype(dtype) / to_int32(n).astype(dtype) - 1
 
 
-def _turn(x: Array, partners: Array, angles: Array) -> tuple[Array, Array]:
-    """Pairs of channels, by these angles."""
-    pairs = jnp.concatenate([x, partners], axis=-1)
-    x, partners = jnp.split(ops.rotate(pairs, jnp.concatenate([angles] * 2, axis=-1)), 2, axis=-1)
-    return x, partners
+def _turned(
+    first: Float[Array, "b h w c"],
+    second: Float[Array, "b h w c"],
+    of_row: Float[Array, "1 h 1 n"],
+    of_column: Float[Array, "1 1 w n"],
+    *,
+    heads: int,
+) -> Float[Array, "b h w d"]:
+    """R of both maps together, by the angles of rows and columns."""
+    x = jnp.concatenate([first, second], axis=-1)
+    x = x.reshape(*x.shape[:3], heads, -1)
+    # The channels turned by the row's angles and those turned by the column's apart: of all pixels
+    # together there would be many cosines.
+    parts = jnp.split(x, 4, axis=-1)
+    for i, angles in enumerate((of_row, of_column)):
+        pairs = jnp.concatenate([parts[i], parts[i + 2]], axis=-1)
+        angles = jnp.concatenate([angles, angles], axis=-1)[:, :, :, None]
+        parts[i], parts[i + 2] = jnp.split(ops.rotate(pairs, angles), 2, axis=-1)
+    return jnp.concatenate(parts, axis=-1).reshape(*x.shape[:3], -1)
 
 
 def _shrunk(image: Float[Array, "b h w c"], size: tuple[Size, Size]) -> Float[Array, "b h2 w2 c"]:
