@@ -27,6 +27,7 @@ from resfu_jax.ops.norm_linear import norm_linear
 from resfu_jax.ops.pad import pad
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle, pixel_unshuffle
 from resfu_jax.ops.pool import adaptive_avg_pool
+from resfu_jax.ops.reflect_conv import reflect_conv
 from resfu_jax.ops.resize import resize
 from resfu_jax.ops.rotary import rotate
 from resfu_jax.ops.rows import map_rows
@@ -60,6 +61,7 @@ __all__ = [
     "pixel_shuffle",
     "pixel_unshuffle",
     "repeated_windows",
+    "reflect_conv",
     "resize",
     "rotate",
     "unfold",

@@ -27,6 +27,7 @@ from resfu_jax.upsamplers.dysample import DySample
 from resfu_jax.upsamplers.fade import FADE
 from resfu_jax.upsamplers.jafar import JAFAR
 from resfu_jax.upsamplers.lda_aqu import LDAAQU
+from resfu_jax.upsamplers.naf import NAF
 from resfu_jax.upsamplers.resfu import ReSFU
 from resfu_jax.upsamplers.sapa import SAPA, SAPADeform
 
@@ -35,6 +36,7 @@ __all__ = [
     "FADE",
     "JAFAR",
     "LDAAQU",
+    "NAF",
     "SAPA",
     "AnyUp",
     "Deconvolution",
