@@ -11,12 +11,15 @@ from resfu_jax._names import lookup
 from resfu_jax.convert._files import read_weights
 from resfu_jax.convert._places import load_from
 from resfu_jax.convert._state import Misfit, entries_of, has_entries
+from resfu_jax.convert.anyup import anyup, natten_block
 from resfu_jax.convert.carafe import carafe_pack
 from resfu_jax.convert.classic import conv_pixel_shuffle, conv_transpose
 from resfu_jax.convert.dysample import dysample
 from resfu_jax.convert.fade import fade, fade_lite, semi_shift_up
 from resfu_jax.convert.freqfusion import freqfusion
+from resfu_jax.convert.jafar import jafar
 from resfu_jax.convert.lda_aqu import lda_aqu
+from resfu_jax.convert.naf import naf
 from resfu_jax.convert.pretrained import load_pretrained
 from resfu_jax.convert.released import load_upsampler
 from resfu_jax.convert.resfu import pcdc_block, resfu
@@ -40,6 +43,10 @@ _CONVERTERS: dict[str, Callable[..., nnx.Module]] = {
     "Linwei-Chen/FreqFusion:FreqFusion": freqfusion,
     "open-mmlab/mmcv:CARAFEPack": carafe_pack,
     "mwalmer-umd/UPLiFT:UPLiFT": uplift,
+    "valeoai/NAF:NAF": naf,
+    "PaulCouairon/JAFAR:JAFAR": jafar,
+    "wimmerth/anyup:AnyUp": anyup,
+    "wimmerth/anyup:NATTENCrossAttentionBlock": natten_block,
     "pytorch/pytorch:ConvTranspose2d": conv_transpose,
     "pytorch/pytorch:Sequential(Conv2d, PixelShuffle)": conv_pixel_shuffle,
 }

@@ -6,6 +6,7 @@ moves them; float16 maps with bfloat16 ones are made float32; an empty batch giv
 
 from resfu_jax.ops._forms import Implementation
 from resfu_jax.ops.conv import conv
+from resfu_jax.ops.cross_attention import cross_attention, repeated_windows
 from resfu_jax.ops.cross_scale_attention import cross_scale_attention
 from resfu_jax.ops.deformable_attention import deformable_attention
 from resfu_jax.ops.deformable_sample import deformable_sample
@@ -28,6 +29,7 @@ from resfu_jax.ops.norm_linear import norm_linear
 from resfu_jax.ops.pad import pad
 from resfu_jax.ops.pixel_shuffle import pixel_shuffle, pixel_unshuffle
 from resfu_jax.ops.pool import adaptive_avg_pool
+from resfu_jax.ops.reflect_conv import reflect_conv
 from resfu_jax.ops.resize import resize
 from resfu_jax.ops.rotary import rotate
 from resfu_jax.ops.rows import map_rows
@@ -38,6 +40,7 @@ __all__ = [
     "adaptive_avg_pool",
     "box_filter",
     "conv",
+    "cross_attention",
     "cross_scale_attention",
     "deformable_attention",
     "deformable_sample",
@@ -61,6 +64,8 @@ __all__ = [
     "pad",
     "pixel_shuffle",
     "pixel_unshuffle",
+    "repeated_windows",
+    "reflect_conv",
     "resize",
     "rotate",
     "unfold",

@@ -23,16 +23,17 @@ BLOCK_VALUES = 2**19
 
 
 class Rows(NamedTuple):
-    """Block i of an array: `length` slices along `axis` from i * step on."""
+    """Block i of an array: `length` slices along `axis` from i * step, or else from starts[i], on."""
 
     axis: int
     step: Size
     length: Size
+    starts: tuple[int, ...] | None = None
 
     @property
     def apart(self) -> bool:
         """Whether blocks do not overlap."""
-        return self.step == self.length
+        return self.starts is None and self.step == self.length
 
 
 def block_rows(height: Size, row_values: Size, most: int | None = None) -> int:
@@ -91,7 +92,9 @@ def _map(f, count, inputs, outputs, whole_forward, *arrays):
         shape if rows is None else _of_all_blocks(shape, rows, count)
         for shape, rows in zip(shapes, outputs, strict=True)
     )
-    return loop(count, body, tuple(map(_zeros, full, outputs)))
+    leaves = jax.tree.leaves(arrays)
+    begun = [_unfilled(a, rows, leaves) for a, rows in zip(full, outputs, strict=True)]
+    return loop(count, body, tuple(begun))
 
 
 def _map_bwd(f, count, inputs, outputs, _, arrays, g):
@@ -116,6 +119,19 @@ def _of_all_blocks(block: Any, rows: Rows, count: Size) -> jax.ShapeDtypeStruct:
     shape = [*block.shape]
     shape[rows.axis] = rows.step * count
     return jax.ShapeDtypeStruct(tuple(shape), block.dtype)
+
+
+def _unfilled(like: Any, rows: Rows | None, arguments: list[Array]) -> Any:
+    """What blocks fill, or zeros that they add to.
+
+    What they fill is made of numbers of all arguments, so that it is there when these are. XLA
+    makes the constants of all loops of a program as it begins, and holds them.
+    """
+    some = [a[(slice(None), *(0,) * (a.ndim - 1))] for a in arguments if a.ndim]
+    some = [a.astype(like.dtype) for a in some if rows is not None and a.shape == like.shape[:1]]
+    if not some:
+        return _zeros(like, rows)
+    return jnp.broadcast_to(jnp.expand_dims(sum(some), range(1, like.ndim)), like.shape)
 
 
 def _zeros(like: Any, rows: Rows | None) -> Any:
@@ -156,7 +172,8 @@ def add(a: Array, block: Array, i: Any, rows: Rows) -> Array:
 
 
 def _start(i: Any, rows: Rows) -> Array:
-    return jnp.asarray(i, jnp.int32) * rows.step
+    i = jnp.asarray(i, jnp.int32)
+    return i * rows.step if rows.starts is None else jnp.asarray(rows.starts, jnp.int32)[i]
 
 
 def loop(count: Size, body: Callable[[Any, Any], Any], state: Any) -> Any:

@@ -2,12 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax.ops.checks import takes_maps
-from resfu_jax.ops.sizes import Size, divide_products
+from resfu_jax.ops.dtypes import at_least_float32
+from resfu_jax.ops.sizes import Size, divide_products, whole_ratio
 
 
 @takes_maps("x")
@@ -17,7 +16,10 @@ def adaptive_avg_pool(
     """Average pooling to a given size, as `torch.nn.functional.adaptive_avg_pool2d`.
 
     Along an axis of n pixels pooled to o cells, cell i is the mean of the pixels
-    floor(i n / o) .. ceil((i + 1) n / o) - 1. Cells may overlap, and o may exceed n.
+
+        floor(i n / o) .. ceil((i + 1) n / o) - 1.
+
+    Cells may overlap, and o may exceed n.
 
     Means are computed in float32 or better; the result has the dtype of `x`.
 
@@ -28,18 +30,35 @@ def adaptive_avg_pool(
         raise ValueError(f"x must be (batch, height, width, channels), got shape {x.shape}")
     if len(output_size) != 2 or any(isinstance(o, int) and o < 1 for o in output_size):
         raise ValueError(f"output_size must be two positive sizes, got {output_size}")
-    dtype = np.promote_types(x.dtype, np.float32)
-    rows, columns = (_cells(n, o, dtype) for n, o in zip(x.shape[1:3], output_size, strict=True))
-    precision = jax.lax.Precision.HIGHEST
-    y = jnp.einsum("Hh,bhwc->bHwc", rows, x.astype(dtype), precision=precision)
-    return jnp.einsum("Ww,bHwc->bHWc", columns, y, precision=precision).astype(x.dtype)
+    y = x.astype(at_least_float32(x.dtype))
+    for axis, o in zip((1, 2), output_size, strict=True):
+        y = _means(y, o, axis)
+    return y.astype(x.dtype)
 
 
-def _cells(n: Size, o: Size, dtype: DTypeLike) -> Float[Array, "o n"]:
-    """Averaging matrix of an axis: row i has 1 / (pixels in cell i) at the pixels of cell i."""
+def _means(x: Array, o: Size, axis: int) -> Array:
+    """Of the o cells of an axis."""
+    n = x.shape[axis]
+    if ratio := whole_ratio((o,), (n,)):
+        if ratio == (1,):
+            return x
+        return x.reshape(*x.shape[:axis], o, *ratio, *x.shape[axis + 1 :]).mean(axis=axis + 1)
     start, _ = divide_products(o, n, o)
     end, rest = divide_products(o, n, o, first=1)
     end = end + (rest > 0).astype(end.dtype)
-    pixel = jnp.arange(n, dtype=jnp.int32)[None, :]
-    inside = (start[:, None] <= pixel) & (pixel < end[:, None])
-    return inside.astype(dtype) / (end - start).astype(dtype)[:, None]
+    most = -(-n // o) + 1  # pixels of a cell
+    if not isinstance(most, int):  # a matrix: nobody knows how many to add
+        pixel = jnp.arange(n, dtype=jnp.int32)[None]
+        inside = (start[:, None] <= pixel) & (pixel < end[:, None])
+        cells = inside.astype(x.dtype) / (end - start).astype(x.dtype)[:, None]
+        means = jnp.tensordot(x, cells, (axis, 1), precision=jax.lax.Precision.HIGHEST)
+        return jnp.moveaxis(means, -1, axis)
+
+    def along(a):
+        return jnp.expand_dims(a, [i for i in range(x.ndim) if i != axis])
+
+    def pixels(i):
+        pixel = jnp.take(x, start + i, axis=axis, mode="clip")
+        return jnp.where(along(start + i < end), pixel, jnp.zeros((), x.dtype))
+
+    return sum(pixels(i) for i in range(most)) / along(end - start).astype(x.dtype)

@@ -7,6 +7,7 @@ GN8 is a GroupNorm of 8 groups. The skip is the identity, or a 1x1 convolution w
 changes. Borders are reflected.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from resfu_jax import ops
 from resfu_jax._checks import need
 from resfu_jax._layers import PYTORCH_UNIFORM, Conv, GroupNorm
 
@@ -78,11 +80,22 @@ class Block(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         """The map of `features` channels."""
-        y = self.conv1(jax.nn.silu(self.norm1(x)))
-        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        y = _convolved(_convolved(x, self.conv1, self.norm1), self.conv2, self.norm2)
         if not self.skip:
             return y
-        return y + (x if self.shortcut is None else self.shortcut(x))
+        return y + (x if self.shortcut is None else _convolved(x, self.shortcut))
+
+
+def _convolved(
+    x: Float[Array, "b h w c"], conv: Conv, norm: GroupNorm | None = None
+) -> Float[Array, "b h w d"]:
+    """The convolution, of the normalised and activated map if there is a norm."""
+    bias = None if conv.bias is None else conv.bias[...]
+    options: dict[str, Any] = dict(dilation=conv.dilation)
+    if norm is not None:
+        options |= dict(scale=norm.scale[...], norm_bias=norm.bias[...])
+        options |= dict(groups=norm.num_groups, eps=norm.epsilon)
+    return ops.reflect_conv(x, conv.kernel[...], bias, **options)
 
 
 class Encoder(nnx.Module):
@@ -135,7 +148,22 @@ class Encoder(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         """The encoded map, of x's size and dtype."""
-        x = self.conv(x)
+        x = _convolved(x, self.conv)
         for block in self.blocks:
             x = block(x)
         return x
+
+
+def encode_in_turn(
+    encoders: Sequence[Encoder], x: Float[Array, "b h w c"]
+) -> list[Float[Array, "b h w _d"]]:
+    """What each encoder makes of x, when the one before it is done.
+
+    Side by side, as XLA would run them on a CPU, they hold all of their maps at once. So each is
+    given x with nothing added, of which XLA cannot know that it is nothing.
+    """
+    made: list[Array] = []
+    for encode in encoders:
+        made.append(encode(x))
+        x = x + jax.lax.stop_gradient(0 * made[-1][:, :1, :1, :1])
+    return made
