@@ -45,7 +45,14 @@ REASSEMBLING = [n for n in NAMES if takes_values(upsampler_entry(n).cls)]
 every = pytest.mark.parametrize("name", NAMES)
 
 # Members with large layers or windows by default are tested with smaller ones.
-SMALL: dict[str, dict] = {}
+SMALL: dict[str, dict] = {
+    "anyup": dict(qk_dim=16),
+    "freqfusion": dict(compressed_channels=8),
+    "jafar": dict(qk_dim=16),
+    "naf": dict(dim=32, kernel_size=3),
+    "uplift": dict(encoder=((8,), (8,)), decoder=((8,), (20,)), decoder_convs=1),
+    "upsample_anything": dict(r_max=2, steps=3),
+}
 
 # Where what lies beyond the image counts as zero, only the interior keeps constants.
 REACH = 2
@@ -134,6 +141,8 @@ def test_scales(name, scale):
             break
         except ValueError:
             continue
+    else:
+        pytest.skip("it does not know this scale, and says so")
     y = run(up, inputs(name, scale=scale, batch=1, size=(2, 3), width=width))
     assert y.shape == (1, 2 * scale, 3 * scale, width)
     assert np.isfinite(y).all()
@@ -231,7 +240,12 @@ def test_devices_do_not_wait_for_each_other(name, implementation, monkeypatch):
     shapes = [
         jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in inputs(name, batch=8)
     ]
-    program = jax.jit(value_and_gradients).lower(*shapes).compile().as_text()
+    try:
+        program = jax.jit(value_and_gradients).lower(*shapes).compile().as_text()
+    except ValueError as error:
+        if "no such form" not in str(error):
+            raise
+        pytest.skip("it has no such form")
     assert "num_partitions=8" in program
     assert not re.findall("all-reduce|all-gather|all-to-all|collective-permute", program)
 
@@ -336,8 +350,9 @@ def test_wrong_values_are_named(name, as_users_call):
 @every
 def test_wrong_inputs_are_named(name, as_users_call):
     up, (x, *guide) = build(name), inputs(name)
-    with pytest.raises(ValueError, match="features must be"):
-        up(x[..., :7], *guide)
+    if not up.any_width:
+        with pytest.raises(ValueError, match="features must be"):
+            up(x[..., :7], *guide)
     with pytest.raises(ValueError, match="features must be"):
         up(x[0], *guide)
     if guide:

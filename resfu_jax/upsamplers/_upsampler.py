@@ -20,6 +20,7 @@ class Upsampler(nnx.Module):
       image: what values the image has: `"imagenet"`, RGB with ImageNet's mean and deviation taken
         out, or `"unit"`, RGB in 0 .. 1. (Members that work with any take what they are given.)
       needs_whole_scale: only `scale` times the size is possible; any other is a `ValueError`.
+      any_width: features may have any number of channels, whatever it was built for.
       same_width: guide and features must have as many channels: they are mixed or compared.
       value_groups: groups of channels, blocks of successive ones, that have weights of their own.
       weights_are_convex: the weights of an output pixel are not negative and sum to 1, where
@@ -32,6 +33,7 @@ class Upsampler(nnx.Module):
     guide: Guide = "none"
     image: Literal["imagenet", "unit"] = "imagenet"
     needs_whole_scale: bool = False
+    any_width: bool = False
     same_width: bool = False
     value_groups: int = 1
     weights_are_convex: bool = False
