@@ -18,6 +18,7 @@ from resfu_jax.convert.fade import fade, fade_lite, semi_shift_up
 from resfu_jax.convert.lda_aqu import lda_aqu
 from resfu_jax.convert.naf import naf
 from resfu_jax.convert.pretrained import load_pretrained
+from resfu_jax.convert.raysup import raysup
 from resfu_jax.convert.resfu import pcdc_block, resfu
 from resfu_jax.convert.sapa import sapa, sapa_base, sapa_deform, sapa_exp
 
@@ -36,6 +37,7 @@ _CONVERTERS: dict[str, Callable[..., nnx.Module]] = {
     "tiny-smart/dysample:DySample": dysample,
     "duzw9311/LDA-AQU:LDA_AQU": lda_aqu,
     "valeoai/NAF:NAF": naf,
+    "MAP-RaysUp/RaysUp:RaysUp": raysup,
     "open-mmlab/mmcv:CARAFEPack": carafe_pack,
     "pytorch/pytorch:ConvTranspose2d": conv_transpose,
     "pytorch/pytorch:Sequential(Conv2d, PixelShuffle)": conv_pixel_shuffle,

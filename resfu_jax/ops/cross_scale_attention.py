@@ -90,7 +90,8 @@ def _reference(q: Array, k: Array, v: Array, *, kernel: tuple[int, int], scale: 
     columns = repeated_members(k.shape[2], q.shape[2], kernel[1])
 
     def windows(x):  # b H u W v heads d
-        return jnp.take(jnp.take(x, rows, axis=1), columns, axis=3)
+        x = jnp.take(x, rows, axis=1, mode="clip")
+        return jnp.take(x, columns, axis=3, mode="clip")
 
     scores = scale * jnp.einsum(
         "bijhd,biujvhd->bijhuv", q, windows(k), preferred_element_type=dtype

@@ -26,6 +26,7 @@ from resfu_jax.upsamplers.dysample import DySample
 from resfu_jax.upsamplers.fade import FADE
 from resfu_jax.upsamplers.lda_aqu import LDAAQU
 from resfu_jax.upsamplers.naf import NAF
+from resfu_jax.upsamplers.raysup import RaysUp
 from resfu_jax.upsamplers.resfu import ReSFU
 from resfu_jax.upsamplers.sapa import SAPA, SAPADeform
 
@@ -39,6 +40,7 @@ __all__ = [
     "DySample",
     "Interpolation",
     "PixelShuffle",
+    "RaysUp",
     "ReSFU",
     "SAPADeform",
     "Upsampler",
