@@ -13,7 +13,8 @@ weights of their own; D is the width of a head of queries and keys. R turns chan
 partner c + D / 2 by minus an angle (`ops.rotate`), the direction u of the pixel's ray times a
 frequency: with n = floor(D / 12) frequencies, f < n and i < 3,
 
-    angle[6 f + 3 + i] = 2 pi b^f / 8 u_i,    u = P v / |v|,    v = ((x - cx) / fx, (y - cy) / fy, 1)
+    angle[6 f + 3 + i] = 2 pi b^f / 8 u_i,    u = P v / |v|
+    v = ((x - cx) / fx, (y - cy) / fy, 1)
 
 P is the rotation of the camera's pose; all other angles are zero. (Channels 6 f + i turn by the
 camera's place in the official module, queries and keys alike, which no product of the two can tell:
@@ -135,9 +136,9 @@ class RaysUp(Upsampler):
           features: at low resolution.
           image: of any size.
           output_size: (H, W).
-          cameras: poses from camera to world, `(B, 4, 4)`, and (fx, fy, cx, cy), `(B, 4)`, in pixels
-            of an image whose size is twice the largest centre (cx, cy) of the batch, in whole
-            pixels. If not given, every camera looks along the axis, fx and fy are the image's width
+          cameras: poses from camera to world, `(B, 4, 4)`, and (fx, fy, cx, cy), `(B, 4)`, in
+            pixels of an image whose size is twice the largest centre (cx, cy) of the batch, in
+            whole pixels. If not given, cameras look along the axis, fx and fy are the image's width
             and height, and (cx, cy) is its middle.
           values: what is reassembled instead of the features.
 
@@ -153,7 +154,8 @@ class RaysUp(Upsampler):
         dtype = compute_dtype(self.dtype, features, image, values)
         v = reassembled(features.astype(dtype), values, groups=self.value_groups)
         encoded = encode_in_turn(self.encoders, image.astype(dtype))
-        q, k = (self._at(encoded, n, cameras) for n in (size, features.shape[1:3]))
+        q = self._at(encoded, size, cameras)
+        k = self._at(encoded, (features.shape[1], features.shape[2]), cameras)
         return attend(
             q,
             k,
@@ -173,7 +175,9 @@ class RaysUp(Upsampler):
             return jnp.concatenate(pooled, axis=-1)
         rotation, y, x = _rays(size, cameras, at_least_float32(pooled[0].dtype))
         shared = x[:, None, :, None], rotation, jnp.asarray(frequencies, x.dtype)
-        return ops.map_rows(_turned, *pooled, y[:, :, None, None], shared=shared, values=self.qk_dim)
+        return ops.map_rows(
+            _turned, *pooled, y[:, :, None, None], shared=shared, values=self.qk_dim
+        )
 
     def _frequencies(self) -> Float[np.ndarray, "3 half"]:
         """What the directions are multiplied by, to be the angles of half a head's channels."""
