@@ -11,7 +11,7 @@ from flax import nnx
 
 from resfu_jax import from_torch
 
-FAMILIES = {"naf": 5}
+FAMILIES = {"naf": 5, "raysup": 3}
 
 
 @pytest.fixture(params=[False, True], ids=["float32", "x64"])

@@ -249,6 +249,19 @@ def test_export_at_a_whole_ratio():
     np.testing.assert_allclose(exported.call(q, k, v), f(q, k, v), rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("implementation", FORMS)
+def test_symbolic_sizes_may_be_smaller_than_the_window(implementation):
+    """It then is the largest that fits."""
+    b, h, w = export.symbolic_shape("b, h, w")
+    shapes = [(b, 2 * h, 3 * w, 1, 3), (b, h, w, 1, 3), (b, h, w, 1, 2)]
+    f = attention(implementation, kernel_size=(4, 5))
+    exported = export.export(f)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+    for size, fits in (((3, 2), (3, 2)), ((1, 7), (1, 5)), ((6, 4), (4, 4))):
+        q, k, v, _ = arrays(size, (2 * size[0], 3 * size[1]), heads=1, d=3, dv=2)
+        wanted = attention(implementation, kernel_size=fits)(q, k, v)
+        np.testing.assert_allclose(exported.call(q, k, v), wanted, rtol=1e-4, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     "change, options, message",
     [

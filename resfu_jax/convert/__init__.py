@@ -22,6 +22,7 @@ from resfu_jax.convert.lda_aqu import lda_aqu
 from resfu_jax.convert.naf import naf
 from resfu_jax.convert.pretrained import load_pretrained
 from resfu_jax.convert.released import load_upsampler
+from resfu_jax.convert.raysup import raysup
 from resfu_jax.convert.resfu import pcdc_block, resfu
 from resfu_jax.convert.sapa import sapa, sapa_base, sapa_deform, sapa_exp
 from resfu_jax.convert.uplift import uplift
@@ -41,6 +42,8 @@ _CONVERTERS: dict[str, Callable[..., nnx.Module]] = {
     "tiny-smart/dysample:DySample": dysample,
     "duzw9311/LDA-AQU:LDA_AQU": lda_aqu,
     "Linwei-Chen/FreqFusion:FreqFusion": freqfusion,
+    "valeoai/NAF:NAF": naf,
+    "MAP-RaysUp/RaysUp:RaysUp": raysup,
     "open-mmlab/mmcv:CARAFEPack": carafe_pack,
     "mwalmer-umd/UPLiFT:UPLiFT": uplift,
     "valeoai/NAF:NAF": naf,

@@ -127,11 +127,18 @@ def _unfilled(like: Any, rows: Rows | None, arguments: list[Array]) -> Any:
     What they fill is made of numbers of all arguments, so that it is there when these are. XLA
     makes the constants of all loops of a program as it begins, and holds them.
     """
-    some = [a[(slice(None), *(0,) * (a.ndim - 1))] for a in arguments if a.ndim]
-    some = [a.astype(like.dtype) for a in some if rows is not None and a.shape == like.shape[:1]]
+    batch = None if rows is None else like.shape[:1]
+    some = [_first_values(a).astype(like.dtype) for a in arguments if a.shape[:1] == batch]
     if not some:
         return _zeros(like, rows)
     return jnp.broadcast_to(jnp.expand_dims(sum(some), range(1, like.ndim)), like.shape)
+
+
+def _first_values(a: Array) -> Array:
+    """One of each image."""
+    for axis in range(1, a.ndim):
+        a = jax.lax.slice_in_dim(a, 0, 1, axis=axis)
+    return a.reshape(a.shape[0])
 
 
 def _zeros(like: Any, rows: Rows | None) -> Any:

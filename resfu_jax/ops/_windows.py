@@ -15,27 +15,50 @@ def check_pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     return pair
 
 
+NO_MEMBER = 2**30
+
+
+def is_at_least(n: Size, least: Size) -> bool:
+    """Whether n, which may be symbolic, is known to be."""
+    try:
+        return bool(n >= least)
+    except jax.errors.InconclusiveDimensionOperation:
+        return False
+
+
 def window_members(n: Size, kernel_size: int, dilation: Size | Array) -> Int[Array, "n k"]:
     """Pixels of the window of every pixel of an axis of n pixels, which may be symbolic."""
+    return _members(n, kernel_size, dilation, kernel_size)
+
+
+def _members(
+    n: Size, kernel_size: int, dilation: Size | Array, shown: int | Array
+) -> Int[Array, "n k"]:
+    """Those of windows of `shown` members, and then `NO_MEMBER`."""
     i, length = jnp.arange(n, dtype=jnp.int32), to_int32(n)
     position, residue = jnp.divmod(i, dilation)
     members = (length - residue + (dilation - 1)) // dilation
-    start = jnp.clip(position - kernel_size // 2, 0, members - kernel_size)
-    window = jnp.arange(kernel_size, dtype=jnp.int32)
-    return residue[:, None] + dilation * (start[:, None] + window[None, :])
+    start = jnp.clip(position - shown // 2, 0, members - shown)
+    window = jnp.arange(kernel_size, dtype=jnp.int32)[None]
+    pixels = residue[:, None] + dilation * (start[:, None] + window)
+    return pixels if isinstance(shown, int) else jnp.where(window < shown, pixels, NO_MEMBER)
 
 
 def repeated_members(n: Size, size: Size, kernel_size: int) -> Int[Array, "size k"]:
     """The same where `size` pixels show an axis of n by nearest-exact resizing: which of the n.
 
-    The window's members are as far apart as a pixel of the axis is repeated, in whole pixels.
+    The window's members are as far apart as a pixel of the axis is repeated, in whole pixels. Where
+    a symbolic axis turns out to be smaller than the window, it has fewer, and then `NO_MEMBER`.
     """
+    fits: int | Array = kernel_size
     if isinstance(n, int) and isinstance(size, int):
         dilation = max(1, size // n)
     else:
         dilation = jnp.maximum(to_int32(size // n), 1)
+        fits = jnp.minimum(kernel_size, to_int32(size) // dilation)
+    members = _members(size, kernel_size, dilation, fits)
     shown, _ = divide_products(size, n, 2 * size, step=2, first=1)
-    return jnp.take(shown, window_members(size, kernel_size, dilation), mode="clip")
+    return jnp.where(members < NO_MEMBER, jnp.take(shown, members, mode="clip"), NO_MEMBER)
 
 
 def extend(x: Array, axis: int, kernel_size: int, dilation: int = 1) -> Array:

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._forms import Form, Forms, Implementation
 from resfu_jax.ops._pallas import cross_scale as pallas
-from resfu_jax.ops._windows import check_pair, repeated_members
+from resfu_jax.ops._windows import NO_MEMBER, check_pair, repeated_members
 from resfu_jax.ops._xla import cross_scale as xla
 from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32
@@ -59,7 +59,8 @@ def cross_scale_attention(
 
     Raises:
       ValueError: shapes or dtypes do not match, the window does not fit (`kernel_size * d` must not
-        exceed (H, W); of symbolic sizes that is not known), or `implementation` does not apply.
+        exceed (H, W); where symbolic sizes turn out to be smaller, the window is the largest that
+        fits), or `implementation` does not apply.
     """
     if q.ndim != 5 or k.ndim != 5 or (k.shape[0], *k.shape[3:]) != (q.shape[0], *q.shape[3:]):
         raise ValueError(
@@ -89,11 +90,14 @@ def _reference(q: Array, k: Array, v: Array, *, kernel: tuple[int, int], scale: 
     columns = repeated_members(k.shape[2], q.shape[2], kernel[1])
 
     def windows(x):  # b H u W v heads d
-        return jnp.take(jnp.take(x, rows, axis=1), columns, axis=3)
+        x = jnp.take(x, rows, axis=1, mode="clip")
+        return jnp.take(x, columns, axis=3, mode="clip")
 
     scores = scale * jnp.einsum(
         "bijhd,biujvhd->bijhuv", q, windows(k), preferred_element_type=dtype
     )
+    there = (rows < NO_MEMBER)[:, None, :, None] & (columns < NO_MEMBER)[None, :, None]
+    scores = jnp.where(there[None, :, :, None], scores, -jnp.inf)
     p = jax.nn.softmax(scores, axis=(-2, -1)).astype(v.dtype)
     out = jnp.einsum("bijhuv,biujvhd->bijhd", p, windows(v), preferred_element_type=dtype)
     return out.astype(v.dtype)

@@ -30,6 +30,7 @@ from resfu_jax.upsamplers.jafar import JAFAR
 from resfu_jax.upsamplers.jbu import JBU
 from resfu_jax.upsamplers.lda_aqu import LDAAQU
 from resfu_jax.upsamplers.naf import NAF
+from resfu_jax.upsamplers.raysup import RaysUp
 from resfu_jax.upsamplers.resfu import ReSFU
 from resfu_jax.upsamplers.sapa import SAPA, SAPADeform
 from resfu_jax.upsamplers.uplift import UPLiFT
@@ -50,6 +51,7 @@ __all__ = [
     "FreqFusion",
     "Interpolation",
     "PixelShuffle",
+    "RaysUp",
     "ReSFU",
     "SAPADeform",
     "UPLiFT",

@@ -9,7 +9,7 @@ from resfu_jax.upsamplers._inputs import check_features
 
 
 def check_heads(features: int | None, heads: int, name: str) -> None:
-    """The features' channels, if they are fixed, divide into the heads, an argument of that name."""
+    """The features' channels, if fixed, divide into the heads, an argument of that name."""
     check_whole(**{name: heads})
     if features is not None:
         check_whole(features=features)

@@ -7,7 +7,7 @@ GN8 is a GroupNorm of 8 groups. The skip is the identity, or a 1x1 convolution w
 changes. Borders are reflected.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -155,7 +155,7 @@ class Encoder(nnx.Module):
 
 
 def encode_in_turn(
-    encoders: Sequence[Encoder], x: Float[Array, "b h w c"]
+    encoders: Iterable[Callable[[Array], Array]], x: Float[Array, "b h w c"]
 ) -> list[Float[Array, "b h w _d"]]:
     """What each encoder makes of x, when the one before it is done.
 

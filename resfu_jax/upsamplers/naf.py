@@ -7,8 +7,8 @@ With I the image, x the features, K = `kernel_size` and 2 d the width of a head 
     out[p] = sum_j softmax_j(<q[p], k[j]> / sqrt(width)) x[j]       `ops.cross_scale_attention`
 
 j runs over the K x K low-resolution pixels around p, in `heads_attn` blocks of channels that have
-weights of their own. R turns every head by where a pixel is (`ops.rotate`): with y and z the pixel's
-centre along height and width, in -1 .. 1, and channel c's partner c + d,
+weights of their own. R turns channel c of a head and its partner c + d by where the pixel is
+(`ops.rotate`), with y and z the place of its centre along height and width, in -1 .. 1:
 
     angle[c] = 2 pi y / base^(2 c / d)                   c < d / 2
     angle[c] = 2 pi z / base^(2 (c - d / 2) / d)         d / 2 <= c < d

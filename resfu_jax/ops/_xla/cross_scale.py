@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from resfu_jax.ops._windows import extend, repeated_members
+from resfu_jax.ops._rows import Rows, block_rows, map_row_blocks
+from resfu_jax.ops._windows import extend, is_at_least, repeated_members
 from resfu_jax.ops._xla import windows
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.sizes import Size, whole_ratio
@@ -35,12 +36,12 @@ def attention(q: Array, k: Array, v: Array, *, kernel: tuple[int, int], scale: f
     rows, row_counts = _axis(k.shape[1], size[0], kernel[0], 1)
     cols, column_counts = _axis(k.shape[2], size[1], kernel[1], _PIXELS)
 
-    def strip(q, k, v, row_counts):
+    def strip(q, k, v, row_counts, column_counts):
         scores = scale * jnp.einsum(
             "bpnxgd,bntvgd->bgtvpnx", q, k, preferred_element_type=at_least_float32(q.dtype)
         )
         counts = row_counts[:, None, :, None, None] * column_counts[None, :, None]
-        counts = jnp.log(counts.astype(scores.dtype))[None, None]
+        counts = jax.lax.stop_gradient(jnp.log(counts.astype(scores.dtype)))[None, None]
         p = jax.nn.softmax(scores + counts, axis=(2, 3)).astype(v.dtype)
         out = jnp.einsum(
             "bgtvpnx,bntvge->bpnxge", p, v, preferred_element_type=at_least_float32(v.dtype)
@@ -55,13 +56,16 @@ def attention(q: Array, k: Array, v: Array, *, kernel: tuple[int, int], scale: f
     )
     scores = (*strips[1].shape[3:5], rows.pixels, cols.parts, cols.pixels, q.shape[0], heads)
     at_a_time = _SCORES // math.prod(scores) if all(isinstance(n, int) for n in scores) else 1
-    if isinstance(rows.parts, int) and rows.parts <= at_a_time:
-        out = jax.vmap(strip, in_axes=1, out_axes=1)(*strips)
-    else:
-        in_turn = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), strips)
-        step = jax.checkpoint(lambda strip_: strip(*strip_))
-        batch_size = at_a_time if at_a_time > 1 else None
-        out = jnp.moveaxis(jax.lax.map(step, in_turn, batch_size=batch_size), 0, 1)
+    together = block_rows(rows.parts, 1, at_a_time)
+    own = Rows(1, together, together)
+    (out,) = map_row_blocks(
+        lambda *strips: (jax.vmap(strip, (1, 1, 1, 1, None), 1)(*strips),),
+        rows.parts // together,
+        (own, own, own, own, None),
+        (own,),
+        *strips,
+        column_counts,
+    )
     return rows.join(cols.join(out, 3), 1)
 
 
@@ -77,7 +81,8 @@ def _axis(
     n: Size, size: Size, kernel_size: int, most: int
 ) -> tuple[windows._Axis, Float[Array, "keys parts pixels"]]:
     """In parts of at most so many pixels, and how often each pixel's window shows a part's keys."""
-    if ratio := whole_ratio((n,), (size,)):
+    ratio = whole_ratio((n,), (size,))
+    if ratio and is_at_least(n, kernel_size):
         cells = max(1, most // ratio[0])
         axis = windows._axis(n, size, kernel_size // 2, windows._in_cells, cells)
         return axis, sum(axis.weights(tap, jnp.float32) for tap in range(kernel_size))
