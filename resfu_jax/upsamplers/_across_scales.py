@@ -13,7 +13,9 @@ def check_heads(features: int | None, heads: int, name: str) -> None:
     check_whole(**{name: heads})
     if features is not None:
         check_whole(features=features)
-        need(features % heads == 0, f"features must be a multiple of {name}={heads}, got {features}")
+        need(
+            features % heads == 0, f"features must be a multiple of {name}={heads}, got {features}"
+        )
 
 
 def check_features_of_heads(features: Array, channels: int | None, heads: int) -> None:
@@ -41,12 +43,11 @@ def attend(
     Along an axis that the window does not fit into, it is the largest one that does.
     """
     kernel = tuple(
-        min(kernel_size, size // max(1, size // n)) if isinstance(n, int) and isinstance(size, int)
+        min(kernel_size, size // max(1, size // n))
+        if isinstance(n, int) and isinstance(size, int)
         else kernel_size
         for n, size in zip(k.shape[1:3], q.shape[1:3], strict=True)
     )
     q, k, v = (x.reshape(*x.shape[:3], heads, x.shape[3] // heads) for x in (q, k, v))
-    out = ops.cross_scale_attention(
-        q, k, v, kernel_size=kernel, implementation=implementation
-    )
+    out = ops.cross_scale_attention(q, k, v, kernel_size=kernel, implementation=implementation)
     return out.reshape(*out.shape[:3], -1)

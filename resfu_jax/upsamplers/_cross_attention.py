@@ -38,7 +38,7 @@ def check_heads(qk_dim: int, num_heads: int) -> None:
 
 
 def unit(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """x / max(|x|, 1e-12), of every pixel."""
+    """Every pixel's x / max(|x|, 1e-12)."""
     wide = x.astype(at_least_float32(x.dtype))
     square = jnp.square(wide).sum(axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(x.dtype)
@@ -76,7 +76,7 @@ def _coordinates(n: Size, dtype: np.dtype) -> Float[Array, " n"]:
 
 
 class RMSLinear(nnx.Module):
-    """A linear map of what has mean square 1 over the channels; epsilon is PyTorch's for float32."""
+    """A linear map of pixels of mean square 1; epsilon is PyTorch's for float32."""
 
     def __init__(
         self,
@@ -117,7 +117,13 @@ class ImageEncoder(nnx.Module):
     """The image with positions, encoded for queries and for keys."""
 
     def __init__(
-        self, in_features: int, features: int, kernel_size: int, *, param_dtype: Dtype, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        features: int,
+        kernel_size: int,
+        *,
+        param_dtype: Dtype,
+        rngs: nnx.Rngs,
     ):
         types: dict[str, Any] = dict(param_dtype=param_dtype, rngs=rngs)
         self.image = Encoder(in_features, features, kernel_size, **types)
@@ -129,7 +135,7 @@ class ImageEncoder(nnx.Module):
         self,
         image: Float[Array, "b hi wi c"],
         output_size: tuple[Size, Size],
-        size: tuple[Size, Size],
+        size: tuple[Size, ...],
     ) -> tuple[Float[Array, "b H W d"], Float[Array, "b h w d"]]:
         """Q at the output's size, and K' at that of the features."""
         x = self.rope(self.image(image))
@@ -195,6 +201,6 @@ class CrossAttention(nnx.Module):
             implementation=implementation,
         )
 
-    def windows(self, size: tuple[Size, Size], output_size: tuple[Size, Size]) -> Windows:
+    def windows(self, size: tuple[Size, ...], output_size: tuple[Size, ...]) -> Windows:
         """What each pixel of the output sees: here, everything."""
         return Windows()
