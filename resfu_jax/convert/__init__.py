@@ -21,8 +21,8 @@ from resfu_jax.convert.jafar import jafar
 from resfu_jax.convert.lda_aqu import lda_aqu
 from resfu_jax.convert.naf import naf
 from resfu_jax.convert.pretrained import load_pretrained
-from resfu_jax.convert.released import load_upsampler
 from resfu_jax.convert.raysup import raysup
+from resfu_jax.convert.released import load_upsampler
 from resfu_jax.convert.resfu import pcdc_block, resfu
 from resfu_jax.convert.sapa import sapa, sapa_base, sapa_deform, sapa_exp
 from resfu_jax.convert.uplift import uplift
@@ -46,7 +46,6 @@ _CONVERTERS: dict[str, Callable[..., nnx.Module]] = {
     "MAP-RaysUp/RaysUp:RaysUp": raysup,
     "open-mmlab/mmcv:CARAFEPack": carafe_pack,
     "mwalmer-umd/UPLiFT:UPLiFT": uplift,
-    "valeoai/NAF:NAF": naf,
     "PaulCouairon/JAFAR:JAFAR": jafar,
     "wimmerth/anyup:AnyUp": anyup,
     "wimmerth/anyup:NATTENCrossAttentionBlock": natten_block,

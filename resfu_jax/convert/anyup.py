@@ -86,10 +86,10 @@ def natten_block(
 
 
 def _set_natten(s: StateDict, attention: WindowAttention, key: str) -> None:
-    n = attention.k.kernel.get_value().shape[0]
+    n = attention.k.linear.kernel.get_value().shape[0]
     s.set_layer(attention.conv, f"{key}conv2d", layout="OIHW")
-    s.set(attention.norm_q.scale, f"{key}norm_q.weight")
-    s.set(attention.norm_k.scale, f"{key}norm_k.weight")
-    s.set_layer(attention.q, f"{key}cross_attn.q_proj", layout="OI11")
-    s.set_layer(attention.k, f"{key}cross_attn.k_proj", layout="OI11")
+    s.set(attention.q.scale, f"{key}norm_q.weight")
+    s.set(attention.k.scale, f"{key}norm_k.weight")
+    s.set_layer(attention.q.linear, f"{key}cross_attn.q_proj", layout="OI11")
+    s.set_layer(attention.k.linear, f"{key}cross_attn.k_proj", layout="OI11")
     s.take(f"{key}cross_attn.k_proj.bias", (n,))  # adds the same to all scores of a query

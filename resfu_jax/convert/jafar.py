@@ -74,18 +74,18 @@ def set_attention(
 
     Values and output of that never reach the result, nor does the keys' bias.
     """
-    n, inner = attention.q.kernel.get_value().shape[0], f"{key}.cross_attn.attention"
+    n, inner = attention.q.linear.kernel.get_value().shape[0], f"{key}.cross_attn.attention"
     s.set_layer(attention.conv, f"{key}.conv2d", layout="OIHW")
-    s.set(attention.norm_q.scale, f"{key}.cross_attn.norm_q.weight")
-    s.set(attention.norm_k.scale, f"{key}.cross_attn.norm_k.weight")
+    s.set(attention.q.scale, f"{key}.cross_attn.norm_q.weight")
+    s.set(attention.k.scale, f"{key}.cross_attn.norm_k.weight")
     if value_features == n:
         fused = s.take(f"{inner}.in_proj_weight", (3 * n, n))
-        store(attention.q.kernel, fused[:n].T)
-        store(attention.k.kernel, fused[n : 2 * n].T)
+        store(attention.q.linear.kernel, fused[:n].T)
+        store(attention.k.linear.kernel, fused[n : 2 * n].T)
     else:
-        s.set(attention.q.kernel, f"{inner}.q_proj_weight", layout="OI")
-        s.set(attention.k.kernel, f"{inner}.k_proj_weight", layout="OI")
+        s.set(attention.q.linear.kernel, f"{inner}.q_proj_weight", layout="OI")
+        s.set(attention.k.linear.kernel, f"{inner}.k_proj_weight", layout="OI")
         s.take(f"{inner}.v_proj_weight", (n, value_features))
-    store(attention.q.bias, s.take(f"{inner}.in_proj_bias", (3 * n,))[:n])
+    store(attention.q.linear.bias, s.take(f"{inner}.in_proj_bias", (3 * n,))[:n])
     s.take(f"{inner}.out_proj.weight", (n, n))
     s.take(f"{inner}.out_proj.bias", (n,))

@@ -23,7 +23,7 @@ BLOCK_VALUES = 2**19
 
 
 class Rows(NamedTuple):
-    """Block i of an array: `length` slices along `axis` from i * step, or else from starts[i], on."""
+    """Block i of an array: `length` slices along `axis` from i * step, or from starts[i], on."""
 
     axis: int
     step: Size

@@ -4,9 +4,9 @@ With scores s_gj = scale <q_g, k_gj> of head g, every pixel of the large map get
 
     out = sum_j p_j v_j,    p = mean_g softmax_j(s_gj + log n_j):
 
-the weights are averaged over the heads before they are applied to the values, which all heads share.
-n_j is how often the pixel sees pixel j of the small map: always once, or, with windows, a factor of
-the rows times one of the columns, n_j = rows[y, y_j] columns[x, x_j], of which most are 0.
+the weights are averaged over the heads before they are applied to the values, which are the same
+for all heads. n_j is how often the pixel sees pixel j of the small map: always once or, with
+windows, a factor of the rows times one of the columns, rows[y, y_j] columns[x, x_j], mostly 0.
 
 Sources: the attention of JAFAR (Couairon et al., 2025) and AnyUp (Wimmer et al., 2025).
 """
@@ -89,9 +89,9 @@ def cross_attention(
 
 
 def repeated_windows(n: int, size: int, kernel_size: int) -> Shaped[np.ndarray, "size n"]:
-    """What `ops.cross_scale_attention` shows of an axis of n to each of `size` pixels, and how often.
+    """How often each of `size` pixels sees each of n in `ops.cross_scale_attention`.
 
-    A table for `cross_attention`, of an odd or even window of `kernel_size` members.
+    A table for `ops.cross_attention`, of windows of `kernel_size` members.
     """
     with jax.ensure_compile_time_eval():
         members = np.asarray(repeated_members(n, size, kernel_size))
@@ -207,7 +207,7 @@ def _reach(table: Table | None, parts: Size, n: Size) -> tuple[tuple[int, ...] |
 
 
 def _windows(
-    x: Float[Array, "b h w c"], first: tuple[int, ...] | None, m: int
+    x: Float[Array, "b h w c"], first: tuple[int, ...] | None, m: Size
 ) -> Float[Array, "b h n m c"]:
     """The columns that each tile sees."""
     return jnp.stack([x[:, :, i : i + m] for i in first or (0,)], axis=2)

@@ -22,7 +22,7 @@ from resfu_jax._layers import PYTORCH_UNIFORM, Conv, Linear
 from resfu_jax.ops import Implementation
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.sizes import Size
-from resfu_jax.upsamplers._encoder import Encoder
+from resfu_jax.upsamplers._encoder import Encoder, encode_in_turn
 
 # The official attention draws queries' and keys' weights as one matrix, with the values' that it
 # does not use: Xavier's uniform distribution for three times as many outputs.
@@ -38,7 +38,7 @@ def check_heads(qk_dim: int, num_heads: int) -> None:
 
 
 def unit(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """X / max(|x|, 1e-12), of every pixel."""
+    """Every pixel's x / max(|x|, 1e-12)."""
     wide = x.astype(at_least_float32(x.dtype))
     square = jnp.square(wide).sum(axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(x.dtype)
@@ -65,7 +65,9 @@ class RoPE(nnx.Module):
             _coordinates(n, dtype)[:, None] * freqs.astype(dtype)[None]
             for n, freqs in zip(x.shape[1:3], self.freqs[...], strict=True)
         )
-        return ops.rotate(x, rows[None, :, None], columns[None, None])
+        return ops.map_rows(
+            ops.rotate, x, rows[None, :, None], shared=columns[None, None], values=x.shape[3]
+        )
 
 
 def _coordinates(n: Size, dtype: np.dtype) -> Float[Array, " n"]:
@@ -73,18 +75,42 @@ def _coordinates(n: Size, dtype: np.dtype) -> Float[Array, " n"]:
     return jnp.arange(n, dtype=dtype) / last
 
 
-class RMSNorm(nnx.Module):
-    """Every pixel over its channels; epsilon is PyTorch's for float32."""
+class RMSLinear(nnx.Module):
+    """A linear map of pixels of mean square 1; epsilon is PyTorch's for float32."""
 
-    def __init__(self, features: int, *, param_dtype: Dtype):
+    def __init__(
+        self,
+        features: int,
+        *,
+        use_bias: bool,
+        kernel_init: Initializer,
+        param_dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
         self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.linear = Linear(
+            features,
+            features,
+            use_bias=use_bias,
+            kernel_init=kernel_init,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """The normalised map, of the input's dtype."""
-        wide = x.astype(at_least_float32(x.dtype))
-        square = jnp.square(wide).mean(axis=-1, keepdims=True)
-        y = wide * jax.lax.rsqrt(square + 2.0**-23)
-        return (y * self.scale[...].astype(wide.dtype)[None, None, None]).astype(x.dtype)
+        """The map, of x's dtype."""
+        bias = None if self.linear.bias is None else self.linear.bias[...]
+        shared = self.scale[...], self.linear.kernel[...], bias
+        return ops.map_rows(_rms_linear, x, shared=shared, values=x.shape[3])
+
+
+def _rms_linear(x: Float[Array, "b h w c"], shared: tuple) -> Float[Array, "b h w c"]:
+    scale, kernel, bias = shared
+    wide = x.astype(at_least_float32(x.dtype))
+    square = jnp.square(wide).mean(axis=-1, keepdims=True)
+    y = wide * jax.lax.rsqrt(square + 2.0**-23) * scale.astype(wide.dtype)[None, None, None]
+    y = y.astype(x.dtype) @ kernel.astype(x.dtype)
+    return y if bias is None else y + bias.astype(y.dtype)[None, None, None]
 
 
 class ImageEncoder(nnx.Module):
@@ -109,14 +135,12 @@ class ImageEncoder(nnx.Module):
         self,
         image: Float[Array, "b hi wi c"],
         output_size: tuple[Size, Size],
-        size: tuple[Size, Size],
+        size: tuple[Size, ...],
     ) -> tuple[Float[Array, "b H W d"], Float[Array, "b h w d"]]:
         """Q at the output's size, and K' at that of the features."""
         x = self.rope(self.image(image))
-        return (
-            ops.adaptive_avg_pool(self.query(x), output_size),
-            ops.adaptive_avg_pool(self.key(x), size),
-        )
+        keys, queries = encode_in_turn([self.key, self.query], x)
+        return ops.adaptive_avg_pool(queries, output_size), ops.adaptive_avg_pool(keys, size)
 
 
 class Windows(NamedTuple):
@@ -154,10 +178,8 @@ class CrossAttention(nnx.Module):
         self.conv = Conv(
             features, features, 3, use_bias=False, kernel_init=PYTORCH_UNIFORM, **types
         )
-        self.norm_q = RMSNorm(features, param_dtype=param_dtype)
-        self.norm_k = RMSNorm(features, param_dtype=param_dtype)
-        self.q = Linear(features, features, kernel_init=kernel_init, **types)
-        self.k = Linear(features, features, kernel_init=kernel_init, use_bias=False, **types)
+        self.q = RMSLinear(features, use_bias=True, kernel_init=kernel_init, **types)
+        self.k = RMSLinear(features, use_bias=False, kernel_init=kernel_init, **types)
 
     def __call__(
         self,
@@ -170,8 +192,8 @@ class CrossAttention(nnx.Module):
         """The attended values."""
         windows = self.windows(keys.shape[1:3], queries.shape[1:3])
         return ops.cross_attention(
-            self.q(self.norm_q(self.conv(queries))),
-            self.k(self.norm_k(keys)),
+            self.q(self.conv(queries)),
+            self.k(keys),
             values,
             heads=self.heads,
             rows=windows.rows,
@@ -179,6 +201,6 @@ class CrossAttention(nnx.Module):
             implementation=implementation,
         )
 
-    def windows(self, size: tuple[Size, Size], output_size: tuple[Size, Size]) -> Windows:
+    def windows(self, size: tuple[Size, ...], output_size: tuple[Size, ...]) -> Windows:
         """What each pixel of the output sees: here, everything."""
         return Windows()

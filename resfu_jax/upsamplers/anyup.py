@@ -1,10 +1,10 @@
 """AnyUp: features of any encoder, of any number of channels, by attention from the image to them.
 
-With I the image, x the features, psi_1 .. psi_M a learned basis of filters, and pooling to the sizes
-of the output (Q) and of the features (K'):
+With I the image, x the features, psi_1 .. psi_M learned filters, and pooling to the sizes of the
+output (Q) and of the features (K'):
 
     E = RoPE(encode(I)),  Q = pool(encode_q(E)),  K' = pool(encode_k(E))
-    f = blocks(mean_c softmax_m (psi_m * x_c / |x|))       the same width for any number of channels c
+    f = blocks(mean_c softmax_m (psi_m * x_c / |x|))         of one width for any number of channels
     K = encode([K', f])
     q = Linear(RMS(Conv(Q))),  k = Linear(RMS(K))
     out[p] = sum_{j in window(p)} mean over heads (softmax_j(<q[p], k_j> / sqrt(d))) x_j
@@ -100,6 +100,7 @@ class AnyUp(Upsampler):
     """
 
     guide = "image"
+    any_width = True
     image = "imagenet"
     weights_are_convex = True
 
@@ -284,36 +285,38 @@ class WindowAttention(CrossAttention):
         )
         self.window, self.window_ratio = window, float(window_ratio)
 
-    def windows(self, size: tuple[Size, Size], output_size: tuple[Size, Size]) -> Windows:
+    def windows(self, size: tuple[Size, ...], output_size: tuple[Size, ...]) -> Windows:
         """What each pixel of the output sees."""
         make = mask_windows if self.window == "mask" else natten_windows
         return make(size, output_size, self.window_ratio)
 
 
-def mask_windows(size: tuple[Size, Size], output_size: tuple[Size, Size], ratio: float) -> Windows:
+def mask_windows(size: tuple[Size, ...], output_size: tuple[Size, ...], ratio: float) -> Windows:
     """The paper's: pixel i of m sees floor(low n) .. ceil(high n) - 1 of n, in float32, with
 
         low, high = (i + 1/2) / m -+ ratio, within 0 .. 1.
 
     In this order, as the official module computes it on a CPU: where an edge falls on the border of
-    a pixel, rounding decides. That of symbolic sizes is the device's (a CPU's is the same).
+    a pixel, rounding decides. Of symbolic sizes the device computes them: on a CPU the same, where
+    division is not correctly rounded perhaps not on such borders.
     """
 
     def seen(n, m):
-        np_ = np if isinstance(n, int) and isinstance(m, int) else jnp
-        as_float = np.float32 if np_ is np else lambda n: jnp.asarray(n, jnp.float32)
-        centre = (np_.arange(m, dtype=np.float32) + np.float32(0.5)) / as_float(m)
-        low = np_.clip(centre - np.float32(ratio), 0, 1) * as_float(n)
-        high = np_.clip(centre + np.float32(ratio), 0, 1) * as_float(n)
+        known = isinstance(n, int) and isinstance(m, int)
+        np_ = np if known else jnp
+        i = np_.arange(m, dtype=np.float32)
+        pixels, size = (np.float32(n) if known else jnp.asarray(n, jnp.float32) for n in (n, m))
+        # The product is 0: XLA would multiply by the reciprocal of a divisor that is one number.
+        centre = (i + np.float32(0.5)) / (size + 0 * i)
+        low = np_.clip(centre - np.float32(ratio), 0, 1) * pixels
+        high = np_.clip(centre + np.float32(ratio), 0, 1) * pixels
         pixel = np_.arange(n, dtype=np.float32)[None]
         return (np_.floor(low)[:, None] <= pixel) & (pixel < np_.ceil(high)[:, None])
 
     return Windows(*map(seen, size, output_size)) if ratio else Windows()
 
 
-def natten_windows(
-    size: tuple[Size, Size], output_size: tuple[Size, Size], ratio: float
-) -> Windows:
+def natten_windows(size: tuple[Size, ...], output_size: tuple[Size, ...], ratio: float) -> Windows:
     """Those of `ops.cross_scale_attention`: about 2 ratio n pixels, an odd number, at least 3.
 
     They are shifted inwards at the borders. A ratio of 0, or 1/2 and more, is the whole map, as is
