@@ -16,6 +16,7 @@ from resfu_jax.convert.classic import conv_pixel_shuffle, conv_transpose
 from resfu_jax.convert.dysample import dysample
 from resfu_jax.convert.fade import fade, fade_lite, semi_shift_up
 from resfu_jax.convert.lda_aqu import lda_aqu
+from resfu_jax.convert.loftup import loftup
 from resfu_jax.convert.pretrained import load_pretrained
 from resfu_jax.convert.resfu import pcdc_block, resfu
 from resfu_jax.convert.sapa import sapa, sapa_base, sapa_deform, sapa_exp
@@ -34,6 +35,8 @@ _CONVERTERS: dict[str, Callable[..., nnx.Module]] = {
     "poppinace/fade:SemiShiftUp": semi_shift_up,
     "tiny-smart/dysample:DySample": dysample,
     "duzw9311/LDA-AQU:LDA_AQU": lda_aqu,
+    "andrehuang/loftup:LoftUp": loftup,
+    "andrehuang/loftup:UpsamplerwithChannelNorm": loftup,
     "open-mmlab/mmcv:CARAFEPack": carafe_pack,
     "pytorch/pytorch:ConvTranspose2d": conv_transpose,
     "pytorch/pytorch:Sequential(Conv2d, PixelShuffle)": conv_pixel_shuffle,

@@ -25,6 +25,7 @@ from resfu_jax.upsamplers.classic import Deconvolution, Interpolation, PixelShuf
 from resfu_jax.upsamplers.dysample import DySample
 from resfu_jax.upsamplers.fade import FADE
 from resfu_jax.upsamplers.lda_aqu import LDAAQU
+from resfu_jax.upsamplers.loftup import LoftUp
 from resfu_jax.upsamplers.resfu import ReSFU
 from resfu_jax.upsamplers.sapa import SAPA, SAPADeform
 
@@ -36,6 +37,7 @@ __all__ = [
     "Deconvolution",
     "DySample",
     "Interpolation",
+    "LoftUp",
     "PixelShuffle",
     "ReSFU",
     "SAPADeform",
