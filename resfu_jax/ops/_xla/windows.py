@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from resfu_jax.ops._interp import half_pixel_taps
 from resfu_jax.ops.dtypes import at_least_float32, promote
-from resfu_jax.ops.pad import pad
+from resfu_jax.ops.pad import Mode, pad
 from resfu_jax.ops.sizes import Size, cell_index, whole_ratio
 
 _TILE = 32  # cells of a tile of columns, at most
@@ -83,8 +83,22 @@ def fns_attention(attn: Array, x: Array, *, tile: int | None = None) -> Array:
     return _reassemble(planes, x, rows, cols, "edge")
 
 
+def filtered(weights: Array, x: Array) -> Array:
+    """The sums of `ops.adaptive_filter`, of weights and of a map with a border."""
+    b, height, width, taps = weights.shape
+    k = math.isqrt(taps)
+    planes = jnp.moveaxis(weights, 3, 1).reshape(b, 1, k, k, height, width)
+    rows = _axis(height, height, k // 2, _in_cells, 1)
+    cols = _axis(width, width, k // 2, _in_cells, _TILE)
+    return _reassemble(cols.split(rows.split(planes, 4), 6), x, rows, cols, None)
+
+
 def _reassemble(
-    weights: Float[Array, "b g t j s p n x"], values: Array, rows: "_Axis", cols: "_Axis", mode: str
+    weights: Float[Array, "b g t j s p n x"],
+    values: Array,
+    rows: "_Axis",
+    cols: "_Axis",
+    mode: Mode | None,
 ) -> Array:
     b, groups, _, taps, *_ = weights.shape
     band = sum(
@@ -104,9 +118,11 @@ def _reassemble(
     return rows.join(cols.join(out, 3), 1)
 
 
-def _keys(x: Array, rows: "_Axis", cols: "_Axis", mode: str) -> Float[Array, "b s n t v c"]:
-    """What each strip and tile sees of the map, extended by zeros or by its edges."""
-    x = pad(x, (rows.border, cols.border), mode)
+def _keys(
+    x: Array, rows: "_Axis", cols: "_Axis", mode: Mode | None
+) -> Float[Array, "b s n t v c"]:
+    """What each strip and tile sees of the map, extended by zeros or its edges, or so already."""
+    x = x if mode is None else pad(x, (rows.border, cols.border), mode)
     return jnp.moveaxis(cols.windows(rows.windows(x, 1), 3), 3, 2)
 
 
