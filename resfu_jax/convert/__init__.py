@@ -15,6 +15,7 @@ from resfu_jax.convert.carafe import carafe_pack
 from resfu_jax.convert.classic import conv_pixel_shuffle, conv_transpose
 from resfu_jax.convert.dysample import dysample
 from resfu_jax.convert.fade import fade, fade_lite, semi_shift_up
+from resfu_jax.convert.featup import jbu_learned_range, jbu_stack
 from resfu_jax.convert.lda_aqu import lda_aqu
 from resfu_jax.convert.loftup import loftup
 from resfu_jax.convert.pretrained import load_pretrained
@@ -35,6 +36,8 @@ _CONVERTERS: dict[str, Callable[..., nnx.Module]] = {
     "poppinace/fade:SemiShiftUp": semi_shift_up,
     "tiny-smart/dysample:DySample": dysample,
     "duzw9311/LDA-AQU:LDA_AQU": lda_aqu,
+    "mhamilton723/FeatUp:JBULearnedRange": jbu_learned_range,
+    "mhamilton723/FeatUp:JBUStack": jbu_stack,
     "andrehuang/loftup:LoftUp": loftup,
     "andrehuang/loftup:UpsamplerwithChannelNorm": loftup,
     "open-mmlab/mmcv:CARAFEPack": carafe_pack,

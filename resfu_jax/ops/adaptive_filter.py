@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from resfu_jax.ops._cpu import cells
+from resfu_jax.ops._cpu import adaptive_filter as cpu
 from resfu_jax.ops._forms import Forms, Implementation
 from resfu_jax.ops._interp import neighbours
 from resfu_jax.ops._rows import Rows, block_rows, map_row_blocks
-from resfu_jax.ops._xla import windows
+from resfu_jax.ops._xla import windows as xla
 from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.pad import pad_axis
@@ -92,7 +92,7 @@ def _upsampled(x: Array, size: tuple[Size, Size]) -> Array:
     return x if size == x.shape[1:3] else resize(x, size, method="bicubic")
 
 
-def _in_blocks(filtered: Callable[[Array, Array], Array], x: Array, weights: Array) -> Array:
+def _in_blocks(filtered: Callable[..., Array], x: Array, weights: Array) -> Array:
     """Block of rows by block of rows; `filtered` is of weights and of a map with a border."""
     size, taps = weights.shape[1:3], weights.shape[3]
     ratio = whole_ratio(x.shape[1:2], size[:1])
@@ -150,13 +150,9 @@ def _interpolation(
     )
 
 
-def _shifted(weights: Array, x: Array) -> Array:
-    return cells.reassemble(weights[..., None, :].astype(x.dtype), x)
-
-
 _FORMS = Forms(
     "adaptive_filter",
     _reference,
-    xla=functools.partial(_in_blocks, windows.filtered),
-    cpu=functools.partial(_in_blocks, _shifted),
+    xla=functools.partial(_in_blocks, xla.filtered),
+    cpu=functools.partial(_in_blocks, cpu.filtered),
 )

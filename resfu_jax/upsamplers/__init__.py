@@ -24,6 +24,7 @@ from resfu_jax.upsamplers.carafe import CARAFE
 from resfu_jax.upsamplers.classic import Deconvolution, Interpolation, PixelShuffle
 from resfu_jax.upsamplers.dysample import DySample
 from resfu_jax.upsamplers.fade import FADE
+from resfu_jax.upsamplers.featup import FeatUp, FeatUpJBU
 from resfu_jax.upsamplers.lda_aqu import LDAAQU
 from resfu_jax.upsamplers.loftup import LoftUp
 from resfu_jax.upsamplers.resfu import ReSFU
@@ -36,6 +37,8 @@ __all__ = [
     "SAPA",
     "Deconvolution",
     "DySample",
+    "FeatUp",
+    "FeatUpJBU",
     "Interpolation",
     "LoftUp",
     "PixelShuffle",
