@@ -20,6 +20,8 @@ from resfu_jax.convert.freqfusion import freqfusion
 from resfu_jax.convert.jafar import jafar
 from resfu_jax.convert.lda_aqu import lda_aqu
 from resfu_jax.convert.naf import naf
+from resfu_jax.convert.featup import jbu_learned_range, jbu_stack
+from resfu_jax.convert.loftup import loftup
 from resfu_jax.convert.pretrained import load_pretrained
 from resfu_jax.convert.raysup import raysup
 from resfu_jax.convert.released import load_upsampler
@@ -44,6 +46,10 @@ _CONVERTERS: dict[str, Callable[..., nnx.Module]] = {
     "Linwei-Chen/FreqFusion:FreqFusion": freqfusion,
     "valeoai/NAF:NAF": naf,
     "MAP-RaysUp/RaysUp:RaysUp": raysup,
+    "mhamilton723/FeatUp:JBULearnedRange": jbu_learned_range,
+    "mhamilton723/FeatUp:JBUStack": jbu_stack,
+    "andrehuang/loftup:LoftUp": loftup,
+    "andrehuang/loftup:UpsamplerwithChannelNorm": loftup,
     "open-mmlab/mmcv:CARAFEPack": carafe_pack,
     "mwalmer-umd/UPLiFT:UPLiFT": uplift,
     "PaulCouairon/JAFAR:JAFAR": jafar,

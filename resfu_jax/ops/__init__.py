@@ -5,6 +5,7 @@ moves them; float16 maps with bfloat16 ones are made float32; an empty batch giv
 """
 
 from resfu_jax.ops._forms import Implementation
+from resfu_jax.ops.adaptive_filter import adaptive_filter
 from resfu_jax.ops.conv import conv
 from resfu_jax.ops.cross_attention import cross_attention, repeated_windows
 from resfu_jax.ops.cross_scale_attention import cross_scale_attention
@@ -38,6 +39,7 @@ from resfu_jax.ops.unfold import unfold
 __all__ = [
     "Implementation",
     "adaptive_avg_pool",
+    "adaptive_filter",
     "box_filter",
     "conv",
     "cross_attention",

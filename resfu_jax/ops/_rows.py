@@ -36,18 +36,22 @@ class Rows(NamedTuple):
         return self.starts is None and self.step == self.length
 
 
-def block_rows(height: Size, row_values: Size, most: int | None = None) -> int:
-    """Rows of a block, a divisor of `height`; 1 where a size is symbolic.
+def block_rows(
+    height: Size, row_values: Size, most: int | None = None, *, least: int = 1
+) -> int:
+    """Rows of a block, a divisor of `height`; at most `least` where a size is symbolic.
 
     Args:
       height: rows of all blocks.
       row_values: values of a row of the widest map, over the batch.
       most: rows that a block has at most, if the caller wants fewer than fit.
+      least: rows that are taken although they do not fit: of blocks that overlap, small ones would
+        compute most of what they need twice.
     """
     if not isinstance(height, int) or not isinstance(row_values, int):
-        return 1
+        return max((n for n in range(2, least + 1) if height % n == 0), default=1)
     fit = BLOCK_VALUES // max(1, row_values)
-    most = max(1, fit if most is None else min(fit, most))
+    most = max(least, fit if most is None else min(fit, most))
     return max(n for n in range(1, min(most, height) + 1) if height % n == 0)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from resfu_jax.ops._rows import Rows, block_rows, map_row_blocks
+from resfu_jax.ops.pad import pad
 
 
 def map_rows(
@@ -13,6 +14,7 @@ def map_rows(
     *maps: Float[Array, "_b H _w _c"],
     shared: Any = (),
     values: int,
+    halo: int = 0,
 ) -> Float[Array, "b H w d"]:
     """`f(*maps, shared)`, block of rows by block of rows, for an f that looks at no other pixel.
 
@@ -25,18 +27,21 @@ def map_rows(
       maps: `(batch, height, width, channels)`, all of one height; other axes may be 1.
       shared: a pytree of arrays that every block gets, such as weights.
       values: how many values f makes for a pixel where it makes most.
+      halo: for an f that also looks at pixels some rows above and below, how many: it then gets so
+        many more rows of each map at both ends, zeros beyond the border, and gives none for these.
 
     Returns:
       What `f` gives for all rows.
     """
     (batch, height), width = maps[0].shape[:2], max((a.shape[2] for a in maps), key=_known)
-    rows = block_rows(height, batch * width * values)
-    own = Rows(1, rows, rows)
+    rows = block_rows(height, batch * width * values, least=max(1, 8 * halo))
+    if halo:
+        maps = tuple(pad(a, (halo, 0)) for a in maps)
     (out,) = map_row_blocks(
         lambda shared, *blocks: (f(*blocks, shared),),
         height // rows,
-        (None, *(own for _ in maps)),
-        (own,),
+        (None, *(Rows(1, rows, rows + 2 * halo) for _ in maps)),
+        (Rows(1, rows, rows),),
         shared,
         *maps,
     )

@@ -31,6 +31,8 @@ from resfu_jax.upsamplers.jbu import JBU
 from resfu_jax.upsamplers.lda_aqu import LDAAQU
 from resfu_jax.upsamplers.naf import NAF
 from resfu_jax.upsamplers.raysup import RaysUp
+from resfu_jax.upsamplers.featup import FeatUp, FeatUpJBU
+from resfu_jax.upsamplers.loftup import LoftUp
 from resfu_jax.upsamplers.resfu import ReSFU
 from resfu_jax.upsamplers.sapa import SAPA, SAPADeform
 from resfu_jax.upsamplers.uplift import UPLiFT
@@ -49,7 +51,10 @@ __all__ = [
     "DySample",
     "Guide",
     "FreqFusion",
+    "FeatUp",
+    "FeatUpJBU",
     "Interpolation",
+    "LoftUp",
     "PixelShuffle",
     "RaysUp",
     "ReSFU",

@@ -85,12 +85,23 @@ def fns_attention(attn: Array, x: Array, *, tile: int | None = None) -> Array:
     return _reassemble(planes, x, rows, cols, "edge")
 
 
+def filtered(weights: Array, x: Array) -> Array:
+    """The sums of `ops.adaptive_filter`, of weights and of a map with a border."""
+    b, height, width, taps = weights.shape
+    k = math.isqrt(taps)
+    planes = jnp.moveaxis(weights, 3, 1).reshape(b, 1, k, k, height, width)
+    rows = _axis(height, height, k // 2, _in_cells, 1)
+    cols = _axis(width, width, k // 2, _in_cells, _TILE)
+    return _reassemble(cols.split(rows.split(planes, 4), 6), x, rows, cols, None)
+
+
 def _reassemble(
     weights: Float[Array, "b g t j s p n x"],
     values: Array,
     rows: "_Axis",
     cols: "_Axis",
     mode: Mode,
+    mode: Mode | None,
 ) -> Array:
     b, groups, _, taps, *_ = weights.shape
     band = sum(
@@ -113,6 +124,11 @@ def _reassemble(
 def _keys(x: Array, rows: "_Axis", cols: "_Axis", mode: Mode) -> Float[Array, "b s n t v c"]:
     """What each strip and tile sees of the map, extended beyond its border."""
     x = pad(x, (rows.border, cols.border), mode)
+def _keys(
+    x: Array, rows: "_Axis", cols: "_Axis", mode: Mode | None
+) -> Float[Array, "b s n t v c"]:
+    """What each strip and tile sees of the map, extended by zeros or its edges, or so already."""
+    x = x if mode is None else pad(x, (rows.border, cols.border), mode)
     return jnp.moveaxis(cols.windows(rows.windows(x, 1), 3), 3, 2)
 
 
