@@ -16,12 +16,12 @@ from resfu_jax.convert.carafe import carafe_pack
 from resfu_jax.convert.classic import conv_pixel_shuffle, conv_transpose
 from resfu_jax.convert.dysample import dysample
 from resfu_jax.convert.fade import fade, fade_lite, semi_shift_up
+from resfu_jax.convert.featup import jbu_learned_range, jbu_stack
 from resfu_jax.convert.freqfusion import freqfusion
 from resfu_jax.convert.jafar import jafar
 from resfu_jax.convert.lda_aqu import lda_aqu
-from resfu_jax.convert.naf import naf
-from resfu_jax.convert.featup import jbu_learned_range, jbu_stack
 from resfu_jax.convert.loftup import loftup
+from resfu_jax.convert.naf import naf
 from resfu_jax.convert.pretrained import load_pretrained
 from resfu_jax.convert.raysup import raysup
 from resfu_jax.convert.released import load_upsampler

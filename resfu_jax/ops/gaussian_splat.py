@@ -80,9 +80,8 @@ def gaussian_splat(
     if not alpha > 0:
         raise ValueError(f"alpha must be positive, got {alpha!r}")
     if center_mode not in get_args(_gaussians.Centre):
-        raise ValueError(
-            f"center_mode must be one of {', '.join(get_args(_gaussians.Centre))}, got {center_mode!r}"
-        )
+        known = ", ".join(get_args(_gaussians.Centre))
+        raise ValueError(f"center_mode must be one of {known}, got {center_mode!r}")
     dtype = at_least_float32(promote(guide.dtype, *(a.dtype for a in maps.values())))
     guide = guide.astype(dtype)
     sigma_x, sigma_y, theta, sigma_r = (a.astype(dtype) for a in maps.values())

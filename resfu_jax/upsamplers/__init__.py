@@ -25,14 +25,14 @@ from resfu_jax.upsamplers.carafe import CARAFE
 from resfu_jax.upsamplers.classic import Deconvolution, Interpolation, PixelShuffle
 from resfu_jax.upsamplers.dysample import DySample
 from resfu_jax.upsamplers.fade import FADE
+from resfu_jax.upsamplers.featup import FeatUp, FeatUpJBU
 from resfu_jax.upsamplers.freqfusion import FreqFusion
 from resfu_jax.upsamplers.jafar import JAFAR
 from resfu_jax.upsamplers.jbu import JBU
 from resfu_jax.upsamplers.lda_aqu import LDAAQU
+from resfu_jax.upsamplers.loftup import LoftUp
 from resfu_jax.upsamplers.naf import NAF
 from resfu_jax.upsamplers.raysup import RaysUp
-from resfu_jax.upsamplers.featup import FeatUp, FeatUpJBU
-from resfu_jax.upsamplers.loftup import LoftUp
 from resfu_jax.upsamplers.resfu import ReSFU
 from resfu_jax.upsamplers.sapa import SAPA, SAPADeform
 from resfu_jax.upsamplers.uplift import UPLiFT

@@ -100,7 +100,6 @@ def _reassemble(
     values: Array,
     rows: "_Axis",
     cols: "_Axis",
-    mode: Mode,
     mode: Mode | None,
 ) -> Array:
     b, groups, _, taps, *_ = weights.shape
@@ -121,13 +120,8 @@ def _reassemble(
     return rows.join(cols.join(out, 3), 1)
 
 
-def _keys(x: Array, rows: "_Axis", cols: "_Axis", mode: Mode) -> Float[Array, "b s n t v c"]:
-    """What each strip and tile sees of the map, extended beyond its border."""
-    x = pad(x, (rows.border, cols.border), mode)
-def _keys(
-    x: Array, rows: "_Axis", cols: "_Axis", mode: Mode | None
-) -> Float[Array, "b s n t v c"]:
-    """What each strip and tile sees of the map, extended by zeros or its edges, or so already."""
+def _keys(x: Array, rows: "_Axis", cols: "_Axis", mode: Mode | None) -> Float[Array, "b s n t v c"]:
+    """What each strip and tile sees of the map, extended beyond its border, or so already."""
     x = x if mode is None else pad(x, (rows.border, cols.border), mode)
     return jnp.moveaxis(cols.windows(rows.windows(x, 1), 3), 3, 2)
 
