@@ -35,9 +35,7 @@ class Rows(NamedTuple):
         return self.step == self.length
 
 
-def block_rows(
-    height: Size, row_values: Size, most: int | None = None, *, least: int = 1
-) -> int:
+def block_rows(height: Size, row_values: Size, most: int | None = None, *, least: int = 1) -> int:
     """Rows of a block, a divisor of `height`; at most `least` where a size is symbolic.
 
     Args:

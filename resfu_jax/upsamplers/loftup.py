@@ -134,7 +134,9 @@ class LoftUp(Upsampler):
         self.table = (
             None
             if sine
-            else nnx.Param(jax.random.normal(rngs.params(), (lr_size, lr_size, features), param_dtype))
+            else nnx.Param(
+                jax.random.normal(rngs.params(), (lr_size, lr_size, features), param_dtype)
+            )
         )
         self.layers = nnx.List(
             [Layer(width, features, num_heads, rngs=rngs, **types) for _ in range(num_layers)]
@@ -227,7 +229,9 @@ class Queries(nnx.Module):
         self.conv2 = Conv(features, features, 3, **drawn)
         self.bn2 = _batch_norm(features, rngs=rngs, **types)
 
-    def __call__(self, image: Float[Array, "b H W 3"], dtype: DTypeLike) -> Float[Array, "_b H W e"]:
+    def __call__(
+        self, image: Float[Array, "b H W 3"], dtype: DTypeLike
+    ) -> Float[Array, "_b H W e"]:
         """Those of the scaled image; one map for all images where they do not see colours."""
         rows, columns = coordinates(image.shape[1:3], image.dtype)
         maps = (rows, image) if self.color_feats else (rows,)
@@ -320,9 +324,9 @@ class Layer(nnx.Module):
         self.num_heads = num_heads
         self.norm_q = LayerNorm(width, **types)
         self.norm_kv = LayerNorm(width, **types)
-        self.q, self.k, self.v = (
-            Linear(width, width, kernel_init=_ATTENTION_INIT, **own) for _ in range(3)
-        )
+        own_qkv: dict[str, Any] = dict(kernel_init=_ATTENTION_INIT, **own)
+        self.q, self.v = (Linear(width, width, **own_qkv) for _ in range(2))
+        self.k = Linear(width, width, use_bias=False, **own_qkv)  # the softmax would not see it
         self.out = Linear(width, width, kernel_init=_OUT_INIT, **own)
         self.norm = LayerNorm(width, **types)
         self.up = Linear(width, hidden, kernel_init=PYTORCH_UNIFORM, **own)

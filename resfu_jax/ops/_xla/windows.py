@@ -118,9 +118,7 @@ def _reassemble(
     return rows.join(cols.join(out, 3), 1)
 
 
-def _keys(
-    x: Array, rows: "_Axis", cols: "_Axis", mode: Mode | None
-) -> Float[Array, "b s n t v c"]:
+def _keys(x: Array, rows: "_Axis", cols: "_Axis", mode: Mode | None) -> Float[Array, "b s n t v c"]:
     """What each strip and tile sees of the map, extended by zeros or its edges, or so already."""
     x = x if mode is None else pad(x, (rows.border, cols.border), mode)
     return jnp.moveaxis(cols.windows(rows.windows(x, 1), 3), 3, 2)
