@@ -47,9 +47,12 @@ every = pytest.mark.parametrize("name", NAMES)
 # Members with large layers or windows by default are tested with smaller ones.
 SMALL: dict[str, dict] = {
     "anyup": dict(qk_dim=16),
+    "featup_jbu": dict(key_dim=8, radius=1),
     "freqfusion": dict(compressed_channels=8),
     "jafar": dict(qk_dim=16),
+    "loftup": dict(n_freqs=3, num_layers=1, lr_size=4),
     "naf": dict(dim=32, kernel_size=3),
+    "raysup": dict(qk_dim=32),
     "uplift": dict(encoder=((8,), (8,)), decoder=((8,), (20,)), decoder_convs=1),
     "upsample_anything": dict(r_max=2, steps=3),
 }
@@ -362,7 +365,7 @@ def test_wrong_inputs_are_named(name, as_users_call):
         with pytest.raises(ValueError, match=f"{what} must have the features' batch size"):
             up(x, guide[0][:1])
     if name in BY_IMAGE:
-        with pytest.raises(ValueError, match="output_size must be two positive sizes"):
+        with pytest.raises(ValueError, match="output_size"):
             up(x, *guide, output_size=(0, 3))
     elif guide:
         with pytest.raises(ValueError, match="guide must be"):

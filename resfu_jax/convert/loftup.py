@@ -85,7 +85,8 @@ def _layer(s: StateDict, layer: Layer, key: str) -> None:
     parts = zip(np.split(weights, 3), np.split(biases, 3), strict=True)
     for linear, (weight, bias) in zip((layer.q, layer.k, layer.v), parts, strict=True):
         store(linear.kernel, weight.T)
-        store(linear.bias, bias)
+        if linear.bias is not None:  # that of the keys has no effect
+            store(linear.bias, bias)
     s.set_layer(layer.out, f"{attention}.out_proj", layout="OI")
     s.set_layer(layer.norm, f"{key}.1.net.0")
     s.set_layer(layer.up, f"{key}.1.net.1", layout="OI")

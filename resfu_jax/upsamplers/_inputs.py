@@ -49,6 +49,11 @@ def check_guide(features: Array, guide: Array, channels: int) -> None:
             )
 
 
+def size_of(x: Array) -> tuple[Size, Size]:
+    """Height and width of maps."""
+    return x.shape[1], x.shape[2]
+
+
 def check_image(features: Array, image: Array, channels: int | None = 3) -> None:
     """The image, of any size, fits the features."""
     need(
@@ -64,7 +69,7 @@ def check_image(features: Array, image: Array, channels: int | None = 3) -> None
 def size_of_output(image: Array, output_size: tuple[Size, Size] | None) -> tuple[Size, Size]:
     """The size that is asked for, or the image's."""
     if output_size is None:
-        output_size = image.shape[1], image.shape[2]
+        output_size = size_of(image)
     need(
         len(output_size) == 2 and all(n >= 1 for n in output_size if isinstance(n, int)),
         f"output_size must be two positive sizes, got {output_size!r}",

@@ -324,9 +324,9 @@ class Layer(nnx.Module):
         self.num_heads = num_heads
         self.norm_q = LayerNorm(width, **types)
         self.norm_kv = LayerNorm(width, **types)
-        self.q, self.k, self.v = (
-            Linear(width, width, kernel_init=_ATTENTION_INIT, **own) for _ in range(3)
-        )
+        own_qkv: dict[str, Any] = dict(kernel_init=_ATTENTION_INIT, **own)
+        self.q, self.v = (Linear(width, width, **own_qkv) for _ in range(2))
+        self.k = Linear(width, width, use_bias=False, **own_qkv)  # the softmax would not see it
         self.out = Linear(width, width, kernel_init=_OUT_INIT, **own)
         self.norm = LayerNorm(width, **types)
         self.up = Linear(width, hidden, kernel_init=PYTORCH_UNIFORM, **own)
