@@ -79,9 +79,9 @@ def gaussian_splat(
         raise ValueError(f"r_max must be a positive whole number, got {r_max!r}")
     if not alpha > 0:
         raise ValueError(f"alpha must be positive, got {alpha!r}")
-    if center_mode not in get_args(_gaussians.Centre):
-        known = ", ".join(get_args(_gaussians.Centre))
-        raise ValueError(f"center_mode must be one of {known}, got {center_mode!r}")
+    modes = get_args(_gaussians.Centre)
+    if center_mode not in modes:
+        raise ValueError(f"center_mode must be one of {', '.join(modes)}, got {center_mode!r}")
     dtype = at_least_float32(promote(guide.dtype, *(a.dtype for a in maps.values())))
     guide = guide.astype(dtype)
     sigma_x, sigma_y, theta, sigma_r = (a.astype(dtype) for a in maps.values())

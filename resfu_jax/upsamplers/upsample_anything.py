@@ -148,7 +148,8 @@ class UpsampleAnything(Upsampler):
         """
         check_features(features, self.features)
         check_image(features, image, channels=None)
-        kernels, _ = self.optimise(image, features.shape[1:3], output_size)
+        _, h, w, _ = features.shape
+        kernels, _ = self.optimise(image, (h, w), output_size)
         x = features.astype(compute_dtype(self.dtype, features, image, values))
         return self.render(kernels, reassembled(x, values), image, output_size)
 
