@@ -27,7 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.workloads import Skip, Workload, create, fit, function, has_literal_form, is_guided
+from benchmarks.workloads import (
+    Skip,
+    Workload,
+    create,
+    fit,
+    function,
+    has_literal_form,
+    input_shapes,
+    is_guided,
+)
 from resfu_jax.training.flops import count_flops
 
 DTYPES = ("float32", "bfloat16")
@@ -203,11 +212,10 @@ def _arrays(
     name: str, w: Workload, dtype: str, direction: str, seed: int
 ) -> tuple[list, jax.Array | None]:
     keys = jax.random.split(jax.random.key(seed), 3)
-    x = jax.random.normal(keys[0], (1, *w.size, w.channels), jnp.float32)
-    inputs = [x.astype(dtype)]
-    if is_guided(name):
-        guide = jax.random.normal(keys[1], (1, *w.output_size, w.guide), jnp.float32)
-        inputs.append(guide.astype(dtype))
+    inputs = [
+        jax.random.normal(key, shape, jnp.float32).astype(dtype)
+        for key, shape in zip(keys, input_shapes(name, w), strict=False)
+    ]
     if direction == "forward":
         return inputs, None
     shape = (1, *w.output_size, w.channels)

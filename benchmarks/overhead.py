@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks.workloads import Workload, create, is_guided
+from benchmarks.workloads import Workload, create, input_shapes
 
 _TINY = Workload(8, (2, 2), 2, 8)  # little to compute: a call is nearly all Python
 
@@ -24,9 +24,7 @@ def overhead(name: str, calls: int = 2000) -> dict[str, float]:
     up = create(name, _TINY)
     graphdef, params = nnx.split(up)
     leaves, tree = jax.tree.flatten(params)
-    inputs = [jnp.ones((1, *_TINY.size, 8))]
-    if is_guided(name):
-        inputs.append(jnp.ones((1, *_TINY.output_size, 8)))
+    inputs = [jnp.ones(shape) for shape in input_shapes(name, _TINY)]
 
     def flat(leaves, *inputs):
         return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))(*inputs)

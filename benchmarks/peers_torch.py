@@ -1,4 +1,4 @@
-"""The official PyTorch modules as peers: the only file that needs PyTorch, the extra `bench`.
+"""The official PyTorch modules as peers: with `peers_image`, what needs PyTorch, the extra `bench`.
 
 Official files are imported unchanged from checkouts under one root, ROOT/owner/repository. What
 they import in turn and a CPU does not have is stood in for:
@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from flax import nnx
 from torch import Tensor, nn
 
+from benchmarks import peers_image
 from benchmarks.measure import Call
 from benchmarks.workloads import Skip, Workload, is_guided
 from resfu_jax import from_torch
@@ -289,7 +290,12 @@ _SHELLS: dict[str, dict[str, Any]] = {
     "mmcv": {},
     "mmcv.cnn": {"xavier_init": _nothing, "ConvModule": None, "build_upsample_layer": None},
     "mmcv.ops": {},
-    "mmcv.ops.carafe": {"carafe": carafe, "CARAFEPack": CARAFEPack},
+    "mmcv.ops.carafe": {
+        "carafe": carafe,
+        "CARAFEPack": CARAFEPack,
+        "normal_init": _nothing,
+        "xavier_init": _nothing,
+    },
     "mmcv.runner": {"BaseModule": nn.Module, "ModuleList": nn.ModuleList},
     "timm": {},
     "timm.models": {},
@@ -339,6 +345,7 @@ class _Official:
     cls: str
     arguments: Callable[[Workload], dict[str, Any]]
     only_scale: int | None = None
+    result: int | None = None  # which of several
 
 
 def _guided(w: Workload) -> dict[str, Any]:
@@ -366,6 +373,14 @@ _DYSAMPLE = _Official(
     lambda w: dict(in_channels=w.channels, scale=w.scale),
 )
 _OFFICIAL = {
+    "freqfusion": _Official(
+        "Linwei-Chen/FreqFusion",
+        "FreqFusion.py",
+        "FreqFusion",
+        lambda w: dict(hr_channels=w.guide, lr_channels=w.channels),
+        only_scale=2,
+        result=2,
+    ),
     "resfu": _RESFU,
     "resfu_segmenter": _RESFU,
     "resfu_segformer": _RESFU,
@@ -395,13 +410,17 @@ class Peer:
       module: the PyTorch module.
       official: its name for `from_torch`; None if it has no weights.
       arguments: of its constructor.
-      guided: called as (guide, features).
+      arrange: features and, if it takes one, the guide -> what it is called with.
     """
 
     def __init__(
-        self, module: nn.Module, official: str | None, arguments: dict[str, Any], guided: bool
+        self,
+        module: nn.Module,
+        official: str | None,
+        arguments: dict[str, Any],
+        arrange: Callable[..., tuple],
     ):
-        self.module, self.guided = module, guided
+        self.module, self._arrange = module, arrange
         self._official, self._arguments = official, arguments
 
     def parameters(self) -> nnx.State | None:
@@ -432,7 +451,7 @@ class Peer:
         if compiled:
             # Layouts of its own choice break ReSFU's gradient (PyTorch 2.15).
             called = torch.compile(module, options={"layout_optimization": False})
-        order = tensors[::-1] if self.guided else tensors
+        order = self._arrange(*tensors)
 
         if cotangent is None:
 
@@ -477,18 +496,20 @@ def build(name: str, w: Workload, root: str) -> Peer:
     c, r = w.channels, w.scale
     if name == "carafe":
         arguments = dict(channels=c, scale_factor=r)
-        return Peer(CARAFEPack(**arguments), "open-mmlab/mmcv:CARAFEPack", arguments, False)
+        return Peer(CARAFEPack(**arguments), "open-mmlab/mmcv:CARAFEPack", arguments, _alone)
     if name in ("nearest", "bilinear", "bicubic"):
-        return Peer(nn.Upsample(scale_factor=r, mode=name), None, {}, False)
+        return Peer(nn.Upsample(scale_factor=r, mode=name), None, {}, _alone)
     if name == "deconv":
         arguments = dict(in_channels=c, out_channels=c, kernel_size=r, stride=r)
         module = nn.ConvTranspose2d(**arguments)
-        return Peer(module, "pytorch/pytorch:ConvTranspose2d", arguments, False)
+        return Peer(module, "pytorch/pytorch:ConvTranspose2d", arguments, _alone)
     if name == "pixel_shuffle":
         module = nn.Sequential(nn.Conv2d(c, c * r**2, 3, padding=1), nn.PixelShuffle(r))
         arguments = dict(in_channels=c, out_channels_conv=c * r**2, upscale_factor=r)
         official = "pytorch/pytorch:Sequential(Conv2d, PixelShuffle)"
-        return Peer(module, official, arguments, False)
+        return Peer(module, official, arguments, _alone)
+    if name in peers_image.OFFICIAL:
+        return Peer(*peers_image.build(name, w, root))
     if name not in _OFFICIAL:
         raise Skip("no official module")
 
@@ -503,7 +524,19 @@ def build(name: str, w: Workload, root: str) -> Peer:
     with _shells(file.parent):
         official = importlib.import_module(f"official.models.here.{file.stem}")
         module = getattr(official, entry.cls)(**arguments)
-    return Peer(module, f"{entry.repository}:{entry.cls}", arguments, is_guided(name))
+    if entry.result is not None:
+        forward = module.forward
+        module.forward = lambda *inputs: forward(*inputs)[entry.result]
+    arrange = _guide_first if is_guided(name) else _alone
+    return Peer(module, f"{entry.repository}:{entry.cls}", arguments, arrange)
+
+
+def _alone(x: Tensor) -> tuple[Tensor]:
+    return (x,)
+
+
+def _guide_first(x: Tensor, guide: Tensor) -> tuple[Tensor, Tensor]:
+    return guide, x
 
 
 def _channels_first(a: jax.Array) -> Tensor:

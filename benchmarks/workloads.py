@@ -42,6 +42,7 @@ WORKLOADS = {
     "segformer_x8": Workload(256, (16, 16), 8, 256),
     "segmenter": Workload(384, (32, 32), 4, 32),
     "dino": Workload(384, (28, 28), 16, 32),
+    "dino_base": Workload(768, (28, 28), 16, 32),
     "dino_hd": Workload(768, (64, 64), 16, 32),
     "detection": Workload(256, (100, 168), 2, 256),
 }
@@ -56,6 +57,15 @@ class Skip(Exception):
 def is_guided(name: str) -> bool:
     """Whether the upsampler is called with a guide."""
     return upsampler_entry(name).cls.guide != "none"
+
+
+def input_shapes(name: str, workload: Workload) -> list[tuple[int, ...]]:
+    """Shapes of the features and, where the upsampler takes one, of the guide or the image."""
+    shapes: list[tuple[int, ...]] = [(1, *workload.size, workload.channels)]
+    if is_guided(name):
+        by_image = upsampler_entry(name).cls.guide == "image"
+        shapes.append((1, *workload.output_size, 3 if by_image else workload.guide))
+    return shapes
 
 
 def create(name: str, workload: Workload, **options) -> nnx.Module:
@@ -128,19 +138,18 @@ def abstract_call(
     module = nnx.eval_shape(lambda: create(name, workload, dtype=dtype, **options))
     graphdef, params = nnx.split(module)
 
-    def array(size: tuple[int, int], channels: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((1, *size, channels), dtype)
+    def array(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
 
-    inputs = [array(workload.size, workload.channels)]
-    if is_guided(name):
-        inputs.append(array(workload.output_size, workload.guide))
-    cotangent = [] if direction == "forward" else [array(workload.output_size, workload.channels)]
-    return function(graphdef, direction), (params, *cotangent, *inputs)
+    inputs = [array(shape) for shape in input_shapes(name, workload)]
+    y = array((1, *workload.output_size, workload.channels))
+    return function(graphdef, direction), (
+        params,
+        *([] if direction == "forward" else [y]),
+        *inputs,
+    )
 
 
 def _try(name: str, workload: Workload) -> None:
-    shapes = [(1, *workload.size, workload.channels)]
-    if is_guided(name):
-        shapes.append((1, *workload.output_size, workload.guide))
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in input_shapes(name, workload)]
     nnx.eval_shape(lambda *arrays: create(name, workload)(*arrays), *arrays)

@@ -5,12 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from resfu_jax import ops
-    from resfu_jax.convert import from_torch
+    from resfu_jax.convert import from_torch, load_upsampler
     from resfu_jax.predictor import Predictor
     from resfu_jax.upsamplers import create_upsampler, list_upsamplers
 
 __version__ = "0.1.0"
-__all__ = ["Predictor", "create_upsampler", "from_torch", "list_upsamplers", "ops"]
+__all__ = [
+    "Predictor",
+    "create_upsampler",
+    "from_torch",
+    "list_upsamplers",
+    "load_upsampler",
+    "ops",
+]
 
 # Imported when they are first used: `resfu --help` does not wait for JAX, and `resfu_jax.ops` and
 # `resfu_jax.serving` come without Flax.
@@ -19,6 +26,7 @@ _HOMES = {
     "create_upsampler": "resfu_jax.upsamplers",
     "from_torch": "resfu_jax.convert",
     "list_upsamplers": "resfu_jax.upsamplers",
+    "load_upsampler": "resfu_jax.convert",
 }
 _MODULES = ("convert", "ops", "upsamplers")
 

@@ -223,8 +223,9 @@ class BatchNorm(nnx.Module):
             n = y.size // y.shape[-1]
             unbiased = var * (n / max(n - 1, 1))
             for running, batch in ((self.mean, mean), (self.var, unbiased)):
-                batch = jax.lax.stop_gradient(batch).astype(jnp.float32)
-                running.set_value(0.9 * running[...] + 0.1 * batch)
+                old = running[...]
+                batch = jax.lax.stop_gradient(batch).astype(old.dtype)
+                running.set_value(0.9 * old + 0.1 * batch)
         gain = jax.lax.rsqrt(var + 1e-5) * self.scale[...].astype(wide)
         mean, gain, bias = (
             jnp.expand_dims(v, (0, 1, 2)) for v in (mean, gain, self.bias[...].astype(wide))

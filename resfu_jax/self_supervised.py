@@ -40,6 +40,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Num
 from PIL import Image
 
+from resfu_jax._checks import need
 from resfu_jax.heads.linear import ImageStem
 from resfu_jax.model import IMAGENET_MEAN, IMAGENET_STD, evaluating, normalise
 from resfu_jax.ops.resize import resize
@@ -51,11 +52,12 @@ Extract = Callable[[Num[np.ndarray | Array, "b H W 3"]], Float[Array, "b h w c"]
 class GuidedUpsampler(nnx.Module):
     """Any upsampler, guided by the image where it takes a guide.
 
-    The guide is the image at the size of the output through two 3x3 convolutions, which learn with
-    the upsampler.
+    The guide is the image at the size of the output: as it is, for upsamplers that are guided by
+    the image, or through two 3x3 convolutions, which learn with the upsampler.
 
     Args:
-      upsampler: a name of `list_upsamplers()`.
+      upsampler: a name of `list_upsamplers()`; or an upsampler, such as `load_upsampler` gives,
+        that is guided by the image or not at all.
       features: channels C of the features.
       scale: whole ratio of the output to them.
       guide_features: channels of the guide; those of the features where an upsampler mixes or
@@ -69,7 +71,7 @@ class GuidedUpsampler(nnx.Module):
 
     def __init__(
         self,
-        upsampler: str,
+        upsampler: str | nnx.Module,
         features: int,
         *,
         scale: int = 4,
@@ -79,17 +81,29 @@ class GuidedUpsampler(nnx.Module):
     ):
         def create(guide_features: int, rngs: nnx.Rngs) -> Any:
             widths = dict(features=features, guide_features=guide_features)
-            return create_upsampler(upsampler, **widths, scale=scale, rngs=rngs, **options)
+            return create_upsampler(name, **widths, scale=scale, rngs=rngs, **options)
+
+        self.features, self.scale = features, scale
+        if isinstance(upsampler, nnx.Module):
+            need(
+                not options and getattr(upsampler, "guide", None) in ("none", "image"),
+                "upsampler must be a name, or a module that is guided by the image or not at all, "
+                f"without options; got {type(upsampler).__name__} and {options}",
+            )
+            self.upsample: Any = upsampler
+            self.stem = None
+            return
+
+        name = upsampler
 
         # One that does not take a guide of this width at all does not need it either.
         with contextlib.suppress(ValueError):
             if nnx.eval_shape(lambda: create(features, nnx.Rngs(0))).same_width:
                 guide_features = features
-        self.features, self.scale = features, scale
         self.upsample = create(guide_features, rngs)
         types = dict(dtype=None, param_dtype=jnp.float32, rngs=rngs)
-        guided = self.upsample.guide != "none"
-        self.stem = ImageStem(64, guide_features, (1, 1), **types) if guided else None
+        by_map = self.upsample.guide == "features"
+        self.stem = ImageStem(64, guide_features, (1, 1), **types) if by_map else None
 
     def __call__(
         self, features: Float[Array, "b h w c"], images: Num[Array, "b H W 3"]
@@ -116,11 +130,13 @@ class GuidedUpsampler(nnx.Module):
         self, features: Float[Array, "b h w c"], images: Num[Array, "b H W 3"]
     ) -> tuple[Float[Array, "b sh sw g"], ...]:
         """What guides the upsampler; nothing for an unguided one."""
-        if self.stem is None:
+        if self.upsample.guide == "none":
             return ()
-        images = normalise(images, IMAGENET_MEAN, IMAGENET_STD)
-        images = _resized(images, self.scale, features.shape)
-        return (self.stem(images.astype(features.dtype)),)
+        unit = self.stem is None and self.upsample.image == "unit"
+        mean, std = ((0.0,) * 3, (255.0,) * 3) if unit else (IMAGENET_MEAN, IMAGENET_STD)
+        images = _resized(normalise(images, mean, std), self.scale, features.shape)
+        images = images.astype(features.dtype)
+        return (images if self.stem is None else self.stem(images),)
 
 
 def extractor(
@@ -207,7 +223,8 @@ def fit(
         )
     every = np.concatenate([np.asarray(high).reshape(-1, module.features) for _, high, _ in pairs])
     deviation = jnp.asarray(every.std(axis=0) + 1e-6)[None, None, None]
-    graphdef, *states = nnx.split(module, nnx.Param, ...)
+    # As it will be used: without dropout, by the running statistics that BatchNorm has.
+    graphdef, *states = nnx.split(evaluating(module), nnx.Param, ...)
     params, rest = states
     params = nnx.as_pure(params)
 

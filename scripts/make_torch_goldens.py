@@ -2,7 +2,7 @@
 
     python -m scripts.make_torch_goldens        # needs torch
 
-The values are `tests/test_convert.py`'s `TENSORS`. Written with torch 2.14.1.
+The values are `tests/test_torch_files.py`'s `TENSORS`. Written with torch 2.14.1.
 """
 
 import argparse

@@ -1,6 +1,5 @@
 """Test-wide settings: strict numerics, eight fake CPU devices, and where the golden tensors are."""
 
-import functools
 import gc
 import os
 import shutil
@@ -116,23 +115,6 @@ def programs_are_kept():
     yield
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def by_this_platform(forms, options, *arrays):
-    """As `_by_platform` of `ops/_forms.py`, without a choice when the program is lowered."""
-    return dict(forms)["cpu"](*arrays, **dict(options))
-
-
-@pytest.fixture
-def this_platform_only(monkeypatch):
-    """For tests whose subject is not how the form of an op is chosen: each program is half as long.
-
-    Otherwise it is traced for all platforms. So are those of `test_*_parity.py`, `test_export.py`,
-    `test_forms.py`, what `test_upsamplers_common.py` has of transformations, and all that runs in
-    processes of its own.
-    """
-    monkeypatch.setattr("resfu_jax.ops._forms._by_platform", by_this_platform)
 
 
 @pytest.fixture

@@ -237,7 +237,7 @@ CONVERT: list[Bad] = [
         from_torch(),
         "'content_encoder.bias' holds int8, not floating-point",
     ),
-    Bad("from_torch", "", "", from_torch(), "weights must be a path or a repository, got ''"),
+    Bad("from_torch", "", "", from_torch(), "weights must be a path, a repository or .*, got ''"),
     Bad("from_torch", "no.pth", "no.pth", from_torch(), "no.pth does not exist", _GONE),
     Bad("from_torch", "no.pt", "~/no.pt", from_torch(), "/no.pt does not exist", _GONE),
     Bad("from_torch", "CARAFE", "CARAFE", from_torch({}, "CARAFE"), "did you mean 'CARAFEPack'"),
@@ -306,12 +306,21 @@ CONVERT: list[Bad] = [
             ("/no/file.safetensors", "/no/file.safetensors does not exist", _GONE),
             ("no.bin", "no.bin does not exist", _GONE),
             ("~nobody-here/a.pth", "~nobody-here/a.pth: ", _GONE),
-            ("https://a.org/b.pth", "is a URL.*download the file", ValueError),
-            ("http://a.org/b.pth", "is a URL.*download the file", ValueError),
-            ("s3://a/b.pth", "is a URL", ValueError),
+            ("http://a.org/b.pth", "by https only, got http://a.org/b.pth", ValueError),
+            ("s3://a/b.pth", "by https only", ValueError),
         ]
     ),
-    Bad("load_pretrained", "None", None, pretrained, "a path or a repository, got None"),
+    Bad(
+        "load_pretrained", "None", None, pretrained, "a path, a repository or an address, got None"
+    ),
+    *(
+        Bad("load_upsampler", name, name, lambda v, _: resfu_jax.load_upsampler(v), message)
+        for name, message in [
+            ("anyupp", "unknown released weights 'anyupp'; did you mean 'anyup'"),
+            ("carafe", "unknown released weights 'carafe'"),
+            ("featup", "'featup' has 11 released models, .*weights='path'. They are featup_dino16"),
+        ]
+    ),
     Bad(
         "load_pretrained",
         "Linear",

@@ -22,7 +22,7 @@ from resfu_jax.predictor import Predictor
 from resfu_jax.serving import load_exported
 from resfu_jax.training import BackboneConfig, HeadConfig
 
-pytestmark = pytest.mark.usefixtures("this_platform_only", "programs_are_kept")
+pytestmark = pytest.mark.usefixtures("programs_are_kept")
 
 ROOT = pathlib.Path(__file__).parents[1]
 RNG = np.random.default_rng(0)

@@ -30,8 +30,6 @@ from resfu_jax.training import (
 )
 from resfu_jax.training.config import flatten, to_dict
 
-pytestmark = pytest.mark.usefixtures("this_platform_only")
-
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks.workloads import WORKLOADS, Workload, create, fit, is_guided
+from benchmarks.workloads import WORKLOADS, Workload, create, fit, input_shapes
 from resfu_jax.training.flops import count_flops
 
 # tests/conftest.py switches it off, in versions that can.
@@ -23,13 +23,8 @@ def call(name, workload, direction, dtype=jnp.float32, **options):
     module = nnx.eval_shape(lambda: create(name, workload, dtype=dtype, **options))
     graphdef, params = nnx.split(module)
 
-    def shape(size, channels):
-        return jax.ShapeDtypeStruct((1, *size, channels), dtype)
-
-    inputs = [shape(workload.size, workload.channels)]
-    if is_guided(name):
-        inputs.append(shape(workload.output_size, workload.guide))
-    y = shape(workload.output_size, workload.channels)
+    inputs = [jax.ShapeDtypeStruct(s, dtype) for s in input_shapes(name, workload)]
+    y = jax.ShapeDtypeStruct((1, *workload.output_size, workload.channels), dtype)
 
     def forward(params, *inputs):
         return nnx.merge(graphdef, params)(*inputs)

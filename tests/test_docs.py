@@ -80,11 +80,11 @@ def test_backbone_of_extending():
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs Python in a process of its own, where jbu.py can be imported as extending.md has it."""
+    """Runs Python in a process of its own, which finds learned_jbu.py as extending.md has it."""
     upsampler, use, config, _ = blocks(ROOT / "docs/extending.md", "python")
-    (tmp_path / "jbu.py").write_text(upsampler)
+    (tmp_path / "learned_jbu.py").write_text(upsampler)
     (tmp_path / "use.py").write_text(use)
-    (tmp_path / "shapes_jbu.py").write_text(config)
+    (tmp_path / "shapes_learned_jbu.py").write_text(config)
 
     def run(*arguments):
         paths = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "tests")])
@@ -92,7 +92,11 @@ def run(tmp_path):
             [sys.executable, *arguments],
             cwd=ROOT,
             env=os.environ
-            | {"PYTHONPATH": paths, "UPSAMPLERS": "jbu toy_upsampler", "TMPDIR": str(tmp_path)},
+            | dict(
+                PYTHONPATH=paths,
+                UPSAMPLERS="learned_jbu toy_upsampler",
+                TMPDIR=str(tmp_path),
+            ),
             capture_output=True,
             text=True,
         )
@@ -107,12 +111,12 @@ def test_upsamplers_of_other_packages_pass_the_common_suite(run, tmp_path):
     """That of docs/extending.md and toy_upsampler.py, which needs nothing of this package."""
     run(tmp_path / "use.py")
     suite = ["-m", "pytest", "-q", "-rA", "-n", "0", "-p", "no:cacheprovider"]
-    output = run(*suite, "tests/test_upsamplers_common.py", "-k", "jbu or toy")
-    for name in ("jbu", "toy"):
+    output = run(*suite, "tests/test_upsamplers_common.py", "-k", "learned_jbu or toy")
+    for name in ("learned_jbu", "toy"):
         assert len(re.findall(rf"^PASSED .*\b{name}\]", output, re.M)) >= 18
 
 
 @pytest.mark.slow
 def test_upsampler_of_extending_trains(run, tmp_path):
-    output = run("train.py", "--config", tmp_path / "shapes_jbu.py", "--dry_run")
+    output = run("train.py", "--config", tmp_path / "shapes_learned_jbu.py", "--dry_run")
     assert "step 2/2  validation: mIoU" in output

@@ -9,7 +9,7 @@ from flax import nnx
 from resfu_jax.model import create_model
 from resfu_jax.training import FeatureCache
 
-pytestmark = pytest.mark.usefixtures("this_platform_only", "programs_are_kept")
+pytestmark = pytest.mark.usefixtures("programs_are_kept")
 
 SMALL = dict(widths=(8, 8, 16, 16), depths=(1, 1, 1, 1), heads=(1, 1, 2, 2), drop_path=0.5)
 

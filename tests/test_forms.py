@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import export
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from resfu_jax import create_upsampler
 from resfu_jax.ops import conv, fns_attention, local_attention, local_similarity, resize
@@ -106,6 +108,32 @@ def test_one_file_holds_every_platform(monkeypatch):
     # What this machine has does not matter.
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     np.testing.assert_array_equal(op(None, jnp.ones(3), scale=2.0), 26 * np.ones(3))
+
+
+def test_other_platforms_forms_are_not_traced():
+    """But for its shape: a call that compiles for a CPU has the result of the last one's."""
+    calls = []
+    op = toy(calls)
+    jax.jit(jax.grad(lambda x: op(None, x, scale=1.0).sum()))(jnp.ones(3))
+    assert calls.count("cpu") >= 1 and calls.count("xla") <= 2 and "reference" not in calls
+
+
+def test_forms_inside_of_shard_map():
+    """Weights that all devices have get the gradients of all of them."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    x, w = jnp.arange(16.0).reshape(8, 2), jnp.ones((1, 2))
+    op = Forms("toy", lambda x, w: x * w, cpu=lambda x, w: x * w)
+
+    def value_and_gradients(x, w):
+        y, vjp = jax.vjp(lambda x, w: op(None, x, w), x, w)
+        return y, *vjp(y)
+
+    specs = P("d"), P()
+    sharded = jax.shard_map(
+        value_and_gradients, mesh=mesh, in_specs=specs, out_specs=(P("d"), *specs)
+    )
+    for a, b in zip(jax.jit(sharded)(x, w), value_and_gradients(x, w), strict=True):
+        np.testing.assert_allclose(a, b)
 
 
 def test_calls_outside_of_jit_compile_once():

@@ -13,8 +13,6 @@ from resfu_jax.model import SegmentationModel
 from resfu_jax.ops.resize import resize
 from resfu_jax.preprocess import Preprocess
 
-pytestmark = pytest.mark.usefixtures("this_platform_only")
-
 WEIGHTS = np.random.default_rng(0).integers(-3, 4, (3, 4)).astype(np.float32)
 
 

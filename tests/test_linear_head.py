@@ -13,8 +13,6 @@ from resfu_jax.model import create_model
 from resfu_jax.ops.resize import resize
 from resfu_jax.upsamplers import takes_values, upsampler_entry
 
-pytestmark = pytest.mark.usefixtures("this_platform_only")
-
 IMAGE = (2, 32, 48, 3)
 
 

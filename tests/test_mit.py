@@ -16,8 +16,6 @@ from jax.sharding import PartitionSpec as P
 from resfu_jax.backbones import MiT, create_backbone
 from resfu_jax.convert import load_pretrained
 
-pytestmark = pytest.mark.usefixtures("this_platform_only")
-
 GOLDENS = pathlib.Path(__file__).parent / "goldens_mit"
 SMALL = dict(widths=(8, 16, 24, 32), depths=(2, 1, 1, 1), heads=(1, 2, 3, 4))
 

@@ -19,8 +19,6 @@ from resfu_jax.heads import SegFormerHead
 from resfu_jax.model import IMAGENET_MEAN, IMAGENET_STD, SegmentationModel, create_model
 from resfu_jax.ops.resize import resize
 
-pytestmark = pytest.mark.usefixtures("this_platform_only")
-
 GOLDENS = pathlib.Path(__file__).parent / "goldens_mit"
 BACKBONE = dict(widths=(8, 16, 24, 32), depths=(2, 1, 1, 1), heads=(1, 2, 3, 4))
 TINY = dict(widths=(4, 8, 8, 8), depths=(1, 1, 1, 1), heads=(1, 1, 2, 2), sr_ratios=(4, 2, 1, 1))

@@ -15,8 +15,6 @@ from resfu_jax.inference import Inference
 from resfu_jax.predictor import ImageError, Predictor
 from resfu_jax.preprocess import Preprocess
 
-pytestmark = pytest.mark.usefixtures("this_platform_only")
-
 MEAN = (124, 116, 104)
 RNG = np.random.default_rng(0)
 

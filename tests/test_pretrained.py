@@ -14,8 +14,6 @@ from resfu_jax.backbones import ResNet
 from resfu_jax.convert import load_pretrained
 from resfu_jax.model import create_model
 
-pytestmark = pytest.mark.usefixtures("this_platform_only")
-
 HERE = pathlib.Path(__file__).parent
 FILE = HERE / "goldens_resnet" / "transformers.safetensors"
 

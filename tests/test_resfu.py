@@ -21,8 +21,6 @@ from resfu_jax.ops.pcdc import PCDCParameters, pcdc
 from resfu_jax.upsamplers import create_upsampler
 from resfu_jax.upsamplers.resfu import ReSFU, neighbours_inside
 
-pytestmark = pytest.mark.usefixtures("this_platform_only")
-
 # Every example compiles; the seeds are fixed so that a run repeats.
 few = settings(max_examples=6, deadline=None, derandomize=True, database=None)
 

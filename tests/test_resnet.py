@@ -17,8 +17,6 @@ from resfu_jax.backbones import ResNet, create_backbone
 from resfu_jax.convert import load_pretrained
 from resfu_jax.convert.resnet import load_resnet
 
-pytestmark = pytest.mark.usefixtures("this_platform_only")
-
 GOLDENS = pathlib.Path(__file__).parent / "goldens_resnet"
 NETWORKS = {
     "basic": dict(

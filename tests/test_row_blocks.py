@@ -13,8 +13,11 @@ from resfu_jax.ops import _rows as row_blocks
 from resfu_jax.ops import (
     deformable_attention,
     deformable_sample,
+    fns_attention,
     local_attention,
     local_reassembly,
+    local_similarity,
+    norm_linear,
 )
 from resfu_jax.ops._cpu import cells
 from resfu_jax.ops._rows import Rows, block_rows, map_row_blocks
@@ -157,6 +160,33 @@ def test_local_attention(size, groups, values):
         chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="scale must be a factor"):
         local_attention(scores, v, scale=jnp.concatenate([scale, scale], 3), groups=groups)
+
+
+SECOND_ORDER = {
+    "local_attention": (local_attention, [(1, 4, 6, 9), (1, 2, 3, 2)], {}),
+    "local_similarity": (local_similarity, [(1, 4, 6, 2), (1, 2, 3, 2)], dict(kernel_size=3)),
+    "fns_attention": (fns_attention, [(1, 4, 6, 9), (1, 2, 3, 2)], {}),
+    "norm_linear": (norm_linear, [(1, 4, 3, 4), (4,), (4,), (4, 2)], dict(norm="layer")),
+    "deformable_sample": (deformable_sample, [(1, 2, 3, 2), (1, 4, 6, 1, 1, 2)], {}),
+}
+
+
+@pytest.mark.parametrize("name", SECOND_ORDER)
+def test_second_derivatives(name, values):
+    """Of blocks, whose first ones are no more than a function that JAX differentiates."""
+    f, shapes, options = SECOND_ORDER[name]
+    arrays = [0.3 * normal(40 + i, *shape) for i, shape in enumerate(shapes)]
+    directions = [normal(50 + i, *shape) for i, shape in enumerate(shapes)]
+
+    def curvature(implementation):
+        def along(*arrays):
+            loss = lambda *a: jnp.sin(f(*a, implementation=implementation, **options)).sum()  # noqa: E731
+            gradients = jax.grad(loss, argnums=range(len(arrays)))(*arrays)
+            return sum(jnp.vdot(g, d) for g, d in zip(gradients, directions, strict=True))
+
+        return jax.jit(jax.grad(along, argnums=range(len(arrays))))(*arrays)
+
+    chex.assert_trees_all_close(curvature("cpu"), curvature("reference"), rtol=2e-4, atol=2e-4)
 
 
 def test_block_rows(monkeypatch):

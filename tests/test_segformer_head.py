@@ -25,8 +25,6 @@ from resfu_jax.heads._layers import BatchNorm
 from resfu_jax.ops.resize import resize
 from resfu_jax.upsamplers import _registry, create_upsampler, list_upsamplers
 
-pytestmark = pytest.mark.usefixtures("this_platform_only")
-
 
 def head(upsampler="bilinear", **options):
     return SegFormerHead(
@@ -196,12 +194,12 @@ def test_wrong_options(options, message):
 
 
 def test_a_guide_that_heads_do_not_have(monkeypatch):
-    class ByImage(nnx.Module):
-        guide = "image"
+    class ByDepth(nnx.Module):
+        guide = "depth"
 
-    monkeypatch.setattr(_layers, "upsampler_entry", lambda name: _registry.Entry(ByImage, {}))
-    with pytest.raises(ValueError, match="'by_image' needs a guide of kind 'image'"):
-        head(upsampler="by_image")
+    monkeypatch.setattr(_layers, "upsampler_entry", lambda name: _registry.Entry(ByDepth, {}))
+    with pytest.raises(ValueError, match="'by_depth' needs a guide of kind 'depth'"):
+        head(upsampler="by_depth")
 
 
 def test_wrong_input(monkeypatch):

@@ -15,8 +15,6 @@ from resfu_jax.self_supervised import (
     training_pairs,
 )
 
-pytestmark = pytest.mark.usefixtures("this_platform_only")
-
 PATCH, WIDTH, SCALE = 8, 16, 4
 MIX = np.random.default_rng(0).normal(size=(6, WIDTH)).astype(np.float32)
 

@@ -26,8 +26,6 @@ from resfu_jax.export import export_model
 from resfu_jax.model import SegmentationModel
 from resfu_jax.serving import load_exported
 
-pytestmark = pytest.mark.usefixtures("this_platform_only")
-
 ROOT = pathlib.Path(__file__).parent.parent
 PALETTE = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 

@@ -25,8 +25,6 @@ from resfu_jax.ops.pool import adaptive_avg_pool
 from resfu_jax.ops.resize import resize
 from resfu_jax.upsamplers import _registry, list_upsamplers
 
-pytestmark = pytest.mark.usefixtures("this_platform_only")
-
 
 def head(upsampler="bilinear", name="upernet", **options):
     options = dict(width=8, upsampler=upsampler) | options

@@ -20,7 +20,7 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from resfu_jax import create_upsampler, list_upsamplers
-from resfu_jax.ops import _forms
+from resfu_jax.model import evaluating
 from resfu_jax.ops import _rows as rows
 from resfu_jax.upsamplers import pixel_weights, takes_values, upsampler_entry
 
@@ -39,10 +39,13 @@ def distinct():
 
 
 NAMES = distinct()
-GUIDED = [n for n in NAMES if upsampler_entry(n).cls.guide == "features"]
+GUIDED = [n for n in NAMES if upsampler_entry(n).cls.guide != "none"]
+BY_IMAGE = [n for n in GUIDED if upsampler_entry(n).cls.guide == "image"]
 REASSEMBLING = [n for n in NAMES if takes_values(upsampler_entry(n).cls)]
 every = pytest.mark.parametrize("name", NAMES)
-not_of_forms = pytest.mark.usefixtures("this_platform_only")
+
+# Members with large layers or windows by default are tested with smaller ones.
+SMALL: dict[str, dict] = {}
 
 # Where what lies beyond the image counts as zero, only the interior keeps constants.
 REACH = 2
@@ -50,40 +53,55 @@ REACH = 2
 
 @functools.cache
 def build(name, scale=2, width=16, **options):
-    return create_upsampler(name, features=width, guide_features=width, scale=scale, **options)
+    return evaluating(
+        create_upsampler(
+            name,
+            features=width,
+            guide_features=width,
+            scale=scale,
+            **SMALL.get(name, {}),
+            **options,
+        )
+    )
 
 
 def inputs(name, *, scale=2, batch=2, size=(3, 5), width=16):
-    """Random features, and a guide if the upsampler takes one."""
+    """Random features, and a guide, a map or an image, if the upsampler takes one."""
     h, w = size
     x = jax.random.normal(jax.random.key(1), (batch, h, w, width))
-    guide = jax.random.normal(jax.random.key(2), (batch, h * scale, w * scale, width))
+    channels = 3 if name in BY_IMAGE else width
+    guide = jax.random.normal(jax.random.key(2), (batch, h * scale, w * scale, channels))
     return (x, guide) if name in GUIDED else (x,)
 
 
 def disturbed(name, spread=0.2, **options):
     """The upsampler away from its initialisation, where some layers are zero."""
-    graphdef, params = nnx.split(build(name, **options))
+    graphdef, params, rest = nnx.split(build(name, **options), nnx.Param, ...)
     leaves, treedef = jax.tree.flatten(params)
     rng = np.random.default_rng(3)
     leaves = [p + jnp.asarray(spread * rng.normal(size=p.shape), p.dtype) for p in leaves]
-    return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+    return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves), rest)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(choice, graphdef, params, arrays, keywords):
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(graphdef, params, arrays, keywords):
     return nnx.merge(graphdef, params)(*arrays, **keywords)
 
 
 def run(up, arrays, **keywords):
-    """The compiled call; one for each choice of forms, of which `not_of_forms` has another."""
-    return _apply(_forms._by_platform, *nnx.split(up), arrays, keywords)
+    """The compiled call."""
+    return _apply(*nnx.split(up), arrays, keywords)
+
+
+def gradients(up, arrays):
+    """Those of the parameters and the inputs."""
+    return _gradients(*nnx.split(up, nnx.Param, ...), arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _gradients(graphdef, params, arrays):
+def _gradients(graphdef, params, rest, arrays):
     def loss(params, arrays):
-        y = jax.checkpoint(lambda p, a: nnx.merge(graphdef, p)(*a))(params, arrays)
+        y = jax.checkpoint(lambda p, a: nnx.merge(graphdef, p, rest)(*a))(params, arrays)
         return (y * jnp.cos(jnp.arange(y.size, dtype=y.dtype).reshape(y.shape))).sum()
 
     return jax.grad(loss, argnums=(0, 1))(params, arrays)
@@ -95,7 +113,7 @@ def test_every_parameter_and_input_receives_a_gradient(name):
     arrays = inputs(name, batch=1)
     with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
         up = disturbed(name)
-        params, d_inputs = _gradients(*nnx.split(up), arrays)
+        params, d_inputs = gradients(up, arrays)
     for path, g in nnx.to_flat_state(params):
         assert np.isfinite(g[...]).all(), path
         dead = any(path[-len(end) :] == end for end in up.without_gradient)
@@ -108,7 +126,6 @@ def test_every_parameter_and_input_receives_a_gradient(name):
 
 @pytest.mark.parametrize("scale", [3, 4, 8])
 @every
-@not_of_forms
 def test_scales(name, scale):
     """All other tests are of scale 2."""
     for width in (16, 64, 72):  # the first that the member takes at this scale
@@ -124,7 +141,6 @@ def test_scales(name, scale):
 
 
 @every
-@not_of_forms
 def test_single_pixel(name):
     y = run(disturbed(name), inputs(name, batch=1, size=(1, 1)))
     assert y.shape == (1, 2, 2, 16)
@@ -132,13 +148,14 @@ def test_single_pixel(name):
 
 
 @every
-@not_of_forms
 def test_output_size_is_kept_or_refused(name):
     """Any other size is made or, if the member says so, answered by what is possible."""
     up, size = build(name), (7, 11)
     x = inputs(name, batch=1)[0]
     guide = jax.random.normal(jax.random.key(2), (1, *size, 16))
     call = (x, guide) if name in GUIDED else (x, size)
+    if name in BY_IMAGE:  # larger than the output along one axis, smaller along the other
+        call = x, jax.random.normal(jax.random.key(2), (1, 9, 8, 3)), size
     if up.needs_whole_scale:
         with pytest.raises(ValueError, match="scale 2"):
             jax.eval_shape(lambda: up(*call))
@@ -170,9 +187,8 @@ def test_bfloat16_is_finite_and_near_float32(name):
     y = run(low, arrays)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(jnp.float32), wanted, atol=0.1 * np.abs(wanted).max())
-    graphdef, params = nnx.split(low)
-    gradients = _gradients(graphdef, params, arrays)
-    assert all(np.isfinite(g.astype(jnp.float32)).all() for g in jax.tree.leaves(gradients))
+    for g in jax.tree.leaves(gradients(low, arrays)):
+        assert np.isfinite(g.astype(jnp.float32)).all()
 
 
 @every
@@ -182,9 +198,9 @@ def test_sharded_batch_equals_unsharded(name):
     # In float64: a batch of one is rounded otherwise than one of eight, and LDA-AQU's steep offsets
     # make that 1e-4 of the values in float32.
     with jax.enable_x64(True):
-        graphdef, params = nnx.split(disturbed(name))
+        graphdef, params, rest = nnx.split(disturbed(name), nnx.Param, ...)
         double = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float64), tree)  # noqa: E731
-        up, arrays = nnx.merge(graphdef, double(params)), double(inputs(name, batch=8))
+        up, arrays = nnx.merge(graphdef, double(params), rest), double(inputs(name, batch=8))
         y = run(up, [jax.device_put(a, sharding) for a in arrays])
         assert y.dtype == jnp.float64 and len(y.sharding.device_set) == 8
         np.testing.assert_allclose(y, run(up, arrays), atol=1e-6)
@@ -224,7 +240,8 @@ def test_devices_do_not_wait_for_each_other(name, implementation, monkeypatch):
 def test_export_with_symbolic_batch_and_sizes(name):
     up = disturbed(name)
     b, h, w = export.symbolic_shape("b, h, w", constraints=["h >= 2", "w >= 2"])
-    shapes = [(b, h, w, 16), (b, 2 * h, 2 * w, 16)][: len(inputs(name))]
+    channels = 3 if name in BY_IMAGE else 16
+    shapes = [(b, h, w, 16), (b, 2 * h, 2 * w, channels)][: len(inputs(name))]
     exported = export.export(jax.jit(up.__call__))(
         *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
     )
@@ -234,9 +251,8 @@ def test_export_with_symbolic_batch_and_sizes(name):
 
 
 @every
-@not_of_forms
 def test_save_and_restore(name, tmp_path):
-    up, other = disturbed(name), create_upsampler(name, features=16, guide_features=16, scale=2)
+    up, other = disturbed(name), nnx.clone(build(name))
     state = nnx.as_pure(nnx.state(up))
     if not jax.tree.leaves(state):
         return  # nothing to save
@@ -249,7 +265,6 @@ def test_save_and_restore(name, tmp_path):
 
 
 @every
-@not_of_forms
 def test_outputs_are_weighted_means(name):
     """Constants stay, and no output lies outside the range of the features."""
     x, *guide = inputs(name, batch=1, size=(6, 7))
@@ -267,7 +282,6 @@ def test_outputs_are_weighted_means(name):
 
 
 @pytest.mark.parametrize("name", REASSEMBLING)
-@not_of_forms
 def test_values_stand_in_for_the_features(name):
     up, arrays = disturbed(name), inputs(name)
     x = arrays[0]
@@ -281,7 +295,6 @@ def test_values_stand_in_for_the_features(name):
 
 
 @pytest.mark.parametrize("name", REASSEMBLING)
-@not_of_forms
 def test_weights_of_an_output_pixel(name):
     """They are what the pixel makes of any values; they sum to 1 where nothing lies beyond."""
     x, *guide = inputs(name, batch=1, size=(6, 7))
@@ -301,7 +314,6 @@ def test_weights_of_an_output_pixel(name):
 
 
 @every
-@not_of_forms
 def test_wrong_values_are_named(name, as_users_call):
     up, (x, *guide) = build(name), inputs(name, batch=1)
 
@@ -329,10 +341,17 @@ def test_wrong_inputs_are_named(name, as_users_call):
     with pytest.raises(ValueError, match="features must be"):
         up(x[0], *guide)
     if guide:
+        what = "image" if name in BY_IMAGE else "guide"
+        with pytest.raises(ValueError, match=f"{what} must be"):
+            up(x, guide[0][0])
+        with pytest.raises(ValueError, match=f"{what} must have the features' batch size"):
+            up(x, guide[0][:1])
+    if name in BY_IMAGE:
+        with pytest.raises(ValueError, match="output_size must be two positive sizes"):
+            up(x, *guide, output_size=(0, 3))
+    elif guide:
         with pytest.raises(ValueError, match="guide must be"):
             up(x, guide[0][..., :7])
-        with pytest.raises(ValueError, match="guide must have the features' batch size"):
-            up(x, guide[0][:1])
         with pytest.raises(ValueError, match="guide must be at least as large"):
             up(x, guide[0][:, :2])
         with pytest.raises(ValueError, match="guide_features is needed"):
@@ -343,7 +362,8 @@ def test_wrong_inputs_are_named(name, as_users_call):
 
 def named(name, arrays):
     """The call's arrays by their names, values for those that take them."""
-    named = dict(zip(("features", "guide"), arrays, strict=False))
+    guide = "image" if name in BY_IMAGE else "guide"
+    named = dict(zip(("features", guide), arrays, strict=False))
     return named | (dict(values=arrays[0]) if name in REASSEMBLING else {})
 
 
@@ -357,11 +377,10 @@ def test_what_is_not_real_is_refused(name):
     for wrong in (jnp.int32, "uint8", bool, jnp.complex64, "floaty"):
         for argument in ("dtype", "param_dtype"):
             with pytest.raises(ValueError, match=f"^{argument} must be a floating-point dtype"):
-                create_upsampler(name, features=16, guide_features=16, scale=2, **{argument: wrong})
+                build.__wrapped__(name, **{argument: wrong})
 
 
 @every
-@not_of_forms
 def test_float16_with_bfloat16_is_float32(name):
     """The narrowest type that holds both."""
     up, arrays = build(name), named(name, inputs(name, batch=1))
@@ -376,7 +395,6 @@ def test_float16_with_bfloat16_is_float32(name):
 
 
 @pytest.mark.parametrize("name", REASSEMBLING)
-@not_of_forms
 def test_values_are_not_narrowed_to_the_features(name):
     features, *guide = (a.astype(jnp.bfloat16) for a in inputs(name, batch=1))
     up, values = build(name), 1 + 1e-4 * inputs(name, batch=1)[0]
@@ -391,7 +409,7 @@ def test_an_empty_batch(name):
     assert up(*arrays).shape == (0, 6, 10, 16)
     y = run(build(name, dtype=jnp.bfloat16), (), **named(name, arrays))
     assert (y.shape, y.dtype) == ((0, 6, 10, 16), jnp.bfloat16)
-    params, d_inputs = _gradients(*nnx.split(up), arrays)
+    params, d_inputs = gradients(up, arrays)
     assert [g.shape for g in d_inputs] == [a.shape for a in arrays]
     for g in jax.tree.leaves(params):
         np.testing.assert_array_equal(g, jnp.zeros_like(g))
@@ -411,7 +429,6 @@ def test_maps_without_pixels_or_channels_are_refused(name):
 
 
 @pytest.mark.parametrize("name", GUIDED)
-@not_of_forms
 def test_the_guide_matters(name):
     x, guide = inputs(name, batch=1)
     up = disturbed(name)

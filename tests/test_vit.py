@@ -21,8 +21,6 @@ from PIL import Image
 from resfu_jax.backbones import ViT, create_backbone
 from resfu_jax.convert.vit import load_vit
 
-pytestmark = pytest.mark.usefixtures("this_platform_only")
-
 GOLDENS = pathlib.Path(__file__).parent / "goldens_vit"
 SHARED = pathlib.Path(__file__).resolve().parent.parent.parent / "shared"
 if "RESFU_GOLDENS" in os.environ:

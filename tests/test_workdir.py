@@ -17,9 +17,8 @@ from tiny_run import make_run
 import train
 from resfu_jax import data, training
 from resfu_jax._files import local_path, write_whole
-from resfu_jax.training import config as config_module
-
-pytestmark = pytest.mark.usefixtures("this_platform_only")
+from resfu_jax.training import workdir as workdir_module
+from resfu_jax.training.config import flatten, to_dict
 
 
 # ------------------------------------------------------------------------------------ config.json
@@ -37,7 +36,7 @@ def test_a_config_of_an_older_version_has_the_defaults_for_what_it_lacks(tmp_pat
         training.check_same_run(tmp_path, config)
 
     # A default that is another one now: the run was trained with the one of its time.
-    monkeypatch.setitem(config_module._IN_EFFECT_BEFORE, "optimizer.layer_decay", 0.9)
+    monkeypatch.setitem(workdir_module._IN_EFFECT_BEFORE, "optimizer.layer_decay", 0.9)
     training.check_same_run(tmp_path, config)
     assert training.read_config(tmp_path) == config
     tree["optimizer"]["layer_decay"] = 1.0  # but what is written counts
@@ -46,8 +45,8 @@ def test_a_config_of_an_older_version_has_the_defaults_for_what_it_lacks(tmp_pat
 
 
 def test_every_line_of_the_table_of_older_defaults_is_a_field():
-    known = config_module.flatten(config_module.to_dict(training.Config()))
-    assert config_module._IN_EFFECT_BEFORE.keys() <= known.keys()
+    known = flatten(to_dict(training.Config()))
+    assert workdir_module._IN_EFFECT_BEFORE.keys() <= known.keys()
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):

@@ -17,22 +17,29 @@ def upsamplers(
     guide_features: int | None = None,
     size: tuple[int, int] = (32, 32),
     scale: int = 4,
+    weights: bool = False,
 ) -> None:
-    """Lists the upsamplers with their guide, parameters and operations.
+    """Lists the upsamplers with their guide, parameters and operations, or their released weights.
 
     resfu upsamplers
 
     resfu upsamplers resfu fade carafe --features 256 --size 64 64 --scale 2
+
+    resfu upsamplers --weights
 
     Operations are of one forward pass of one image, as XLA counts them before it optimises.
 
     Args:
       names: some of them; by default all.
       features: channels of the low-resolution features.
-      guide_features: channels of the guide; by default as many as the features.
+      guide_features: channels of the guide; by default as many as the features. (Of an image, 3.)
       size: height and width of the features.
       scale: ratio of the output to them.
+      weights: list the weights that `load_upsampler` knows by name, with their licences.
     """
+    if weights:
+        _print_weights(names)
+        return
     start_jax()
     from rich.console import Console
     from rich.table import Table
@@ -52,6 +59,42 @@ def upsamplers(
         call = _Call.of(name, features, guide_features, size, scale, "float32")
         table.add_row(name, call.guide, f"{call.parameters:,}", f"{call.gflop():.3f}")
     Console().print(table)
+
+
+def _print_weights(names: tuple[str, ...]) -> None:
+    """Prints the catalogue as a table, or all that it says about these names and members."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from resfu_jax.convert.catalogue import RELEASES, find_releases
+
+    if names:
+        for name, release in [item for n in names for item in find_releases(n).items()]:
+            facts = release.facts() | {
+                "file": release.url,
+                "SHA-256": release.sha256 or "",
+                "note": release.note,
+            }
+            print(name, *(f"  {key:9}{text}" for key, text in facts.items() if text), sep="\n")
+        return
+    table = Table(
+        title="resfu_jax.load_upsampler(name); more about one: resfu upsamplers --weights NAME",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for title in ("name", "member", "backbone", "channels", "licence"):
+        table.add_column(title)
+    table.add_column("MB", justify="right")
+    table.add_column("where", overflow="fold")
+    for name, release in RELEASES.items():
+        facts = release.facts()
+        site = "/".join(release.url.split("/")[2:4])
+        table.add_row(name, *(facts.get(c.header, site) for c in table.columns[1:]))
+    console = Console()
+    console.width = max(console.width, 130)  # a narrower table cannot be read
+    console.print(table)
 
 
 def benchmark(
@@ -156,7 +199,8 @@ class _Call:
 
         shapes = [(1, *size, features)]
         if guide != "none":
-            shapes.append((1, *(n * scale for n in size), guide_features))
+            channels = 3 if guide == "image" else guide_features
+            shapes.append((1, *(n * scale for n in size), channels))
         inputs = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
         return cls(create, guide, inputs)
 

@@ -34,6 +34,8 @@ def visualize(
     variant: str = "tiny",
     normalisation: Literal["half", "imagenet"] = "half",
     scale: int = 4,
+    drawn_scale: int | None = None,
+    weights: tuple[str, ...] = (),
     side: int = 448,
     steps: int = 200,
     seed: int = 0,
@@ -49,6 +51,9 @@ def visualize(
     Of trained runs, a row each: the photo, the backbone's features, the upsampled ones, the
     prediction. With --pretrained, upsamplers are fitted to the photo itself, without labels, on a
     frozen backbone. What the panels mean: docs/visualize.md.
+
+    resfu visualize photo.jpg --pretrained vit.safetensors --upsamplers jbu anyup jafar \\
+        --weights anyup=anyup_multi_backbone.pth --drawn-scale 16
 
     Args:
       photo: the image.
@@ -66,7 +71,11 @@ def visualize(
       variant: which of them: tiny, dinov2_small, b0, 50, ...
       normalisation: what it expects: half (mean and deviation 127.5; most plain ViT) or imagenet
         (the DINO family, MiT, ResNet).
-      scale: ratio of the upsamplers.
+      scale: ratio of the upsamplers that are fitted.
+      drawn_scale: ratio at which all are drawn, if another: for those that are fitted, their
+        weights must not depend on it.
+      weights: upsamplers with released weights, which are not fitted: `anyup` fetches them,
+        `anyup=FILE` reads them.
       side: pixels of the photo's longer side, once resized.
       steps: of the fit.
       seed: of the initial weights.
@@ -100,6 +109,10 @@ def visualize(
     else:
         for name in upsamplers:
             upsampler_entry(name)  # a wrong one is told before the work
+        released = dict(text.partition("=")[::2] for text in weights)
+        for name in released:
+            if name not in upsamplers:
+                raise ValueError(f"--weights are of {name!r}, which --upsamplers does not name")
         extract, stride = _backbone(pretrained, backbone, variant, normalisation)
         drawn = _fitted(
             extract,
@@ -109,6 +122,8 @@ def visualize(
             upsamplers,
             columns=columns,
             scale=scale,
+            drawn_scale=scale if drawn_scale is None else drawn_scale,
+            released=released,
             side=side,
             steps=steps,
             seed=seed,
@@ -164,8 +179,9 @@ def _trained(run: Run, image: Any, pixels: Pixels) -> "list[Panel]":
 
     @jax.jit
     def weights(model, images, place):
-        x, other = model.head.upsampler_inputs(model.features(images), model.normalise(images))
-        return pixel_weights(model.head.upsample, x, tuple(place), other)
+        maps = model.features(images)
+        x, *others = model.head.upsampler_inputs(maps, model.normalise(images))
+        return pixel_weights(model.head.upsample, x, tuple(place), *others)
 
     for pixel in pixels:
         context, draw = _window(image, pixel, seen, drawn[1][1], high.shape[:2])
@@ -182,27 +198,45 @@ def _fitted(
     *,
     columns: int,
     scale: int,
+    drawn_scale: int,
+    released: dict[str, str],
     side: int,
     steps: int,
     seed: int,
 ) -> "list[Panel]":
-    """The panels of upsamplers that learn from the photo."""
+    """The panels of upsamplers that learn from the photo, or have released weights, or none."""
     import jax
+    import jax.numpy as jnp
     import numpy as np
     from flax import nnx
     from tqdm import tqdm
 
+    from resfu_jax.convert import load_upsampler
+    from resfu_jax.model import evaluating
     from resfu_jax.self_supervised import GuidedUpsampler, fit, fitted, training_pairs
     from resfu_jax.upsamplers import takes_values
     from resfu_jax.visualize import PCA
 
-    def create(name: str) -> GuidedUpsampler:
-        return GuidedUpsampler(name, low.shape[3], scale=scale, rngs=nnx.Rngs(seed))
-
     seen = fitted(image, side=side, multiple=stride)
     low = extract(seen[None])
+    networks: dict[str, Any] = dict.fromkeys(upsamplers)
+    networks |= {name: load_upsampler(name, file or None) for name, file in released.items()}
+
+    def create(name: str, scale: int) -> GuidedUpsampler:
+        up = networks[name] or name
+        return GuidedUpsampler(up, low.shape[3], scale=scale, rngs=nnx.Rngs(seed))
+
     for name in upsamplers:
-        nnx.eval_shape(lambda name=name: create(name))  # so is a width that does not fit
+        # So is a width or a ratio that does not fit.
+        one, other = (
+            jax.tree.map(jnp.shape, nnx.state(nnx.eval_shape(lambda n=name, r=ratio: create(n, r))))
+            for ratio in (scale, drawn_scale)
+        )
+        if one != other:
+            raise ValueError(
+                f"--drawn-scale must be --scale, {scale}, with {name}, whose weights depend on it; "
+                f"got {drawn_scale}"
+            )
     _, dense, _ = training_pairs(extract, [seen], scale)[0]
     pca = PCA.fit(np.asarray(low[0]))
     drawn = [
@@ -214,14 +248,21 @@ def _fitted(
     weights = jax.jit(lambda module, x, images, place: module.weights(x, images, tuple(place)))
     modules = {}
     for name in tqdm(upsamplers, desc="fitting", disable=None):
-        modules[name] = module = create(name)
-        loss = fit(module, extract, [seen], steps=steps, seed=seed)[-1]
-        finer = np.asarray(run(module, low, seen[None])[0])
-        drawn.append((f"{name}: error {loss:.2f}", pca(finer)))
+        module, title = create(name, scale), f"{name}, released weights"
+        if name not in released:
+            loss = fit(module, extract, [seen], steps=steps, seed=seed)[-1]
+            title = f"{name}: error {loss:.2f}"
+        if drawn_scale != scale:
+            larger = create(name, drawn_scale)
+            nnx.update(larger, nnx.state(module))
+            module = larger
+        modules[name] = module = evaluating(module)
+        drawn.append((title, pca(np.asarray(run(module, low, seen[None])[0]))))
     rest = [("", np.full_like(seen, 255))] * (-len(drawn) % columns)
     drawn += rest
     for pixel in pixels:
-        context, draw = _window(image, pixel, seen, drawn[1][1], dense.shape[1:3])
+        size = tuple(drawn_scale * n for n in low.shape[1:3])
+        context, draw = _window(image, pixel, seen, drawn[1][1], size)
         drawn += context
         for name, module in modules.items():
             known = takes_values(module.upsample)

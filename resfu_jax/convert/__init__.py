@@ -16,14 +16,17 @@ from resfu_jax.convert.carafe import carafe_pack
 from resfu_jax.convert.classic import conv_pixel_shuffle, conv_transpose
 from resfu_jax.convert.dysample import dysample
 from resfu_jax.convert.fade import fade, fade_lite, semi_shift_up
+from resfu_jax.convert.freqfusion import freqfusion
 from resfu_jax.convert.jafar import jafar
 from resfu_jax.convert.lda_aqu import lda_aqu
 from resfu_jax.convert.naf import naf
 from resfu_jax.convert.pretrained import load_pretrained
+from resfu_jax.convert.released import load_upsampler
 from resfu_jax.convert.resfu import pcdc_block, resfu
 from resfu_jax.convert.sapa import sapa, sapa_base, sapa_deform, sapa_exp
+from resfu_jax.convert.uplift import uplift
 
-__all__ = ["from_torch", "load_pretrained"]
+__all__ = ["from_torch", "load_pretrained", "load_upsampler"]
 
 _CONVERTERS: dict[str, Callable[..., nnx.Module]] = {
     "zmhhmz/ReSFU:ReSFU": resfu,
@@ -37,8 +40,10 @@ _CONVERTERS: dict[str, Callable[..., nnx.Module]] = {
     "poppinace/fade:SemiShiftUp": semi_shift_up,
     "tiny-smart/dysample:DySample": dysample,
     "duzw9311/LDA-AQU:LDA_AQU": lda_aqu,
-    "valeoai/NAF:NAF": naf,
+    "Linwei-Chen/FreqFusion:FreqFusion": freqfusion,
     "open-mmlab/mmcv:CARAFEPack": carafe_pack,
+    "mwalmer-umd/UPLiFT:UPLiFT": uplift,
+    "valeoai/NAF:NAF": naf,
     "PaulCouairon/JAFAR:JAFAR": jafar,
     "wimmerth/anyup:AnyUp": anyup,
     "wimmerth/anyup:NATTENCrossAttentionBlock": natten_block,
@@ -65,8 +70,9 @@ def from_torch(
           type (bfloat16 is read exactly), on any device, also parameters that require gradients;
         - a checkpoint with such a mapping in it, `{"state_dict": ..., "epoch": ...}`;
         - the module itself, of which `state_dict()` is taken;
-        - a path, or a repository of Hugging Face, as `load_pretrained` takes: `.safetensors`, an
-          index of shards, or `.pth`, `.pt`, `.bin` and `.ckpt`, of which nothing is executed.
+        - a path, a repository of Hugging Face or an address (`https://...`), as `load_pretrained`
+          takes: `.safetensors`, an index of shards, `.npz`, or `.pth`, `.pt`, `.bin` and `.ckpt`,
+          of which nothing is executed.
 
       prefix: what the names begin with, such as `"decode_head.up1."`; needed where the module is a
         part of a larger one. A prefix that all names have (`module.`, `_orig_mod.`), or all of one

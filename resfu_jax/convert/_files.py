@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from resfu_jax.convert._download import DamagedDownload, download
+from resfu_jax.convert._npz import is_npz, read_npz
 from resfu_jax.convert._pickle import DTYPES, Stored, read_torch
 from resfu_jax.convert._state import shorten
 
-_SUFFIXES = (".safetensors", ".json", ".bin", ".pth", ".pt", ".ckpt", ".pkl", ".tar")
+_SUFFIXES = (".safetensors", ".json", ".bin", ".pth", ".pt", ".ckpt", ".pkl", ".tar", ".npz")
 _FILES = (  # of a folder or repository, the first that is there
     "model.safetensors",
     "model.safetensors.index.json",
@@ -51,16 +53,17 @@ def read_weights(path_or_repo: str | os.PathLike[str]) -> Any:
 
     Args:
       path_or_repo: a `.safetensors` file; a `.pth`, `.pt`, `.bin` or `.ckpt` file of `torch.save`,
-        of which nothing is executed; an index of shards, `model.safetensors.index.json`; a folder
-        with `model.safetensors` or its index, or `pytorch_model.bin` or its index; or a repository
-        of the Hugging Face hub, `"owner/name"`, `"owner/name@revision"`, `"owner/name:file"` or
-        `"owner/name@revision:file"`. `~` is the home folder. What a file is, its content says.
+        of which nothing is executed; an `.npz` file of arrays; an index of shards,
+        `model.safetensors.index.json`; a folder with `model.safetensors` or its index, or
+        `pytorch_model.bin` or its index; a repository of the Hugging Face hub, `"owner/name"`,
+        `"owner/name@revision"`, `"owner/name:file"` or `"owner/name@revision:file"`; or the address
+        of a file, `"https://..."`. `~` is the home folder. What a file is, its content says.
 
     Raises:
       FileNotFoundError: no such file, or it could not be fetched; the error says what to do.
       ValueError: a file in another format, damaged, or with a shard missing.
     """
-    return _read(_resolve(path_or_repo))
+    return _read(find_weights(path_or_repo))
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -74,6 +77,8 @@ def _read(path: pathlib.Path) -> Any:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     if head[8:9] == b"{":
         return _safetensors(path)
+    if head.startswith(b"PK") and is_npz(path):
+        return read_npz(path)
     if head.startswith((b"PK", b"\x80")) or head[257:262] == b"ustar":
         return read_torch(path)
     if not head:
@@ -83,7 +88,7 @@ def _read(path: pathlib.Path) -> Any:
     elif head.lstrip()[:1] == b"<":
         what = "is a web page: download the file itself"
     else:
-        what = "is neither a safetensors file nor one of torch.save"
+        what = "is neither a safetensors file nor one of torch.save or numpy.savez"
     raise ValueError(f"{path} {what}")
 
 
@@ -156,15 +161,15 @@ def _listed(names: list[str]) -> str:
 
 
 # ------------------------------------------------------------------------------------------ finding
-def _resolve(path_or_repo: str | os.PathLike[str]) -> pathlib.Path:
+def find_weights(path_or_repo: str | os.PathLike[str]) -> pathlib.Path:
+    """The file that `read_weights` reads, fetched if need be."""
     if not isinstance(path_or_repo, str | os.PathLike) or not os.fspath(path_or_repo):
-        raise ValueError(f"weights must be a path or a repository, got {path_or_repo!r}")
+        raise ValueError(
+            f"weights must be a path, a repository or an address, got {path_or_repo!r}"
+        )
     text = os.fspath(path_or_repo)
     if re.match(r"\w+://", text):
-        raise ValueError(
-            f"{text} is a URL, and only repositories of Hugging Face are fetched: download the "
-            "file, compare its SHA-256 with the publisher's, and give its path"
-        )
+        return download(text)
     path = pathlib.Path(text)
     if text.startswith("~"):
         try:
@@ -259,10 +264,6 @@ def _first_of(
                 raise
             absent.append(error)
     raise absent[0]
-
-
-class DamagedDownload(ValueError):
-    """A file from the hub is not what the hub says it is."""
 
 
 def _check_sum(path: pathlib.Path) -> None:

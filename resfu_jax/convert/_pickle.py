@@ -178,8 +178,6 @@ class _Zip:
         self._path, self._archive = path, zipfile.ZipFile(path)
         self._files = {info.filename: info for info in self._archive.infolist()}
         pickles = [name for name in self._files if name.rpartition("/")[2] == "data.pkl"]
-        if any(name.endswith(".npy") for name in self._files):
-            raise _Refused("it is an archive of NumPy; give dict(numpy.load(path))")
         if len(pickles) != 1:
             raise _Refused("it is a zip archive without a checkpoint of PyTorch in it (data.pkl)")
         self._root = pickles[0].removesuffix("data.pkl")

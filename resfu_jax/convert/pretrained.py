@@ -66,13 +66,13 @@ def load_pretrained(
 
     Args:
       path_or_repo: a `.safetensors` file; a `.pth`, `.pt`, `.bin` or `.ckpt` file of `torch.save`,
-        of which nothing is executed; `model.safetensors.index.json` beside its shards; a folder
-        with one of those, called `model.safetensors` or `pytorch_model.bin`; or a repository of the
-        Hugging Face hub, `"owner/name"`, `"owner/name@revision"`, `"owner/name:file"` or
-        `"owner/name@revision:file"`, whose file is fetched by https into the hub's cache and
-        compared with the SHA-256 that the hub has for it. That needs
-        `pip install 'resfu_jax[hub]'`. What exists as a path is read as one; `~` is the home
-        folder.
+        of which nothing is executed; an `.npz` file of arrays; `model.safetensors.index.json`
+        beside its shards; a folder with one of those, called `model.safetensors` or
+        `pytorch_model.bin`; a repository of the Hugging Face hub, `"owner/name"`,
+        `"owner/name@revision"`, `"owner/name:file"` or `"owner/name@revision:file"`, whose file is
+        fetched by https into the hub's cache and compared with the SHA-256 that the hub has for it
+        (that needs `pip install 'resfu_jax[hub]'`); or the address of a file, `"https://..."`. What
+        exists as a path is read as one; `~` is the home folder.
       model: module of the sizes of the checkpoint. It may hold shapes only (`nnx.eval_shape`).
       prefix: where the entries are, for files that have them in several places, or where to look
         for them; `""` is the top alone.

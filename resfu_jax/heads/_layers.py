@@ -1,9 +1,10 @@
 """What the heads share: layers, checks, and upsamplers that they call alike."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
@@ -11,7 +12,8 @@ from jaxtyping import Array, Float
 from resfu_jax._checks import check_rate, check_whole, need
 from resfu_jax._layers import BatchNorm
 from resfu_jax.ops.checks import check_floating, check_not_empty, check_real
-from resfu_jax.upsamplers import create_upsampler, upsampler_entry
+from resfu_jax.ops.sizes import Size
+from resfu_jax.upsamplers import Guide, create_upsampler, upsampler_entry
 
 _conv_init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 classifier_init = nnx.initializers.normal(0.01)
@@ -62,8 +64,11 @@ def create_head_upsampler(
     for option in options:
         need(option not in fixed, f"upsampler_options cannot hold {option!r}: the head sets it")
     guide = upsampler_entry(name).cls.guide
-    if guide not in ("none", "features"):
-        raise ValueError(f"upsampler {name!r} needs a guide of kind {guide!r}, not a feature map")
+    need(
+        guide in get_args(Guide),
+        f"upsampler {name!r} needs a guide of kind {guide!r}, which heads do not have; they have "
+        f"{', '.join(get_args(Guide))}",
+    )
     return create_upsampler(
         name,
         features=width,
@@ -75,12 +80,37 @@ def create_head_upsampler(
 
 
 def apply_upsampler(
-    upsampler: Any, x: Float[Array, "b _h _w c"], guide: Float[Array, "b h w _g"]
+    upsampler: Any,
+    x: Float[Array, "b _h _w c"],
+    guide: Float[Array, "b h w _g"],
+    images: Float[Array, "b _H _W 3"] | None,
 ) -> Float[Array, "b h w c"]:
-    """`x` at the size of `guide`, and guided by it if the upsampler takes a guide."""
+    """`x` at the size of `guide`, guided by it or by the images if the upsampler takes a guide.
+
+    Raises:
+      ValueError: images are needed and not given.
+    """
+    if upsampler.guide == "features":
+        return upsampler(x, guide)
+    return upsampler(x, *guide_by_images(upsampler, images, (guide.shape[1], guide.shape[2])))
+
+
+def guide_by_images(
+    upsampler: Any, images: Float[Array, "b H W 3"] | None, size: tuple[Size, Size]
+) -> tuple[Any, ...]:
+    """What an upsampler that does not take a feature map is called with after the features.
+
+    One that needs the colours in 0 .. 1 gets each image between its least and its largest value:
+    how images are normalised, heads do not know.
+    """
     if upsampler.guide == "none":
-        return upsampler(x, output_size=guide.shape[1:3])
-    return upsampler(x, guide)
+        return (size,)
+    if images is None:
+        raise ValueError(f"images must be given: the guide of {type(upsampler).__name__}")
+    if upsampler.image == "unit":
+        low, high = (f(images, axis=(1, 2, 3), keepdims=True) for f in (jnp.min, jnp.max))
+        images = (images - low) / jnp.maximum(high - low, 1e-6)
+    return images, size
 
 
 class ConvBNReLU(nnx.Module):

@@ -15,7 +15,8 @@ H x W, patches of side P, width C and K classes, with `guide_stride` S and `scal
            (2, 2) for S = 4, (2, 1) for S = 2, (1, 1) for S = 1
 
 `classify` is a 1x1 convolution, `norm` a GroupNorm over all channels. Upsamplers without a guide
-have no stem. Several maps of a backbone are used as their concatenation, at the size of the first.
+have no stem, nor have those that are guided by the image itself. Several maps of a backbone are
+used as their concatenation, at the size of the first.
 
 For given kernels, most upsamplers are linear in the features, as `classify` is. Where there are
 fewer classes than features, the head classifies first and upsamples the logits, with the kernels of
@@ -39,9 +40,9 @@ from resfu_jax.heads._layers import (
     check_maps,
     classifier_init,
     create_head_upsampler,
+    guide_by_images,
 )
 from resfu_jax.ops.conv import conv
-from resfu_jax.ops.sizes import Size
 from resfu_jax.upsamplers import keeps_space
 
 _STEM_STRIDES = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (4, 2)}
@@ -105,9 +106,9 @@ class LinearHead(nnx.Module):
             upsampler, features, scale, upsampler_options, guide_features=width, **types
         )
         self.stem = (
-            None
-            if self.upsample.guide == "none"
-            else ImageStem(stem_width, width, _STEM_STRIDES[guide_stride], **types)
+            ImageStem(stem_width, width, _STEM_STRIDES[guide_stride], **types)
+            if self.upsample.guide == "features"
+            else None
         )
         self.dropout = nnx.Dropout(dropout, broadcast_dims=(1, 2), rngs=rngs)
         self.classify = nnx.Linear(features, num_classes, kernel_init=classifier_init, **types)
@@ -125,11 +126,11 @@ class LinearHead(nnx.Module):
           ValueError: maps that do not have `in_features` channels, or sizes between which the
             upsampler cannot go.
         """
-        x, other = self.upsampler_inputs(features, images)
+        x, *others = self.upsampler_inputs(features, images)
         groups = self.upsample.value_groups
         if keeps_space(self.upsample) and groups * self.num_classes < x.shape[-1]:
-            return self._upsampled_logits(x, other, groups)
-        return self.classify(self.dropout(self.upsample(x, other)))
+            return self._upsampled_logits(x, others, groups)
+        return self.classify(self.dropout(self.upsample(x, *others)))
 
     def upsampled(
         self, features: Sequence[Float[Array, "b _h _w _c"]], images: Float[Array, "b H W 3"]
@@ -137,8 +138,8 @@ class LinearHead(nnx.Module):
         """What is classified, the upsampled features; as `__call__`."""
         return self.upsample(*self.upsampler_inputs(features, images))
 
-    def _upsampled_logits(self, x, other, groups):
-        """`classify(dropout(upsample(x, other)))`; each group of channels has logits of its own."""
+    def _upsampled_logits(self, x, others, groups):
+        """`classify(dropout(upsample(x, *others)))`, with logits of each group of channels."""
         layer, (b, h, w, _) = self.classify, x.shape
         values, kernel, bias = layer.promote_dtype(
             (self.dropout(x), layer.kernel[...], layer.bias[...]), dtype=layer.dtype
@@ -148,14 +149,17 @@ class LinearHead(nnx.Module):
             values.reshape(b, h, w, groups, values.shape[3] // groups),
             kernel.reshape(groups, -1, self.num_classes),
         ).reshape(b, h, w, groups * self.num_classes)
-        logits = self.upsample(x, other, values=values).astype(bias.dtype)
+        logits = self.upsample(x, *others, values=values).astype(bias.dtype)
         logits = logits.reshape(*logits.shape[:3], groups, self.num_classes).sum(axis=3)
         return logits + bias[None, None, None]
 
     def upsampler_inputs(
         self, features: Sequence[Float[Array, "b _h _w _c"]], images: Float[Array, "b H W 3"]
-    ) -> tuple[Float[Array, "b _h _w _d"], Float[Array, "b h w g"] | tuple[Size, Size]]:
-        """The features, and the guide; the output's size for an upsampler without a guide."""
+    ) -> tuple[Any, ...]:
+        """What the upsampler is called with: the features, then the guide or the output's size.
+
+        An upsampler that is guided by the image takes both, the image and the output's size.
+        """
         check_maps(features, self.in_features)
         need(
             len({x.shape[:3] for x in features}) == 1,
@@ -169,7 +173,8 @@ class LinearHead(nnx.Module):
         if self.stem is not None:
             return x, self.stem(images.astype(x.dtype))
         s, (_, h, w, _) = self.guide_stride, images.shape
-        return x, ((h + s - 1) // s, (w + s - 1) // s)
+        size = (h + s - 1) // s, (w + s - 1) // s
+        return x, *guide_by_images(self.upsample, images.astype(x.dtype), size)
 
 
 class ImageStem(nnx.Module):

@@ -23,7 +23,8 @@ steps between neighbouring grids are taken one by one. Each has its own upsample
                                                                         |
                                              concatenate, and on as above
 
-Sides that are no multiples of 32 are rounded up. Upsamplers without a guide take its size only.
+Sides that are no multiples of 32 are rounded up. Upsamplers without a guide take its size only,
+those that are guided by the image take the image instead.
 `project` and `fuse` are 1x1 convolution, BatchNorm, ReLU; `classify` is a 1x1 convolution.
 """
 
@@ -129,7 +130,8 @@ class SegFormerHead(nnx.Module):
 
         Args:
           features: maps c1 .. c4 of the backbone.
-          images: not used; heads whose guide is the image take them.
+          images: the images, normalised as the backbone had them; only upsamplers that are guided
+            by the image use them.
 
         Raises:
           ValueError: maps that do not have `in_features` channels, or sizes between which the
@@ -148,7 +150,7 @@ class SegFormerHead(nnx.Module):
         maps = list(guides)
         steps = _STEPS[self.wiring]
         for upsample, (source, target, _) in zip(self.upsample, steps, strict=True):
-            maps[source] = apply_upsampler(upsample, maps[source], guides[target])
+            maps[source] = apply_upsampler(upsample, maps[source], guides[target], images)
         if self.linear:
             maps.reverse()
         return self.fuse(jnp.concatenate(maps, axis=-1))

@@ -120,7 +120,8 @@ class UPerNetHead(nnx.Module):
 
         Args:
           features: maps of the backbone, from fine to coarse.
-          images: not used; heads whose guide is the image take them.
+          images: the images, normalised as the backbone had them; only upsamplers that are guided
+            by the image use them.
 
         Raises:
           ValueError: maps that do not have `in_features` channels, or sizes between which the
@@ -137,7 +138,7 @@ class UPerNetHead(nnx.Module):
         check_maps(features, self.in_features)
         maps = [lateral(x) for lateral, x in zip(self.lateral, features, strict=True)]
         for i in reversed(range(len(self.upsample))):
-            maps[i] += apply_upsampler(self.upsample[i], maps[i + 1], maps[i])
+            maps[i] += apply_upsampler(self.upsample[i], maps[i + 1], maps[i], images)
         for i, smooth in enumerate(self.smooth):
             maps[i] = smooth(maps[i])
         size = maps[0].shape[1:3]

@@ -13,9 +13,11 @@ from resfu_jax.ops.deformable_sample import deformable_sample
 from resfu_jax.ops.depthwise_conv import depthwise_conv
 from resfu_jax.ops.filters import box_filter, gaussian_blur, guided_filter
 from resfu_jax.ops.fns_attention import fns_attention
+from resfu_jax.ops.gaussian_splat import gaussian_splat
 from resfu_jax.ops.grid_sample import grid_sample
 from resfu_jax.ops.group_norm import group_norm
 from resfu_jax.ops.grouped_conv import grouped_conv, grouped_linear
+from resfu_jax.ops.joint_bilateral import joint_bilateral
 from resfu_jax.ops.layer_norm import layer_norm
 from resfu_jax.ops.local_window import (
     local_attention,
@@ -45,11 +47,13 @@ __all__ = [
     "depthwise_conv",
     "fns_attention",
     "gaussian_blur",
+    "gaussian_splat",
     "grid_sample",
     "group_norm",
     "grouped_conv",
     "grouped_linear",
     "guided_filter",
+    "joint_bilateral",
     "layer_norm",
     "local_attention",
     "local_reassembly",

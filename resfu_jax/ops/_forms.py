@@ -13,11 +13,14 @@ for: a program that is exported for several platforms holds one form for each, a
 compiled ahead of time for a TPU is the TPU's, on whatever machine.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.extend
+from jax.interpreters import batching, mlir
 from jaxtyping import Array
 
 from resfu_jax.ops.sizes import whole_ratio
@@ -96,7 +99,9 @@ class Forms:
         best = {platform: self._best(platform, *arrays, **options) for platform in _PREFERENCE}
         if len(set(best.values())) == 1:
             return best["gpu"](*arrays, **options)
-        return _by_platform(tuple(best.items()), tuple(options.items()), *arrays)
+        items = tuple(options.items())
+        branches = tuple((p, _Branch(f, items)) for p, f in best.items())
+        return _by_platform(branches, *_varying_alike(arrays))
 
     def _named(self, name: str, *arrays: Any, **options: Hashable) -> Array:
         if name not in self._forms:
@@ -118,37 +123,133 @@ class Forms:
         raise AssertionError(f"the reference of {self._name} applies to everything")
 
 
+# What runs on a platform. Equal ones are equal: what JAX has compiled for one serves the other.
+@dataclasses.dataclass(frozen=True)
+class _Branch:
+    """A form with its options."""
+
+    function: Callable[..., Any]
+    options: tuple[tuple[str, Hashable], ...]
+
+    def __call__(self, *arrays: Any) -> Any:
+        return self.function(*arrays, **dict(self.options))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gradient:
+    """Cotangent and arrays to the gradients of the arrays. Keeps nothing of the forward pass."""
+
+    of: Callable[..., Any]
+
+    def __call__(self, g: Any, *arrays: Any) -> Any:
+        return jax.vjp(self.of, *arrays)[1](g)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flat:
+    """With lists of arrays instead of trees."""
+
+    of: Callable[..., Any]
+    tree: Any
+
+    def __call__(self, *flat: Array) -> list[Array]:
+        return jax.tree.leaves(self.of(*jax.tree.unflatten(self.tree, flat)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batched:
+    """Mapped over axes of some arrays."""
+
+    of: Callable[..., Any]
+    axes: tuple[int | None, ...]
+
+    def __call__(self, *flat: Array) -> list[Array]:
+        return jax.vmap(self.of, in_axes=self.axes)(*flat)
+
+
+Branches = tuple[tuple[str, Callable[..., Any]], ...]  # by platform; the last is any other's too
+
+
 # Compiled, so that calls outside of `jit` compile once for all equal arguments.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _by_platform(functions: tuple, options: tuple, *arrays: Any) -> Array:
-    return _lowered(functions, options, *arrays)
+@functools.partial(jax.jit, static_argnums=0)
+def _by_platform(branches: Branches, *arrays: Any) -> Any:
+    return _differentiable(branches, *arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _lowered(functions: tuple, options: tuple, *arrays: Any) -> Array:
-    return _switch(functions, options, lambda f: f, *arrays)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(branches: Branches, *arrays: Any) -> Any:
+    return _lowered(branches, jax.eval_shape(branches[-1][1], *arrays), *arrays)
 
 
-def _lowered_fwd(functions, options, *arrays):
-    return _lowered(functions, options, *arrays), arrays
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradients(branches: Branches, g: Any, *arrays: Any) -> Any:
+    return _lowered(branches, arrays, g, *arrays)
 
 
-def _lowered_bwd(functions, options, arrays, g):
-    # From the arguments: differentiated by JAX, the choice would keep what every form keeps.
-    def gradient(f):
-        return lambda g, *arrays: jax.vjp(f, *arrays)[1](g)
-
-    return _switch(functions, options, gradient, g, *arrays)
+def _bwd(branches: Branches, arrays: tuple, g: Any) -> Any:
+    # A choice again, from the arguments: what a form keeps for its gradient depends on the form.
+    return _gradients(tuple((p, _Gradient(f)) for p, f in branches), g, *arrays)
 
 
-_lowered.defvjp(_lowered_fwd, _lowered_bwd)
+_differentiable.defvjp(lambda branches, *a: (_differentiable(branches, *a), a), _bwd)
+_gradients.defvjp(lambda branches, *a: (_gradients(branches, *a), a), _bwd)
 
 
-def _switch(functions: tuple, options: tuple, make: Callable, *arrays: Any) -> Any:
-    branches = {platform: make(functools.partial(f, **dict(options))) for platform, f in functions}
-    return jax.lax.platform_dependent(
-        *arrays, cpu=branches["cpu"], tpu=branches["tpu"], default=branches["gpu"]
-    )
+def _varying_alike(arrays: tuple) -> tuple:
+    """In `jax.shard_map`: all of them differ between the devices between which one does."""
+    names = {n for a in jax.tree.leaves(arrays) for n in jax.typeof(a).manual_axis_type.varying}
+
+    def vary(a: Array) -> Array:
+        missing = names - jax.typeof(a).manual_axis_type.varying
+        return jax.lax.pcast(a, tuple(sorted(missing)), to="varying") if missing else a
+
+    return jax.tree.map(vary, arrays) if names else arrays
+
+
+def _lowered(branches: Branches, like: Any, *arrays: Any) -> Any:
+    """The platform's branch, whose result is `like`."""
+    flat, tree = jax.tree.flatten(arrays)
+    likes, out_tree = jax.tree.flatten(like)
+    branches = tuple((p, _Flat(f, tree)) for p, f in branches)
+    out = _form.bind(*flat, branches=branches, shapes=tuple((a.shape, a.dtype) for a in likes))
+    return jax.tree.unflatten(out_tree, out)
+
+
+# An operation of JAX that is lowered to its platform's branch: the others are not even traced.
+_form = jax.extend.core.Primitive("form")
+_form.multiple_results = True
+
+
+@_form.def_impl
+def _run(*flat: Array, branches: Branches, shapes: Any) -> list[Array]:
+    (platform,) = {d.platform for a in flat for d in a.devices()}
+    return dict(branches).get(platform, branches[-1][1])(*flat)
+
+
+@_form.def_abstract_eval
+def _shapes(*flat: Any, branches: Branches, shapes: Any) -> list[Any]:
+    return [flat[0].update(shape=shape, dtype=dtype, weak_type=False) for shape, dtype in shapes]
+
+
+def _over_batch(flat: Any, axes: Any, *, branches: Branches, shapes: Any) -> tuple[Any, Any]:
+    axes = tuple(axis if isinstance(axis, int) else None for axis in axes)
+    (size,) = {a.shape[i] for a, i in zip(flat, axes, strict=True) if i is not None}
+    branches = tuple((p, _Batched(f, axes)) for p, f in branches)
+    shapes = tuple(((size, *shape), dtype) for shape, dtype in shapes)
+    return _form.bind(*flat, branches=branches, shapes=shapes), [0] * len(shapes)
+
+
+batching.primitive_batchers[_form] = _over_batch
+
+
+def _lower(platform: str | None, context: Any, *flat: Any, branches: Branches, shapes: Any) -> Any:
+    branch = dict(branches).get(platform, branches[-1][1])
+    return mlir.lower_fun(branch, multiple_results=True)(context, *flat)
+
+
+for _platform in ("cpu", "tpu"):
+    mlir.register_lowering(_form, functools.partial(_lower, _platform), platform=_platform)
+mlir.register_lowering(_form, functools.partial(_lower, None))
 
 
 def needs_whole_ratio(out: Array, *others: Array | None, **options: Hashable) -> Refusal:

@@ -1,13 +1,14 @@
 """Local windows: every output pixel sees the K x K low-resolution pixels around its own cell.
 
 Output pixel p of an axis lies in cell floor(p n_in / n_out), as in nearest-neighbour resizing. The
-two halves of local-window attention, both with zeros beyond the image:
+two halves of local-window attention, with zeros beyond the image:
 
     similarity[p, uv] = <q[p], k[cell(p) + (u, v) - r]>
     out[p] = sum_uv weights[p, uv] v[cell(p) + (u, v) - r],         r = (K - 1) / 2
 
 Out-of-range keys have similarity 0 and out-of-range values add nothing: a softmax over the window
-keeps their share, and borders come out weaker. So do the published operators.
+keeps their share, and borders come out weaker. So do the published operators. The values can also
+be continued by those of the border.
 
 Sources: CARAFE (Wang et al., ICCV 2019) for the reassembly; SAPA (Lu et al., NeurIPS 2022) for the
 similarity.
@@ -25,6 +26,7 @@ from resfu_jax.ops._pallas import windows as pallas
 from resfu_jax.ops._xla import windows as xla
 from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32, promote
+from resfu_jax.ops.pad import Mode
 from resfu_jax.ops.sizes import Size, cell_index
 from resfu_jax.ops.unfold import unfold
 
@@ -74,6 +76,7 @@ def local_reassembly(
     v: Float[Array, "b h w c"],
     *,
     groups: int = 1,
+    border: Mode = "constant",
     implementation: Implementation | None = None,
 ) -> Float[Array, "b H W c"]:
     """Weighted sum of the K x K values around every output pixel's cell.
@@ -81,7 +84,8 @@ def local_reassembly(
     `local_attention` with the weights as they are: arguments, result and errors are its.
     """
     _check(weights, v, None, groups)
-    return _ATTENTION(implementation, weights, None, v, groups=groups, softmax=False)
+    options = dict(groups=groups, softmax=False, border=border)
+    return _ATTENTION(implementation, weights, None, v, **options)
 
 
 @takes_maps("scores", "v", "scale")
@@ -91,16 +95,20 @@ def local_attention(
     *,
     scale: Float[Array, "b H W groups"] | None = None,
     groups: int = 1,
+    border: Mode = "constant",
     implementation: Implementation | None = None,
 ) -> Float[Array, "b H W c"]:
     """`local_reassembly` with the softmax of scores, which is not kept for the gradient.
 
     Args:
       scores: K*K of every output pixel, row-major; with groups, those of group g are
-        [g K*K, (g + 1) K*K) and apply to the g-th contiguous block of channels.
+        [g K*K, (g + 1) K*K) and apply to the g-th contiguous block of channels. -inf leaves a tap
+        out.
       v: values at low resolution.
       scale: factor of all weights of an output pixel and group, 1 if not given.
       groups: groups of channels with weights of their own.
+      border: what lies beyond the image, as in `ops.pad`: `"constant"`, zeros; `"edge"`, the border
+        repeated; `"reflect"`, the image reflected.
       implementation: `"reference"` gathers every pixel's window; `"xla"` spreads the weights of a
         strip of pixels over all values around them, for one matrix product; `"cpu"`, for whole
         ratios, sums up shifted maps; `"pallas"`, for whole ratios on a TPU, is `"xla"` without the
@@ -113,11 +121,12 @@ def local_attention(
       ValueError: shapes that do not fit, an even K, or an `implementation` that does not apply.
     """
     _check(scores, v, scale, groups)
-    return _ATTENTION(implementation, scores, scale, v, groups=groups, softmax=True)
+    options = dict(groups=groups, softmax=True, border=border)
+    return _ATTENTION(implementation, scores, scale, v, **options)
 
 
 def _attention(
-    scores: Array, scale: Array | None, v: Array, *, groups: int, softmax: bool
+    scores: Array, scale: Array | None, v: Array, *, groups: int, softmax: bool, border: Mode
 ) -> Array:
     dtype, taps = at_least_float32(v.dtype), scores.shape[3] // groups
     weights = scores.astype(promote(scores.dtype, dtype))
@@ -126,14 +135,16 @@ def _attention(
         weights = jax.nn.softmax(weights)
     if scale is not None:
         weights = weights * scale.astype(weights.dtype)[..., None]
-    windows = _gather(v, scores.shape[1:3], math.isqrt(taps)).astype(dtype)
+    windows = _gather(v, scores.shape[1:3], math.isqrt(taps), border).astype(dtype)
     windows = windows.reshape(*windows.shape[:4], groups, -1)
     out = jnp.einsum("bhwgt,bhwtgc->bhwgc", weights.astype(dtype), windows)
     return out.reshape(*out.shape[:3], -1).astype(v.dtype)
 
 
-def _gather(x: Array, size: tuple[Size, Size], kernel_size: int) -> Float[Array, "b H W taps c"]:
-    windows = unfold(x, kernel_size, padding=kernel_size // 2)
+def _gather(
+    x: Array, size: tuple[Size, Size], kernel_size: int, border: Mode = "constant"
+) -> Float[Array, "b H W taps c"]:
+    windows = unfold(x, kernel_size, padding=kernel_size // 2, pad_mode=border)
     for axis in (1, 2):
         index = cell_index(x.shape[axis], size[axis - 1])
         windows = jnp.take(windows, index, axis=axis, mode="clip")

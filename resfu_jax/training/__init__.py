@@ -16,18 +16,13 @@ from resfu_jax.training.config import (
     ParallelConfig,
     ProfileConfig,
     check_overrides,
-    check_same_run,
     create_inference,
     create_preprocess,
     define_config,
-    find_workdir,
     load_config,
     model_arguments,
     parse_flags,
-    read_config,
     size_multiple,
-    validate,
-    write_config,
 )
 from resfu_jax.training.devices import (
     Layout,
@@ -76,6 +71,8 @@ from resfu_jax.training.state import (
     merge_model,
     split_model,
 )
+from resfu_jax.training.validation import validate
+from resfu_jax.training.workdir import check_same_run, find_workdir, read_config, write_config
 
 __all__ = [
     "BackboneConfig",

@@ -16,24 +16,17 @@ import os
 import pathlib
 import runpy
 import traceback
-import types
-import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
-from resfu_jax import data
-from resfu_jax._checks import is_number
-from resfu_jax._files import local_path, write_whole
-from resfu_jax.backbones import backbone_strides, check_backbone_options
-from resfu_jax.heads import check_head_options
+from resfu_jax.backbones import backbone_strides
 from resfu_jax.inference import Inference
 from resfu_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from resfu_jax.upsamplers import upsampler_entry
 
 
 @dataclasses.dataclass
@@ -435,7 +428,7 @@ def model_arguments(config: ModelConfig) -> dict[str, Any]:
     backbone = config.backbone
     return dict(
         backbone=dict(name=backbone.name, variant=backbone.variant, **backbone.options),
-        head=_given(config.head),
+        head=given(config.head),
         frozen=backbone.frozen,
         mean=config.mean,
         std=config.std,
@@ -444,7 +437,7 @@ def model_arguments(config: ModelConfig) -> dict[str, Any]:
     )
 
 
-def _given(group: Any) -> dict[str, Any]:
+def given(group: Any) -> dict[str, Any]:
     """Fields of a group that are not None, as keyword arguments."""
     return {
         field.name: value
@@ -507,7 +500,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
     """
     known: list[str] = []
     groups: list[str] = []
-    for path, value in _fields(Config()):
+    for path, value in all_fields(Config()):
         (groups if dataclasses.is_dataclass(value) else known).append(path)
     wrong = []
     for argument in arguments:
@@ -522,238 +515,15 @@ def check_overrides(arguments: Sequence[str]) -> None:
         raise ConfigError("\n".join(wrong))
 
 
-def _fields(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
+def all_fields(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
     """All (dotted path, value) pairs below a dataclass, groups included."""
     pairs = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         pairs.append((prefix + field.name, value))
         if dataclasses.is_dataclass(value):
-            pairs += _fields(value, f"{prefix}{field.name}.")
+            pairs += all_fields(value, f"{prefix}{field.name}.")
     return pairs
-
-
-def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
-    """Checks everything that can be known before data are read or a program is compiled.
-
-    Args:
-      config: the experiment.
-      devices: number of devices that share a batch.
-      processes: number of processes that share the devices.
-
-    Raises:
-      ConfigError: naming every field that is wrong, what it is and what it has to be.
-    """
-    check_types(config)
-    wrong = []
-    values = dict(_fields(config))
-    positive, not_negative = lambda v: v > 0, lambda v: v >= 0
-
-    def require(field: str, condition: Callable[[Any], bool], need: str) -> None:
-        if not condition(values[field]):
-            wrong.append(f"config.{field} is {values[field]!r}; it has to be {need}")
-
-    for field in (
-        "steps batch_size log_every optimizer.accumulate eval.every eval.batch_size "
-        "checkpoint.every checkpoint.keep parallel.shard_at_least profile.start"
-    ).split():
-        require(field, lambda v: v >= 1, "at least 1")
-    for field in (
-        "data.num_workers eval.pictures optimizer.weight_decay optimizer.warmup_steps profile.steps"
-    ).split():
-        require(field, not_negative, "0 or more")
-    for field in (
-        "data.resize_scale optimizer.learning_rate optimizer.power "
-        "optimizer.head_learning_rate_multiple optimizer.upsampler_learning_rate_multiple"
-    ).split():
-        require(field, positive, "positive")
-    for field in "parallel.peak_tflops optimizer.clip_norm".split():
-        require(field, lambda v: v is None or v > 0, "positive, or None")
-    for field in "model.head.width model.head.scale".split():
-        require(field, lambda v: v is None or v >= 1, "at least 1, or None")
-    for field in "optimizer.beta1 optimizer.beta2 loss.label_smoothing".split():
-        require(field, lambda v: 0 <= v < 1, "at least 0 and less than 1")
-    require("seed", lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1")
-    for field in "steps optimizer.warmup_steps".split():
-        require(field, lambda v: v < 2**31, "at most 2**31 - 1")
-    if devices % processes:
-        wrong.append(
-            f"{devices} devices are not {processes} equal parts: every process has to have as "
-            "many devices as the others"
-        )
-    them = f"{devices} devices of {processes} processes" if processes > 1 else "devices"
-    parts = max(config.optimizer.accumulate, 1) * devices
-    require(
-        "batch_size",
-        lambda v: v % parts == 0,
-        f"a multiple of {parts} ({them} x config.optimizer.accumulate)",
-    )
-    require("eval.batch_size", lambda v: v % devices == 0, f"a multiple of {devices} (the {them})")
-    try:
-        multiple = size_multiple(config.model.backbone)
-        create_preprocess(config)
-    except ValueError as error:  # the fields of `data` are told below
-        multiple = 1
-        if not str(error).startswith(("scale", "resize_to")):
-            wrong.append(f"config.model: {error}")
-
-    def is_size(v: tuple[int, ...]) -> bool:
-        return len(v) == 2 and all(side >= multiple and side % multiple == 0 for side in v)
-
-    size = f"(height, width), multiples of {multiple} (the backbone's largest stride)"
-    require("data.crop_size", is_size, size)
-    require("eval.pad_to", lambda v: v is None or is_size(v), size + ", or None")
-    if config.model.backbone.name == "vit":  # the others round up
-        require("eval.crop", lambda v: v is None or is_size(v), size + ", or None")
-    require(
-        "data.scale_range",
-        lambda v: len(v) == 2 and 0 < v[0] <= v[1],
-        "(smallest, largest), both positive",
-    )
-    require(
-        "data.resize_to",
-        lambda v: v is None or len(v) == 2 and 0 < v[0] <= v[1],
-        "(short, long) with 0 < short <= long, or None",
-    )
-    require("data.max_class_share", lambda v: 0 < v <= 1, "above 0, at most 1")
-    require(
-        "eval.group_sizes",
-        lambda v: not v or config.eval.pad_to is None,
-        "False unless config.eval.pad_to is None",
-    )
-    require("data.on_corrupt", lambda v: v in ("raise", "skip"), "'raise' or 'skip'")
-    require("model.dtype", lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
-    require("optimizer.name", lambda v: v in ("adamw", "sgd"), "'adamw' or 'sgd'")
-    require("optimizer.layer_decay", lambda v: 0 < v <= 1, "above 0, at most 1")
-    require(
-        "optimizer.final_learning_rate",
-        lambda v: 0 <= v <= config.optimizer.learning_rate,
-        "from 0 to config.optimizer.learning_rate",
-    )
-    require("loss.class_balance", lambda v: 0 <= v <= 1, "between 0 and 1")
-    require(
-        "model.backbone.cache_features",
-        lambda v: not v or config.model.backbone.frozen,
-        "False unless config.model.backbone.frozen is True",
-    )
-    require(
-        "model.head.dropout",
-        lambda v: v is None or 0 <= v < 1,
-        "at least 0 and less than 1, or None",
-    )
-    require(
-        "model.head.guide_stride",
-        lambda v: v is None or v in (1, 2, 4, 8),
-        "1, 2, 4 or 8, or None",
-    )
-    require(
-        "model.head.pool_sizes",
-        lambda v: v is None or all(side >= 1 for side in v),
-        "sides of at least 1, or None",
-    )
-    require("model.mean", lambda v: len(v) == 3, "three numbers, one per colour")
-    require(
-        "model.std",
-        lambda v: len(v) == 3 and all(x > 0 for x in v),
-        "three positive numbers, one per colour",
-    )
-    require("optimizer.warmup_start", lambda v: 0 <= v <= 1, "between 0 and 1")
-    require("optimizer.ema_decay", lambda v: v is None or 0 < v < 1, "between 0 and 1, or None")
-    require(
-        "loss.class_weights",
-        lambda v: v is None or all(w >= 0 for w in v) and any(v),
-        "weights of 0 or more, not all 0, or None",
-    )
-    require("eval.dilation_ratio", lambda v: 0 < v < 1, "between 0 and 1")
-    try:
-        create_inference(config)
-    except ValueError as error:
-        wrong.append(f"config.eval.{error}")
-    try:
-        options = config.model.backbone.options
-        if fixed := options.keys() & {"name", "variant", "dtype", "param_dtype", "remat", "rngs"}:
-            raise ValueError(f"options cannot hold {', '.join(sorted(fixed))}: other fields set it")
-        check_backbone_options(config.model.backbone.name, options)
-        json.dumps(options)  # as `write_config` does
-    except (ValueError, TypeError) as error:
-        wrong.append(f"config.model.backbone: {error}")
-    try:
-        upsampler_entry(config.model.head.upsampler)
-    except ValueError as error:
-        wrong.append(f"config.model.head.upsampler: {error}")
-    try:
-        json.dumps(config.model.head.upsampler_options)
-    except (ValueError, TypeError) as error:
-        wrong.append(f"config.model.head.upsampler_options: {error}")
-    try:
-        check_head_options(config.model.head.name, _given(config.model.head).keys() - {"name"})
-    except ValueError as error:
-        wrong.append(f"config.model.head: {error}")
-    try:
-        classes = data.dataset_info(config.data.name, config.data.dir).num_classes
-        require(
-            "loss.class_weights",
-            lambda v: v is None or len(v) == classes,
-            f"one weight for each of the {classes} classes of {config.data.name!r}, or None",
-        )
-    except ValueError as error:
-        wrong.append(f"config.data.name: {error}")
-    if wrong:
-        raise ConfigError("\n".join(wrong))
-
-
-def check_types(config: Config) -> None:
-    """Checks that every field has a value of its type, and that there are no others.
-
-    Raises:
-      ConfigError: naming every field that is wrong. Numbers have to be finite.
-    """
-    wrong = _mistyped(config) if isinstance(config, Config) else [f"it is no Config: {config!r}"]
-    if wrong:
-        raise ConfigError("\n".join(wrong))
-
-
-def _mistyped(group: Any, prefix: str = "config.") -> list[str]:
-    """What is said about the fields of a group that are not of their type, or no fields."""
-    kinds = {field.name: field.type for field in dataclasses.fields(group)}
-    wrong = [
-        f"{prefix}{name} does not exist; {did_you_mean(name, list(kinds))}"
-        for name in vars(group).keys() - kinds.keys()
-    ]
-    for name, kind in kinds.items():
-        value = getattr(group, name)
-        if not _is(value, kind):
-            wrong.append(f"{prefix}{name} is {value!r}; it has to be {_in_words(kind)}")
-        elif dataclasses.is_dataclass(kind):
-            wrong += _mistyped(value, f"{prefix}{name}.")
-    return wrong
-
-
-def _is(value: Any, kind: Any) -> bool:
-    """Whether a value is of a field's type: no bool for a number, no NaN, nothing infinite."""
-    if isinstance(kind, types.UnionType):
-        return any(_is(value, part) for part in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-        return isinstance(value, tuple | list) and all(_is(v, item) for v in value)
-    if typing.get_origin(kind) is dict:
-        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind is float:
-        return isinstance(value, int | float) and is_number(value)
-    return isinstance(value, kind)
-
-
-def _in_words(kind: Any) -> str:
-    if isinstance(kind, types.UnionType):
-        return " or ".join(map(_in_words, typing.get_args(kind)))
-    if typing.get_origin(kind) is tuple:
-        return f"a tuple, each item {_in_words(typing.get_args(kind)[0])}"
-    if typing.get_origin(kind) is dict:
-        return "a dictionary"
-    words = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text"}
-    return words.get(kind, "None" if kind is types.NoneType else f"a {kind.__name__}")
 
 
 def size_multiple(config: BackboneConfig) -> int:
@@ -764,142 +534,3 @@ def size_multiple(config: BackboneConfig) -> int:
     """
     options = {"variant": config.variant} | config.options
     return math.lcm(*backbone_strides(config.name, **options))
-
-
-def find_workdir(path: str, *, new: bool) -> pathlib.Path:
-    """The directory of a run, absolute, with `~` replaced by the home folder.
-
-    Args:
-      path: as a person typed it.
-      new: whether it may not be there yet.
-
-    Raises:
-      ConfigError: it is not a folder of this machine, or not there.
-    """
-    try:
-        workdir = local_path(path, "--workdir").resolve()
-    except (ValueError, OSError, RuntimeError) as error:
-        raise ConfigError(str(error)) from error
-    if not new and not workdir.is_dir():
-        raise ConfigError(f"--workdir={workdir} is not a folder: there is no run to evaluate")
-    return workdir
-
-
-# What may change between a run and its continuation: its length, and what no number depends on.
-_FREE_TO_CHANGE = (
-    *("steps", "log_every", "eval.", "checkpoint.", "data.dir"),
-    *("parallel.", "profile."),
-)
-
-# What a config.json without the field was trained with, where that is not the field's default now.
-# Whoever adds a field whose default changes what a run computes, or changes a default, adds a line.
-_IN_EFFECT_BEFORE: dict[str, Any] = {}
-
-
-def check_same_run(workdir: pathlib.Path, config: Config, *, only: str = "") -> None:
-    """Checks a config against the one that the checkpoints of a workdir were made with.
-
-    Args:
-      workdir: directory of the run.
-      config: the present config.
-      only: compare fields whose dotted path starts with this.
-
-    Raises:
-      ConfigError: naming every field that differs, or a `config.json` that cannot be read. The
-        number of steps may differ (the learning rate then follows the new schedule from here
-        on), and how often things are logged, evaluated and saved, where the dataset lies, and
-        how the devices are used. Fields that were added since count as `read_config` has them.
-    """
-    if not (workdir / "config.json").exists():
-        return
-    before = flatten(to_dict(read_config(workdir)))
-    now = flatten(to_dict(config))
-    lines = [
-        f"  config.{field}: was {before.get(field)!r}, is {now.get(field)!r}"
-        for field in sorted(before.keys() | now.keys())
-        if field.startswith(only)
-        and not field.startswith(_FREE_TO_CHANGE)
-        and before.get(field) != now.get(field)
-    ]
-    if lines:
-        raise ConfigError(
-            f"the checkpoints in {workdir} are of another config:\n"
-            + "\n".join(lines)
-            + "\nuse that config, or another --workdir"
-        )
-
-
-def write_config(workdir: pathlib.Path, config: Config) -> None:
-    """Writes `config.json`."""
-    write_whole(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
-
-
-def read_config(workdir: pathlib.Path) -> Config:
-    """The config that `write_config` wrote; fields that it does not have get their defaults.
-
-    Raises:
-      ConfigError: there is none, or it is not one, naming the file and what to do.
-    """
-    path = workdir / "config.json"
-    advice = (
-        "put back a copy of it; or, if you know the command that started the run, move it away and "
-        "give that command again, which writes it anew"
-    )
-    try:
-        content = path.read_bytes()
-        tree = json.loads(content.decode())
-    except FileNotFoundError:
-        raise ConfigError(f"{workdir} is not the workdir of a run: no config.json in it") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:
-        what = f"not JSON: {error}" if content.strip(b"\0 \r\n") else "it is empty"
-        raise ConfigError(f"{path} cannot be read ({what}): {advice}") from error
-    unknown: list[str] = []
-    wrong: list[str] = []
-    config = _filled(_config_of_before(), tree, "", unknown, wrong)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], dict(_fields(config)), n=1)
-        hint = f"did you mean {near[0]}? Or " if near else ""
-        raise ConfigError(
-            f"{path} has fields that this version does not know: {', '.join(unknown[:20])}; {hint}"
-            "another version of resfu_jax wrote it, a newer one perhaps: use that one"
-        )
-    if wrong:
-        raise ConfigError(f"{path} cannot be read ({'; '.join(wrong[:20])}): {advice}")
-    return config
-
-
-def _config_of_before() -> Config:
-    """What a `config.json` without any field says."""
-    config = Config()
-    for name, value in _IN_EFFECT_BEFORE.items():
-        *groups, field = name.split(".")
-        setattr(functools.reduce(getattr, groups, config), field, value)
-    return config
-
-
-def _filled(group: Any, tree: Any, prefix: str, unknown: list[str], wrong: list[str]) -> Any:
-    """The group with the values of its JSON tree; paths that are no field, and wrong groups."""
-    if not isinstance(tree, dict):
-        wrong.append(f"{prefix.rstrip('.') or 'all of it'} is {str(tree)[:50]!r}, not a group")
-        return group
-    values = {}
-    for name, value in tree.items():
-        default = getattr(group, name, None)
-        if name not in {field.name for field in dataclasses.fields(group)}:
-            unknown.append(prefix + name)
-        elif dataclasses.is_dataclass(default):
-            values[name] = _filled(default, value, f"{prefix}{name}.", unknown, wrong)
-        else:
-            values[name] = _tuples(value)
-    return dataclasses.replace(group, **values)
-
-
-def _tuples(value: Any) -> Any:
-    """JSON knows lists only, a config tuples."""
-    if isinstance(value, list):
-        return tuple(map(_tuples, value))
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return value

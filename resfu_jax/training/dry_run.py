@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import jax
 
 from resfu_jax.data.fabricate import prepare_fabricated
-from resfu_jax.training.config import Config, check_types, size_multiple, validate
+from resfu_jax.training.config import Config, size_multiple
+from resfu_jax.training.validation import check_types, validate
 
 _SIDE = 64  # of crops and windows, rounded up to what the backbone takes
 

@@ -18,22 +18,27 @@ from resfu_jax.upsamplers._registry import (
     register,
     upsampler_entry,
 )
-from resfu_jax.upsamplers._upsampler import Upsampler
+from resfu_jax.upsamplers._upsampler import Guide, Upsampler
 from resfu_jax.upsamplers._weights import keeps_space, pixel_weights, takes_values
 from resfu_jax.upsamplers.anyup import AnyUp
 from resfu_jax.upsamplers.carafe import CARAFE
 from resfu_jax.upsamplers.classic import Deconvolution, Interpolation, PixelShuffle
 from resfu_jax.upsamplers.dysample import DySample
 from resfu_jax.upsamplers.fade import FADE
+from resfu_jax.upsamplers.freqfusion import FreqFusion
 from resfu_jax.upsamplers.jafar import JAFAR
+from resfu_jax.upsamplers.jbu import JBU
 from resfu_jax.upsamplers.lda_aqu import LDAAQU
 from resfu_jax.upsamplers.naf import NAF
 from resfu_jax.upsamplers.resfu import ReSFU
 from resfu_jax.upsamplers.sapa import SAPA, SAPADeform
+from resfu_jax.upsamplers.uplift import UPLiFT
+from resfu_jax.upsamplers.upsample_anything import UpsampleAnything
 
 __all__ = [
     "CARAFE",
     "FADE",
+    "JBU",
     "JAFAR",
     "LDAAQU",
     "NAF",
@@ -41,10 +46,14 @@ __all__ = [
     "AnyUp",
     "Deconvolution",
     "DySample",
+    "Guide",
+    "FreqFusion",
     "Interpolation",
     "PixelShuffle",
     "ReSFU",
     "SAPADeform",
+    "UPLiFT",
+    "UpsampleAnything",
     "Upsampler",
     "check_features",
     "check_floating",

@@ -4,7 +4,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_whole, need
-from resfu_jax.ops.dtypes import promote
+from resfu_jax.ops.dtypes import at_least_float32, promote
+from resfu_jax.ops.resize import resize
 from resfu_jax.ops.sizes import Size
 
 
@@ -70,6 +71,12 @@ def size_of_output(image: Array, output_size: tuple[Size, Size] | None) -> tuple
     )
     height, width = output_size
     return height, width
+
+
+def image_of_size(image: Array, size: tuple[Size, Size]) -> Float[Array, "b H W c"]:
+    """The image in float32 or better, resized bilinearly; with antialiasing where it shrinks."""
+    image = image.astype(at_least_float32(image.dtype))
+    return image if image.shape[1:3] == size else resize(image, size, antialias=True)
 
 
 def reassembled(

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from resfu_jax.ops._cpu import cells
 from resfu_jax.ops._rows import map_row_blocks
 from resfu_jax.ops.dtypes import at_least_float32, promote
-from resfu_jax.ops.pad import pad
+from resfu_jax.ops.pad import Mode, pad
 
 
 def similarity(q: Array, k: Array, *, kernel_size: int) -> Array:
@@ -27,7 +27,9 @@ def similarity(q: Array, k: Array, *, kernel_size: int) -> Array:
     return out
 
 
-def attention(scores: Array, scale: Array | None, v: Array, *, groups: int, softmax: bool) -> Array:
+def attention(
+    scores: Array, scale: Array | None, v: Array, *, groups: int, softmax: bool, border: Mode
+) -> Array:
     """Form of `ops.local_attention` and, without the softmax, of `ops.local_reassembly`."""
     dtype, taps = at_least_float32(v.dtype), scores.shape[3] // groups
     kernel_size = math.isqrt(taps)
@@ -40,7 +42,7 @@ def attention(scores: Array, scale: Array | None, v: Array, *, groups: int, soft
             weights = weights * scale.astype(dtype)[..., None]
         return (cells.reassemble(weights, padded).astype(v.dtype),)
 
-    padded = pad(v.astype(dtype), (kernel_size // 2,) * 2)
+    padded = pad(v.astype(dtype), (kernel_size // 2,) * 2, border)
     out_shape = (*scores.shape[:3], v.shape[3])
     count, windows, pixels = cells.blocks(out_shape, padded.shape, kernel_size)
     inputs = pixels, None if scale is None else pixels, windows

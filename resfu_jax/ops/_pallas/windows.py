@@ -33,16 +33,16 @@ from resfu_jax.ops._pallas.tiles import (
     tiles,
 )
 from resfu_jax.ops._xla import windows as xla
-from resfu_jax.ops.pad import pad
+from resfu_jax.ops.pad import Mode, pad
 
 
-def _attention(scores: Array, scale: Array | None, v: Array, *, groups, softmax) -> Array:
+def _attention(scores: Array, scale: Array | None, v: Array, *, groups, softmax, border) -> Array:
     reach = math.isqrt(scores.shape[3] // groups) // 2
     cut = tiles(v.shape[1:3], scores.shape[1:3], reach, xla._in_cells)
-    return _reassemble(scores, scale, v, cut, "constant", groups=groups, softmax=softmax)
+    return _reassemble(scores, scale, v, cut, border, groups=groups, softmax=softmax)
 
 
-def _attention_refusal(scores, scale, v, *, groups, softmax) -> Refusal:
+def _attention_refusal(scores, scale, v, *, groups, softmax, border) -> Refusal:
     reach = math.isqrt(scores.shape[3] // groups) // 2
     return _refusal(v, scores, reach, *([] if scale is None else [scale]))
 
@@ -50,7 +50,7 @@ def _attention_refusal(scores, scale, v, *, groups, softmax) -> Refusal:
 def _fns_attention(attn: Array, x: Array, *, tile: int | None = None) -> Array:
     border = math.isqrt(attn.shape[3]) // 2 + 1
     cut = tiles(x.shape[1:3], attn.shape[1:3], border, _first_key)
-    return _reassemble(attn, None, x, cut, "edge", groups=1, softmax=False)
+    return _reassemble(attn, None, x, cut, "edge", groups=1, softmax=False, between=True)
 
 
 def _first_key(n: int, size: int) -> tuple[Array, Array]:
@@ -75,8 +75,17 @@ fns_attention = kernel_form(_fns_attention, xla.fns_attention, _fns_refusal)
 
 
 def _reassemble(
-    planes: Array, scale: Array | None, x: Array, cut: Tiles, mode: str, *, groups, softmax
+    planes: Array,
+    scale: Array | None,
+    x: Array,
+    cut: Tiles,
+    mode: Mode,
+    *,
+    groups,
+    softmax,
+    between: bool = False,
 ) -> Array:
+    """Of windows of keys or, `between` them, of samples at fractions of a key."""
     from jax.experimental import pallas as pl
 
     (b, height, width, taps), (*_, channels) = planes.shape, x.shape
@@ -93,7 +102,7 @@ def _reassemble(
     if scale is not None:
         scale = jnp.moveaxis(scale, 3, 2)
         args["scale"] = (scale, strip(1, rows.pixels, groups, cols.pixels))
-    if mode == "edge":
+    if between:
         args["rows"] = (_row_weights(rows, ratio, k), None)
 
     def kernel(*refs):

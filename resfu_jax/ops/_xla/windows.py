@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from resfu_jax.ops._interp import half_pixel_taps
 from resfu_jax.ops.dtypes import at_least_float32, promote
-from resfu_jax.ops.pad import pad
+from resfu_jax.ops.pad import Mode, pad
 from resfu_jax.ops.sizes import Size, cell_index, whole_ratio
 
 _TILE = 32  # cells of a tile of columns, at most
@@ -52,7 +52,9 @@ def similarity(q: Array, k: Array, *, kernel_size: int) -> Array:
     return jnp.moveaxis(planes, 1, 3).astype(q.dtype)
 
 
-def attention(scores: Array, scale: Array | None, v: Array, *, groups: int, softmax: bool) -> Array:
+def attention(
+    scores: Array, scale: Array | None, v: Array, *, groups: int, softmax: bool, border: Mode
+) -> Array:
     """Form of `ops.local_attention` and, without the softmax, of `ops.local_reassembly`."""
     b, height, width, channels = scores.shape
     kernel_size = math.isqrt(channels // groups)
@@ -64,7 +66,7 @@ def attention(scores: Array, scale: Array | None, v: Array, *, groups: int, soft
         weights = weights * jnp.moveaxis(scale, 3, 1)[:, :, None].astype(weights.dtype)
     rows, cols = _axes(v, (height, width), kernel_size // 2, _in_cells)
     weights = weights.reshape(b, groups, kernel_size, kernel_size, height, width)
-    return _reassemble(cols.split(rows.split(weights, 4), 6), v, rows, cols, "constant")
+    return _reassemble(cols.split(rows.split(weights, 4), 6), v, rows, cols, border)
 
 
 def fns_attention(attn: Array, x: Array, *, tile: int | None = None) -> Array:
@@ -84,7 +86,11 @@ def fns_attention(attn: Array, x: Array, *, tile: int | None = None) -> Array:
 
 
 def _reassemble(
-    weights: Float[Array, "b g t j s p n x"], values: Array, rows: "_Axis", cols: "_Axis", mode: str
+    weights: Float[Array, "b g t j s p n x"],
+    values: Array,
+    rows: "_Axis",
+    cols: "_Axis",
+    mode: Mode,
 ) -> Array:
     b, groups, _, taps, *_ = weights.shape
     band = sum(
@@ -104,8 +110,8 @@ def _reassemble(
     return rows.join(cols.join(out, 3), 1)
 
 
-def _keys(x: Array, rows: "_Axis", cols: "_Axis", mode: str) -> Float[Array, "b s n t v c"]:
-    """What each strip and tile sees of the map, extended by zeros or by its edges."""
+def _keys(x: Array, rows: "_Axis", cols: "_Axis", mode: Mode) -> Float[Array, "b s n t v c"]:
+    """What each strip and tile sees of the map, extended beyond its border."""
     x = pad(x, (rows.border, cols.border), mode)
     return jnp.moveaxis(cols.windows(rows.windows(x, 1), 3), 3, 2)
 

@@ -1,0 +1,247 @@
+"""What is wrong with a config, before data are read or a program is compiled."""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from resfu_jax import data
+from resfu_jax._checks import is_number
+from resfu_jax.backbones import check_backbone_options
+from resfu_jax.heads import check_head_options
+from resfu_jax.training.config import (
+    Config,
+    ConfigError,
+    all_fields,
+    create_inference,
+    create_preprocess,
+    did_you_mean,
+    given,
+    size_multiple,
+)
+from resfu_jax.upsamplers import upsampler_entry
+
+
+def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
+    """Checks everything that can be known before data are read or a program is compiled.
+
+    Args:
+      config: the experiment.
+      devices: number of devices that share a batch.
+      processes: number of processes that share the devices.
+
+    Raises:
+      ConfigError: naming every field that is wrong, what it is and what it has to be.
+    """
+    check_types(config)
+    wrong = []
+    values = dict(all_fields(config))
+    positive, not_negative = lambda v: v > 0, lambda v: v >= 0
+
+    def require(field: str, condition: Callable[[Any], bool], need: str) -> None:
+        if not condition(values[field]):
+            wrong.append(f"config.{field} is {values[field]!r}; it has to be {need}")
+
+    for field in (
+        "steps batch_size log_every optimizer.accumulate eval.every eval.batch_size "
+        "checkpoint.every checkpoint.keep parallel.shard_at_least profile.start"
+    ).split():
+        require(field, lambda v: v >= 1, "at least 1")
+    for field in (
+        "data.num_workers eval.pictures optimizer.weight_decay optimizer.warmup_steps profile.steps"
+    ).split():
+        require(field, not_negative, "0 or more")
+    for field in (
+        "data.resize_scale optimizer.learning_rate optimizer.power "
+        "optimizer.head_learning_rate_multiple optimizer.upsampler_learning_rate_multiple"
+    ).split():
+        require(field, positive, "positive")
+    for field in "parallel.peak_tflops optimizer.clip_norm".split():
+        require(field, lambda v: v is None or v > 0, "positive, or None")
+    for field in "model.head.width model.head.scale".split():
+        require(field, lambda v: v is None or v >= 1, "at least 1, or None")
+    for field in "optimizer.beta1 optimizer.beta2 loss.label_smoothing".split():
+        require(field, lambda v: 0 <= v < 1, "at least 0 and less than 1")
+    require("seed", lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1")
+    for field in "steps optimizer.warmup_steps".split():
+        require(field, lambda v: v < 2**31, "at most 2**31 - 1")
+    if devices % processes:
+        wrong.append(
+            f"{devices} devices are not {processes} equal parts: every process has to have as "
+            "many devices as the others"
+        )
+    them = f"{devices} devices of {processes} processes" if processes > 1 else "devices"
+    parts = max(config.optimizer.accumulate, 1) * devices
+    require(
+        "batch_size",
+        lambda v: v % parts == 0,
+        f"a multiple of {parts} ({them} x config.optimizer.accumulate)",
+    )
+    require("eval.batch_size", lambda v: v % devices == 0, f"a multiple of {devices} (the {them})")
+    try:
+        multiple = size_multiple(config.model.backbone)
+        create_preprocess(config)
+    except ValueError as error:  # the fields of `data` are told below
+        multiple = 1
+        if not str(error).startswith(("scale", "resize_to")):
+            wrong.append(f"config.model: {error}")
+
+    def is_size(v: tuple[int, ...]) -> bool:
+        return len(v) == 2 and all(side >= multiple and side % multiple == 0 for side in v)
+
+    size = f"(height, width), multiples of {multiple} (the backbone's largest stride)"
+    require("data.crop_size", is_size, size)
+    require("eval.pad_to", lambda v: v is None or is_size(v), size + ", or None")
+    if config.model.backbone.name == "vit":  # the others round up
+        require("eval.crop", lambda v: v is None or is_size(v), size + ", or None")
+    require(
+        "data.scale_range",
+        lambda v: len(v) == 2 and 0 < v[0] <= v[1],
+        "(smallest, largest), both positive",
+    )
+    require(
+        "data.resize_to",
+        lambda v: v is None or len(v) == 2 and 0 < v[0] <= v[1],
+        "(short, long) with 0 < short <= long, or None",
+    )
+    require("data.max_class_share", lambda v: 0 < v <= 1, "above 0, at most 1")
+    require(
+        "eval.group_sizes",
+        lambda v: not v or config.eval.pad_to is None,
+        "False unless config.eval.pad_to is None",
+    )
+    require("data.on_corrupt", lambda v: v in ("raise", "skip"), "'raise' or 'skip'")
+    require("model.dtype", lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
+    require("optimizer.name", lambda v: v in ("adamw", "sgd"), "'adamw' or 'sgd'")
+    require("optimizer.layer_decay", lambda v: 0 < v <= 1, "above 0, at most 1")
+    require(
+        "optimizer.final_learning_rate",
+        lambda v: 0 <= v <= config.optimizer.learning_rate,
+        "from 0 to config.optimizer.learning_rate",
+    )
+    require("loss.class_balance", lambda v: 0 <= v <= 1, "between 0 and 1")
+    require(
+        "model.backbone.cache_features",
+        lambda v: not v or config.model.backbone.frozen,
+        "False unless config.model.backbone.frozen is True",
+    )
+    require(
+        "model.head.dropout",
+        lambda v: v is None or 0 <= v < 1,
+        "at least 0 and less than 1, or None",
+    )
+    require(
+        "model.head.guide_stride",
+        lambda v: v is None or v in (1, 2, 4, 8),
+        "1, 2, 4 or 8, or None",
+    )
+    require(
+        "model.head.pool_sizes",
+        lambda v: v is None or all(side >= 1 for side in v),
+        "sides of at least 1, or None",
+    )
+    require("model.mean", lambda v: len(v) == 3, "three numbers, one per colour")
+    require(
+        "model.std",
+        lambda v: len(v) == 3 and all(x > 0 for x in v),
+        "three positive numbers, one per colour",
+    )
+    require("optimizer.warmup_start", lambda v: 0 <= v <= 1, "between 0 and 1")
+    require("optimizer.ema_decay", lambda v: v is None or 0 < v < 1, "between 0 and 1, or None")
+    require(
+        "loss.class_weights",
+        lambda v: v is None or all(w >= 0 for w in v) and any(v),
+        "weights of 0 or more, not all 0, or None",
+    )
+    require("eval.dilation_ratio", lambda v: 0 < v < 1, "between 0 and 1")
+    try:
+        create_inference(config)
+    except ValueError as error:
+        wrong.append(f"config.eval.{error}")
+    try:
+        options = config.model.backbone.options
+        if fixed := options.keys() & {"name", "variant", "dtype", "param_dtype", "remat", "rngs"}:
+            raise ValueError(f"options cannot hold {', '.join(sorted(fixed))}: other fields set it")
+        check_backbone_options(config.model.backbone.name, options)
+        json.dumps(options)  # as `write_config` does
+    except (ValueError, TypeError) as error:
+        wrong.append(f"config.model.backbone: {error}")
+    try:
+        upsampler_entry(config.model.head.upsampler)
+    except ValueError as error:
+        wrong.append(f"config.model.head.upsampler: {error}")
+    try:
+        json.dumps(config.model.head.upsampler_options)
+    except (ValueError, TypeError) as error:
+        wrong.append(f"config.model.head.upsampler_options: {error}")
+    try:
+        check_head_options(config.model.head.name, given(config.model.head).keys() - {"name"})
+    except ValueError as error:
+        wrong.append(f"config.model.head: {error}")
+    try:
+        classes = data.dataset_info(config.data.name, config.data.dir).num_classes
+        require(
+            "loss.class_weights",
+            lambda v: v is None or len(v) == classes,
+            f"one weight for each of the {classes} classes of {config.data.name!r}, or None",
+        )
+    except ValueError as error:
+        wrong.append(f"config.data.name: {error}")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def check_types(config: Config) -> None:
+    """Checks that every field has a value of its type, and that there are no others.
+
+    Raises:
+      ConfigError: naming every field that is wrong. Numbers have to be finite.
+    """
+    wrong = _mistyped(config) if isinstance(config, Config) else [f"it is no Config: {config!r}"]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def _mistyped(group: Any, prefix: str = "config.") -> list[str]:
+    """What is said about the fields of a group that are not of their type, or no fields."""
+    kinds = {field.name: field.type for field in dataclasses.fields(group)}
+    wrong = [
+        f"{prefix}{name} does not exist; {did_you_mean(name, list(kinds))}"
+        for name in vars(group).keys() - kinds.keys()
+    ]
+    for name, kind in kinds.items():
+        value = getattr(group, name)
+        if not _is(value, kind):
+            wrong.append(f"{prefix}{name} is {value!r}; it has to be {_in_words(kind)}")
+        elif dataclasses.is_dataclass(kind):
+            wrong += _mistyped(value, f"{prefix}{name}.")
+    return wrong
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type: no bool for a number, no NaN, nothing infinite."""
+    if isinstance(kind, types.UnionType):
+        return any(_is(value, part) for part in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return isinstance(value, tuple | list) and all(_is(v, item) for v in value)
+    if typing.get_origin(kind) is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, int | float) and is_number(value)
+    return isinstance(value, kind)
+
+
+def _in_words(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(_in_words, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return f"a tuple, each item {_in_words(typing.get_args(kind)[0])}"
+    if typing.get_origin(kind) is dict:
+        return "a dictionary"
+    words = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text"}
+    return words.get(kind, "None" if kind is types.NoneType else f"a {kind.__name__}")
