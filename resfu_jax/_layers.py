@@ -109,7 +109,7 @@ class Linear(nnx.Linear):
                 groups=norm.num_groups if isinstance(norm, GroupNorm) else 1,
                 eps=norm.epsilon,
             )
-        return _biased(x @ self.kernel[...].astype(x.dtype), self.bias)
+        return biased(x @ self.kernel[...].astype(x.dtype), self.bias)
 
 
 class Conv(nnx.Conv):
@@ -156,7 +156,7 @@ class Conv(nnx.Conv):
         padding = ((rows, rows), (columns, columns))
         if self.border != "constant" and (rows or columns):
             x, padding = ops.pad(x, (rows, columns), self.border), ((0, 0), (0, 0))
-        return _biased(ops.conv(x, kernel, padding=padding, dilation=self.dilation), self.bias)
+        return biased(ops.conv(x, kernel, padding=padding, dilation=self.dilation), self.bias)
 
 
 class DepthwiseConv(nnx.Module):
@@ -176,7 +176,7 @@ class DepthwiseConv(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """The filtered map."""
-        return _biased(ops.depthwise_conv(x, self.kernel[...].astype(x.dtype)), self.bias)
+        return biased(ops.depthwise_conv(x, self.kernel[...].astype(x.dtype)), self.bias)
 
 
 def _bias_init(kernel_init: Initializer, fan_in: int) -> Initializer:
@@ -187,7 +187,8 @@ def _bias_init(kernel_init: Initializer, fan_in: int) -> Initializer:
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def _biased(y: Float[Array, "b h w d"], bias: nnx.Param | None) -> Float[Array, "b h w d"]:
+def biased(y: Float[Array, "b h w d"], bias: nnx.Param | None) -> Float[Array, "b h w d"]:
+    """The map plus a layer's bias, if it has one."""
     return y if bias is None else y + bias[...].astype(y.dtype)[None, None, None]
 
 

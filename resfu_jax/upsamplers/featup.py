@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 
 from resfu_jax import ops
 from resfu_jax._checks import check_choice, check_flag, check_whole, need
-from resfu_jax._layers import PYTORCH_UNIFORM, LayerNorm, Linear
+from resfu_jax._layers import PYTORCH_UNIFORM, LayerNorm, Linear, biased
 from resfu_jax.ops import Implementation
 from resfu_jax.ops.adaptive_filter import reflected
 from resfu_jax.ops.checks import check_floating
@@ -246,7 +246,7 @@ class FeatUp(Upsampler):
             size = 2 * x.shape[1], 2 * x.shape[2]
             weights = stage.weights(pooled(image, size), rngs)
             x = ops.adaptive_filter(x, weights, implementation=stage.implementation)
-        return x + 0.1 * jnp.expand_dims(self.fixup.bias[...].astype(x.dtype), (0, 1, 2))
+        return x + 0.1 * biased(jnp.zeros((1, 1, 1, self.features), x.dtype), self.fixup.bias)
 
 
 def _kept(
