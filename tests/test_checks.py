@@ -29,11 +29,13 @@ class Op(NamedTuple):
     moves: bool = False  # values, of any type
 
 
-X, SMALL = (2, 6, 4, 8), (2, 3, 2, 8)
+X, SMALL, CELLS = (2, 6, 4, 8), (2, 3, 2, 8), (2, 3, 2)
 OPS = {
     "adaptive_avg_pool": Op(dict(x=X), keywords=dict(output_size=(3, 3))),
+    "adaptive_filter": Op(dict(x=SMALL, weights=(2, 6, 4, 9))),
     "box_filter": Op(dict(x=X), keywords=dict(radius=1)),
     "conv": Op(dict(x=X), dict(kernel=(3, 3, 8, 5))),
+    "cross_attention": Op(dict(q=X, k=SMALL, v=SMALL), keywords=dict(heads=2)),
     "deformable_attention": Op(
         dict(q=X, k=SMALL, v=SMALL, points=(2, 6, 4, 2, 3, 2)),
         dict(bias=(2, 3, 4)),
@@ -43,11 +45,19 @@ OPS = {
     "depthwise_conv": Op(dict(x=X), dict(kernel=(3, 3, 8))),
     "fns_attention": Op(dict(attn=(2, 6, 4, 9), x=SMALL)),
     "gaussian_blur": Op(dict(x=X)),
+    "gaussian_splat": Op(
+        dict(values=SMALL, guide=X)
+        | dict.fromkeys(("sigma_x", "sigma_y", "theta", "sigma_r"), CELLS),
+        keywords=dict(r_max=2),
+    ),
     "grid_sample": Op(dict(x=X, grid=(2, 3, 5, 2))),
     "group_norm": Op(dict(x=X), dict(scale=(8,), bias=(8,)), dict(groups=2)),
     "grouped_conv": Op(dict(x=X), dict(kernel=(3, 3, 4, 6)), dict(groups=2)),
     "grouped_linear": Op(dict(x=X), dict(kernel=(4, 6)), dict(groups=2)),
     "guided_filter": Op(dict(guide=X, x=X), keywords=dict(radius=2, eps=0.1)),
+    "joint_bilateral": Op(
+        dict(values=SMALL, guide=X), keywords=dict(radius=1, sigma_spatial=1.0, sigma_range=1.0)
+    ),
     "layer_norm": Op(dict(x=X), dict(scale=(8,), bias=(8,))),
     "local_attention": Op(dict(scores=(2, 6, 4, 9), v=SMALL, scale=(2, 6, 4, 1))),
     "local_reassembly": Op(dict(weights=(2, 6, 4, 9), v=SMALL)),
@@ -63,8 +73,14 @@ OPS = {
         dict(scale=(8,), norm_bias=(8,), kernel=(8, 5), bias=(5,)),
         dict(norm="layer"),
     ),
+    "pad": Op(dict(x=X), keywords=dict(border=(1, 2)), moves=True),
     "pixel_shuffle": Op(dict(x=X), keywords=dict(factor=2), moves=True),
     "pixel_unshuffle": Op(dict(x=X), keywords=dict(factor=2), moves=True),
+    "reflect_conv": Op(
+        dict(x=X),
+        dict(kernel=(3, 3, 8, 5), bias=(5,), scale=(8,), norm_bias=(8,)),
+        dict(groups=2),
+    ),
     "resize": Op(dict(x=X), keywords=dict(scale=2, method="nearest"), moves=True),
     "unfold": Op(dict(x=X), keywords=dict(kernel_size=3, padding=1), moves=True),
 }
@@ -93,7 +109,8 @@ def call(name, arrays):
 
 
 def test_every_op_is_listed():
-    assert {*OPS, "Implementation"} == set(ops.__all__)
+    of_any_axes = {"map_rows", "rotate"}
+    assert {*OPS, *of_any_axes, "Implementation"} == set(ops.__all__)
 
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_, jnp.complex64])
@@ -179,6 +196,8 @@ def test_maps_without_pixels_or_channels_are_refused(name, axis):
     for argument, shape in OPS[name].maps.items():
         arrays = arguments(name)
         none = jnp.zeros([0 if i == axis else n for i, n in enumerate(shape)])
+        if axis >= len(shape):  # one number a pixel
+            continue
         with pytest.raises(ValueError, match=f"^{argument} must have no axis of length 0"):
             call(name, arrays | {argument: none})
 

@@ -26,6 +26,16 @@ REQUIRED = inspect.Parameter.empty
 _SAPA = dict(dim_y=REQUIRED, dim_x=None)
 _FADE = dict(in_channels_en=REQUIRED, in_channels_de=None, scale=2, up_kernel_size=5)
 _CONV = dict(groups=1, bias=True, dilation=1, padding_mode="zeros")
+_LOFTUP = dict(
+    dim=REQUIRED,
+    color_feats=True,
+    n_freqs=20,
+    num_heads=4,
+    num_layers=2,
+    num_conv_layers=1,
+    lr_size=16,
+    lr_pe_type="sine",
+)
 OFFICIAL = {
     "zmhhmz/ReSFU:ReSFU": dict(
         dim_y=REQUIRED,
@@ -125,8 +135,78 @@ OFFICIAL = {
         bias=True,
         padding_mode="zeros",
     ),
+    "valeoai/NAF:NAF": dict(
+        dim=256,
+        heads_attn=4,
+        heads_rope=4,
+        kernel_size=9,
+        use_encoder=True,
+        rope_base=100.0,
+        rope_rescale=2.0,
+        img_layers=2,
+    ),
+    "wimmerth/anyup:AnyUp": dict(
+        input_dim=3,
+        qk_dim=128,
+        kernel_size=1,
+        kernel_size_lfu=5,
+        window_ratio=0.1,
+        num_heads=4,
+        init_gaussian_derivatives=False,
+        use_natten=False,
+        lfu_dim=None,
+    ),
+    "wimmerth/anyup:NATTENCrossAttentionBlock": dict(
+        qk_dim=REQUIRED, num_heads=REQUIRED, window_ratio=0.1
+    ),
+    "PaulCouairon/JAFAR:JAFAR": dict(
+        input_dim=3, qk_dim=128, v_dim=384, feature_dim=None, kernel_size=1, num_heads=4
+    ),
+    "andrehuang/loftup:LoftUp": _LOFTUP,
+    "andrehuang/loftup:UpsamplerwithChannelNorm": _LOFTUP,  # around a LoftUp
+    "mhamilton723/FeatUp:JBULearnedRange": dict(
+        guidance_dim=REQUIRED, feat_dim=REQUIRED, key_dim=REQUIRED, scale=2, radius=3
+    ),
+    "mhamilton723/FeatUp:JBUStack": dict(feat_dim=REQUIRED),
+    "mwalmer-umd/UPLiFT:UPLiFT": dict(
+        in_channels=REQUIRED, patch_size=REQUIRED, cfg=REQUIRED, low_mem=False
+    ),
+    "MAP-RaysUp/RaysUp:RaysUp": dict(
+        input_dim=3,
+        qk_dim=256,
+        v_dim=384,
+        feature_dim=None,
+        kernel_size=1,
+        num_heads=4,
+        use_spe=True,
+        use_rope=True,
+        rope_freq_base=3.0,
+    ),
+    "Linwei-Chen/FreqFusion:FreqFusion": dict(
+        hr_channels=REQUIRED,
+        lr_channels=REQUIRED,
+        scale_factor=1,
+        lowpass_kernel=5,
+        highpass_kernel=3,
+        up_group=1,
+        encoder_kernel=3,
+        encoder_dilation=1,
+        compressed_channels=64,
+        align_corners=False,
+        upsample_mode="nearest",
+        feature_resample=False,
+        feature_resample_group=4,
+        comp_feat_upsample=True,
+        use_high_pass=True,
+        use_low_pass=True,
+        hr_residual=True,
+        semi_conv=True,
+        hamming_window=True,
+        feature_resample_norm=True,
+    ),
 }
 OURS = {"implementation", "dtype", "param_dtype", "dilation", "tile", "scrambled_phases"}
+OURS |= {"direction_feat", "scale_per_image", "iters", "q_chunk_size"}
 
 
 def test_all_official_classes_are_listed():

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resfu_jax.ops import _rows, cross_attention, cross_scale_attention, repeated_windows
+from resfu_jax.ops import _rows, cross_attention, cross_scale_attention
+from resfu_jax.ops.cross_attention import repeated_windows
 from resfu_jax.training.flops import count_flops
 
 

@@ -22,16 +22,18 @@ def names_that(attribute):
 
 def test_which_upsamplers_take_values():
     makes_new = {n for n in list_upsamplers() if not takes_values(upsampler_entry(n).cls)}
-    assert makes_new == {"deconv", "pixel_shuffle"}
+    assert makes_new == {"deconv", "pixel_shuffle", "featup", "loftup"}
 
 
 def test_what_members_say():
     dysample = {n for n in list_upsamplers() if n.startswith("dysample")}
-    whole = {"carafe", "deconv", "pixel_shuffle", "sapa_deform", *dysample}
+    whole = {"carafe", "deconv", "featup", "pixel_shuffle", "sapa_deform", *dysample}
     assert names_that("needs_whole_scale") == whole
     assert names_that("same_width") == {"fade", "fade_lite", "sapa_i"}
-    assert names_that("mixes") == {"fade", "fade_lite"}
+    assert names_that("any_width") == {"anyup"}
+    assert names_that("mixes") == {"fade", "fade_lite", "featup", "loftup"}
     others = {"bicubic", "deconv", "pixel_shuffle", "fade", "fade_lite"}
+    others |= {"featup", "featup_jbu", "loftup"}
     assert names_that("weights_are_convex") == set(list_upsamplers()) - others
 
 

@@ -15,8 +15,8 @@ def uplift(
     in_channels: int,
     patch_size: int,
     cfg: Any,
-    iters: int = 1,
     low_mem: bool = False,
+    iters: int = 1,
     **ours: Any,
 ) -> UPLiFT:
     """The official UPLiFT.

@@ -7,7 +7,7 @@ moves them; float16 maps with bfloat16 ones are made float32; an empty batch giv
 from resfu_jax.ops._forms import Implementation
 from resfu_jax.ops.adaptive_filter import adaptive_filter
 from resfu_jax.ops.conv import conv
-from resfu_jax.ops.cross_attention import cross_attention, repeated_windows
+from resfu_jax.ops.cross_attention import cross_attention
 from resfu_jax.ops.cross_scale_attention import cross_scale_attention
 from resfu_jax.ops.deformable_attention import deformable_attention
 from resfu_jax.ops.deformable_sample import deformable_sample
@@ -67,7 +67,6 @@ __all__ = [
     "pixel_shuffle",
     "pixel_unshuffle",
     "reflect_conv",
-    "repeated_windows",
     "resize",
     "rotate",
     "unfold",

@@ -47,6 +47,7 @@ from resfu_jax._checks import (
 from resfu_jax._layers import PYTORCH_UNIFORM
 from resfu_jax.ops import Implementation
 from resfu_jax.ops.checks import check_floating
+from resfu_jax.ops.cross_attention import repeated_windows
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.sizes import Size
 from resfu_jax.upsamplers._cross_attention import (
@@ -331,7 +332,7 @@ def natten_windows(size: tuple[Size, ...], output_size: tuple[Size, ...], ratio:
             f"{size} and {output_size}; export with fixed sizes, or take window='mask'",
         )
         kernel = max(3, round(2 * ratio * n)) | 1 if 0 < ratio < 0.5 else n
-        return ops.repeated_windows(n, m, min(kernel, m // max(1, m // n)))
+        return repeated_windows(n, m, min(kernel, m // max(1, m // n)))
 
     return Windows(*map(shown, size, output_size))
 

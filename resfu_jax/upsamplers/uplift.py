@@ -126,13 +126,19 @@ class UPLiFT(Upsampler):
             f"scale must be a power of two, as each pass doubles the size, got {scale}",
         )
         check_count(noise=noise)
+        check_choice((1, 2), encoder_convs=encoder_convs)
+        check_choice((1, 2), decoder_convs=decoder_convs)
         check_choice(get_args(NormKind), norm=norm)
         check_choice((*get_args(Implementation), None), implementation=implementation)
-        need(
-            len(encoder) >= 2 and len(decoder) == 2 and all(encoder) and all(decoder),
-            "encoder must be at least two groups of widths and decoder two, "
-            f"got {encoder!r} and {decoder!r}",
-        )
+        check_sizes(refiner=refiner)
+        for name, groups in (("encoder", encoder), ("decoder", decoder)):
+            need(
+                isinstance(groups, tuple | list) and len(groups) >= 2 and all(groups),
+                f"{name} must be groups of widths, two or more, got {groups!r}",
+            )
+            for widths in groups:
+                check_sizes(**{name: widths})
+        need(len(decoder) == 2, f"decoder must be two groups of widths, got {decoder!r}")
         self.features, self.passes = features, scale.bit_length() - 1
         self.patch, self.noise, self.dtype = patch, noise, dtype
         self.mixes = bool(refiner)
