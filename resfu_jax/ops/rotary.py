@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from resfu_jax.ops.dtypes import at_least_float32
 
 
-def rotate(x: Float[Array, "*axes d"], *angles: Float[Array, "... d"]) -> Float[Array, "*axes d"]:
+def rotate(x: Float[Array, "*axes d"], angles: Float[Array, "... d"]) -> Float[Array, "*axes d"]:
     """X cos(a) + turn(x) sin(a), with turn(x) = [-second half of the channels, first half].
 
     Where a channel of the first half and its partner in the second have the same angle, this turns

@@ -131,13 +131,13 @@ class NAF(Upsampler):
         self.dim, self.heads_rope, self.kernel_size = dim, heads_rope, kernel_size
         self.rope_base, self.rope_rescale = rope_base, rope_rescale
         self.deterministic = deterministic
-        self.rngs = nnx.data(None if deterministic else rngs["rope"].fork())
         self.implementation, self.dtype = implementation, dtype
         layers: dict[str, Any] = dict(
             blocks=img_layers, use_bias=True, skip=False, param_dtype=param_dtype, rngs=rngs
         )
         self.encoder = Encoder(3, dim // 2, 1, block_kernel=1, **layers)
         self.sem_encoder = Encoder(3, dim // 2, 3, block_kernel=3, **layers)
+        self.rngs = nnx.data(None if deterministic else rngs["rope"].fork())
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """What `nnx.view` sets: no random factor, as in evaluation."""
@@ -231,7 +231,7 @@ def _turned(
     parts = jnp.split(x, 4, axis=-1)
     for i, angles in enumerate((of_row, of_column)):
         pairs = jnp.concatenate([parts[i], parts[i + 2]], axis=-1)
-        angles = jnp.concatenate([angles, angles], axis=-1)[:, :, :, None]
+        angles = jax.lax.stop_gradient(jnp.concatenate([angles, angles], axis=-1)[:, :, :, None])
         parts[i], parts[i + 2] = jnp.split(ops.rotate(pairs, angles), 2, axis=-1)
     return jnp.concatenate(parts, axis=-1).reshape(*x.shape[:3], -1)
 

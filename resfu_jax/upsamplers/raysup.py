@@ -45,7 +45,7 @@ from resfu_jax.upsamplers._inputs import check_image, compute_dtype, reassembled
 from resfu_jax.upsamplers._registry import register
 from resfu_jax.upsamplers._upsampler import Upsampler
 
-Cameras = tuple[Float[Array, "b 4 4"], Float[Array, "b 4"]]  # poses, and (fx, fy, cx, cy)
+Cameras = tuple[Float[Array, "n 4 4"], Float[Array, "n 4"]]  # poses, and (fx, fy, cx, cy)
 
 
 @register("raysup")
@@ -174,10 +174,10 @@ class RaysUp(Upsampler):
         if not frequencies.any():
             return jnp.concatenate(pooled, axis=-1)
         rotation, y, x = _rays(size, cameras, at_least_float32(pooled[0].dtype))
+        # A map's gradient is its images' own: of all of them together, devices would wait for it.
+        y = jnp.broadcast_to(y, (pooled[0].shape[0], y.shape[1]))[:, :, None, None]
         shared = x[:, None, :, None], rotation, jnp.asarray(frequencies, x.dtype)
-        return ops.map_rows(
-            _turned, *pooled, y[:, :, None, None], shared=shared, values=self.qk_dim
-        )
+        return ops.map_rows(_turned, *pooled, y, shared=shared, values=self.qk_dim)
 
     def _frequencies(self) -> Float[np.ndarray, "3 half"]:
         """What the directions are multiplied by, to be the angles of half a head's channels."""
