@@ -28,7 +28,7 @@ def x64(request):
         yield request.param
 
 
-def at_both_precisions(names, forms_of):
+def at_both_precisions(names, forms_of=()):
     """The form that is chosen, and of some the others, too, in float64: each takes seconds."""
     cases = [(name, None, x64) for name in names for x64 in (False, True)]
     cases += [(name, form, True) for name in forms_of for form in ("reference", "xla", "cpu")]
@@ -80,7 +80,8 @@ def upsampled(outsize, up, arrays):
 CALLS = {size: functools.partial(upsampled, size) for size in (None, (14, 19))}
 
 
-@at_both_precisions(WHOLE, forms_of=["uplift_p16_x2"])
+@pytest.mark.usefixtures("this_platform_only")
+@at_both_precisions(WHOLE)
 def test_module(name, implementation, x64):
     g = goldens.load(name, x64=x64)
     args = g.args | dict(iters=g.meta["iters"])
@@ -106,6 +107,7 @@ def guided(module, arrays):
     return module(arrays["guide"], arrays["value"])
 
 
+@pytest.mark.usefixtures("this_platform_only")
 @at_both_precisions(goldens.names("uplift_attender"), forms_of=goldens.names("uplift_attender"))
 def test_attender(name, implementation, x64):
     g = goldens.load(name, x64=x64)
@@ -132,6 +134,7 @@ def decoded(decoder, arrays):
     return decoder(arrays["x"], [arrays["enc_0"], arrays["enc_1"]])
 
 
+@pytest.mark.usefixtures("this_platform_only")
 def test_decoder(x64):
     g = goldens.load("uplift_decoder_tconv", x64=x64)
 
@@ -160,6 +163,7 @@ def encoded(up, arrays):
     return jnp.concatenate(up.encode(arrays["image"]), axis=-1)
 
 
+@pytest.mark.usefixtures("this_platform_only")
 def test_encoder(x64):
     g = goldens.load("uplift_encoder_batchnorm", x64=x64)
 
@@ -292,6 +296,7 @@ def test_noise():
         build()(x, image, noise=key)
 
 
+@pytest.mark.usefixtures("this_platform_only")
 def test_training_is_asked_for():
     """BatchNorm's statistics stay as they are until a view says otherwise."""
     up = build(scale=2)
