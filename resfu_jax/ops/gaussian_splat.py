@@ -31,6 +31,8 @@ from resfu_jax.ops.checks import takes_maps
 from resfu_jax.ops.dtypes import at_least_float32, promote
 from resfu_jax.ops.resize import resize
 
+CenterMode = _gaussians.Centre
+
 
 @takes_maps("values", "guide", "sigma_x", "sigma_y", "theta", "sigma_r")
 def gaussian_splat(
@@ -43,7 +45,7 @@ def gaussian_splat(
     *,
     r_max: int = 8,
     alpha: float = 2.0,
-    center_mode: _gaussians.Centre = "nearest",
+    center_mode: CenterMode = "nearest",
     implementation: Implementation | None = None,
 ) -> Float[Array, "b H W c"]:
     """Values spread by the Gaussians of their cells; see the module's docstring.
@@ -79,7 +81,7 @@ def gaussian_splat(
         raise ValueError(f"r_max must be a positive whole number, got {r_max!r}")
     if not alpha > 0:
         raise ValueError(f"alpha must be positive, got {alpha!r}")
-    modes = get_args(_gaussians.Centre)
+    modes = get_args(CenterMode)
     if center_mode not in modes:
         raise ValueError(f"center_mode must be one of {', '.join(modes)}, got {center_mode!r}")
     dtype = at_least_float32(promote(guide.dtype, *(a.dtype for a in maps.values())))

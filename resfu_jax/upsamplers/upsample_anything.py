@@ -33,7 +33,7 @@ from jaxtyping import Array, Float
 from resfu_jax._checks import check_choice, check_count, check_positive, check_whole
 from resfu_jax.ops import Implementation
 from resfu_jax.ops.checks import check_floating
-from resfu_jax.ops.gaussian_splat import gaussian_splat
+from resfu_jax.ops.gaussian_splat import CenterMode, gaussian_splat
 from resfu_jax.ops.resize import resize
 from resfu_jax.ops.sizes import Size
 from resfu_jax.upsamplers._inputs import (
@@ -48,7 +48,6 @@ from resfu_jax.upsamplers._registry import register
 from resfu_jax.upsamplers._upsampler import Upsampler
 
 Schedule = Literal["paper", "code"]
-Mode = Literal["nearest", "floor"]
 
 _BETA_1, _BETA_2 = 0.9, 0.999  # Adam's
 
@@ -107,7 +106,7 @@ class UpsampleAnything(Upsampler):
         scale: int = 16,
         r_max: int = 8,
         alpha: float = 2.0,
-        center_mode: Mode = "nearest",
+        center_mode: CenterMode = "nearest",
         init_sigma: float = 16.0,
         init_sigma_r: float = 0.12,
         steps: int = 51,
@@ -121,7 +120,7 @@ class UpsampleAnything(Upsampler):
         check_whole(features=features, scale=scale, r_max=r_max)
         check_positive(alpha=alpha, init_sigma=init_sigma, init_sigma_r=init_sigma_r)
         check_count(steps=steps)
-        check_choice(get_args(Mode), center_mode=center_mode)
+        check_choice(get_args(CenterMode), center_mode=center_mode)
         check_choice(get_args(Schedule), schedule=schedule)
         check_choice((*get_args(Implementation), None), implementation=implementation)
         self.features = features
@@ -180,14 +179,10 @@ class UpsampleAnything(Upsampler):
             phi = phi - rates[0] * mean / (jnp.sqrt(rates[1] * square) + 1e-8)
             return (phi, mean, square), error
 
+        # Rounded to float32 also where more is computed with, as the official numbers are.
+        s, s_r = (np.float32(math.log(a)) for a in (self.init_sigma, self.init_sigma_r))
         zeros = jnp.zeros_like(reduced[..., 0])
-        start = [
-            math.log(self.init_sigma),
-            math.log(self.init_sigma),
-            0,
-            math.log(self.init_sigma_r),
-        ]
-        phi = jnp.stack([jnp.full_like(zeros, np.float32(a)) for a in start])
+        phi = jnp.stack([jnp.full_like(zeros, a) for a in (s, s, 0, s_r)])
         state = phi, jnp.zeros_like(phi), jnp.zeros_like(phi)
         rates = jnp.asarray(_rates(self.schedule, self.steps), phi.dtype)
         (phi, _, _), history = jax.lax.scan(step, state, rates)
