@@ -223,7 +223,7 @@ class BatchNorm(nnx.Module):
             n = y.size // y.shape[-1]
             unbiased = var * (n / max(n - 1, 1))
             for running, batch in ((self.mean, mean), (self.var, unbiased)):
-                batch = jax.lax.stop_gradient(batch).astype(jnp.float32)
+                batch = jax.lax.stop_gradient(batch).astype(running[...].dtype)
                 running.set_value(0.9 * running[...] + 0.1 * batch)
         gain = jax.lax.rsqrt(var + 1e-5) * self.scale[...].astype(wide)
         mean, gain, bias = (

@@ -66,7 +66,7 @@ def loftup(
 
 def _phases(s: StateDict, fourier: FourierFeatures, key: str) -> None:
     n = fourier.n_freqs
-    # Officially (2, coordinates, frequencies), but read as if it were (2, frequencies, coordinates).
+    # Said to be (2, coordinates, frequencies), but read as (2, frequencies, coordinates).
     store(fourier.phases, s.take(key, (2, fourier.features // (2 * n), n)))
 
 

@@ -7,13 +7,14 @@ from jaxtyping import Array, Float
 
 from resfu_jax.ops._rows import Rows, block_rows, map_row_blocks
 from resfu_jax.ops.pad import pad
+from resfu_jax.ops.sizes import Size
 
 
 def map_rows(
     f: Callable[..., Float[Array, "b rows w d"]],
     *maps: Float[Array, "_b H _w _c"],
     shared: Any = (),
-    values: int,
+    values: Size,
     halo: int = 0,
 ) -> Float[Array, "b H w d"]:
     """`f(*maps, shared)`, block of rows by block of rows, for an f that looks at no other pixel.

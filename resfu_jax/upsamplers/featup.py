@@ -246,6 +246,7 @@ class FeatUp(Upsampler):
             size = 2 * x.shape[1], 2 * x.shape[2]
             weights = stage.weights(pooled(image, size), rngs)
             x = ops.adaptive_filter(x, weights, implementation=stage.implementation)
+        assert self.fixup.bias is not None
         return x + 0.1 * jnp.expand_dims(self.fixup.bias[...].astype(x.dtype), (0, 1, 2))
 
 

@@ -189,6 +189,7 @@ class LoftUp(Upsampler):
             grid = jnp.broadcast_arrays(*coordinates((h, w), at_least_float32(x.dtype)))
             places = self.places(jnp.concatenate(grid, axis=-1)).astype(x.dtype)
             return jnp.concatenate([x, jnp.broadcast_to(places, (b, *places.shape[1:]))], axis=-1)
+        assert self.table is not None
         table = self.table[...].astype(at_least_float32(x.dtype))
         side = table.shape[0]
         if h * w == side**2:  # of the same number of tokens as they are, whatever their shape
@@ -233,7 +234,7 @@ class Queries(nnx.Module):
         self, image: Float[Array, "b H W 3"], dtype: DTypeLike
     ) -> Float[Array, "_b H W e"]:
         """Those of the scaled image; one map for all images where they do not see colours."""
-        rows, columns = coordinates(image.shape[1:3], image.dtype)
+        rows, columns = coordinates((image.shape[1], image.shape[2]), image.dtype)
         maps = (rows, image) if self.color_feats else (rows,)
         if not self.bn1.use_running_average:
             return self.of_rows(*maps, columns=columns, dtype=dtype)  # statistics of whole maps
@@ -272,6 +273,7 @@ class Queries(nnx.Module):
                 x *= inside[:, border : inside.shape[1] - border].astype(dtype)
             padding = ((0, 0) if inside is not None else (1, 1)), (1, 1)
             x = ops.conv(x, conv.kernel[...].astype(dtype), padding=padding)
+            assert conv.bias is not None
             x = jax.nn.relu(norm(x + jnp.expand_dims(conv.bias[...].astype(dtype), (0, 1, 2))))
         return x
 
