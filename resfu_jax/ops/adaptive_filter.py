@@ -68,7 +68,11 @@ def adaptive_filter(
 def reflected(x: Float[Array, "b h w c"], border: int, axis: int) -> Array:
     """Rows (axis 1) or columns (axis 2) reflected in the outer ones, however few there are."""
     n = x.shape[axis]
-    if isinstance(n, int) and n <= border:
+    try:
+        fits = n > border
+    except jax.errors.InconclusiveDimensionOperation:
+        fits = False  # known when it runs
+    if not fits:
         return jnp.take(x, _reflect(jnp.arange(-border, n + border, dtype=jnp.int32), n), axis=axis)
     return pad_axis(x, border, axis, "reflect")
 
