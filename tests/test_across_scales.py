@@ -25,7 +25,6 @@ SMALL = {
 AS_IN_USE = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
 
 every = pytest.mark.parametrize("name", SMALL)
-not_of_forms = pytest.mark.usefixtures("this_platform_only")
 
 
 # ------------------------------------------------------------------------------------------ parity
@@ -54,7 +53,6 @@ def value_and_gradients(graphdef, params, inputs, cotangent, size, keywords):
     ("implementation", "x64"), [("xla", False), ("xla", True), ("reference", True)]
 )
 @pytest.mark.parametrize("name", goldens.names(*FAMILIES))
-@not_of_forms
 def test_equals_the_official_module(name, implementation, x64):
     with jax.enable_x64(x64):
         check_parity(goldens.load(name, x64=x64), implementation)
@@ -87,7 +85,6 @@ def test_every_golden_of_the_families_is_compared():
         assert len(goldens.names(family)) == count, family
 
 
-@not_of_forms
 def test_stages():
     g = goldens.load("naf_d16_k3_stages")
     up = from_torch("NAF", g.group("param"), **g.args)
@@ -119,7 +116,6 @@ def test_even_windows(name):
         np.testing.assert_array_equal(window_members(len(wanted), 6, dilation), wanted)
 
 
-@not_of_forms
 def test_cameras():
     """The default is the pose-free script's; only directions matter, and have gradients."""
     g = goldens.load("raysup_q96_h2_fakepose")
@@ -215,7 +211,6 @@ def call(up, inputs, size=None, **keywords):
     ],
 )
 @every
-@not_of_forms
 def test_any_sizes(name, size, image, out):
     up, inputs = build(name), arrays(size, image)
     y = call(up, inputs, out)
@@ -243,7 +238,6 @@ def test_jit_equals_eager(name):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @every
-@not_of_forms
 def test_narrow_types(name, dtype):
     up, inputs = build(name), arrays((3, 40), (3, 640))  # far pixels
     wanted, y = call(up, inputs), call(up, [a.astype(dtype) for a in inputs])
@@ -293,7 +287,6 @@ def test_devices_do_not_wait_for_each_other(name, monkeypatch):
 
 
 @every
-@not_of_forms
 def test_tree_mode_and_checkpoint(name):
     """And every parameter has a gradient."""
     with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
@@ -312,7 +305,6 @@ def test_tree_mode_and_checkpoint(name):
 
 
 @every
-@not_of_forms
 def test_values(name):
     """They are reassembled as the features would be, in heads."""
     up, inputs = build(name), arrays()

@@ -16,8 +16,6 @@ from resfu_jax import create_upsampler, ops
 from resfu_jax.upsamplers import pixel_weights
 from resfu_jax.upsamplers.upsample_anything import Kernels
 
-pytestmark = pytest.mark.usefixtures("this_platform_only")  # all have the same forms
-
 NAMES = ("jbu", "upsample_anything")
 every = pytest.mark.parametrize("name", NAMES)
 forms = pytest.mark.parametrize("implementation", ["reference", "xla"])

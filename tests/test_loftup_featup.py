@@ -24,7 +24,6 @@ AS_IN_USE = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 
 NAMES = ("loftup", "featup", "featup_jbu")
 every = pytest.mark.parametrize("name", NAMES)
 implementations = pytest.mark.parametrize("implementation", ["reference", "xla", "cpu", None])
-not_of_forms = pytest.mark.usefixtures("this_platform_only")
 
 
 @pytest.fixture(params=[False, True], ids=["float32", "x64"])
@@ -223,7 +222,6 @@ def test_adaptive_convolution(op, implementation, x64):
     goldens.assert_close(d_filters, g.arrays["grad/in/filters"], g.tol_grad, "d_filters")
 
 
-@not_of_forms
 @pytest.mark.parametrize("implementation", ["xla", "cpu"])
 @pytest.mark.parametrize(
     ("size", "out", "kernel"),
@@ -302,7 +300,6 @@ def arrays(batch=2, size=(3, 5), image=(6, 10)):
 
 
 @every
-@not_of_forms
 def test_jit_equals_eager_and_vmap_equals_batch(name):
     up, inputs = build(name), arrays()
     y = jax.jit(up)(*inputs)
@@ -312,7 +309,6 @@ def test_jit_equals_eager_and_vmap_equals_batch(name):
 
 
 @every
-@not_of_forms
 def test_bfloat16(name):
     inputs = arrays(batch=1)
     y = jax.jit(build(name, dtype=jnp.bfloat16))(*inputs)
@@ -322,7 +318,6 @@ def test_bfloat16(name):
 
 
 @every
-@not_of_forms
 def test_sizes(name):
     """A single token, no image at all, and images and outputs of other sizes."""
     up = build(name)
@@ -382,7 +377,6 @@ def test_devices_do_not_wait_for_each_other(name, implementation, monkeypatch):
 
 
 @every
-@not_of_forms
 def test_gradients_in_tree_mode(name):
     """Under `jax.checkpoint`; every parameter and input has one."""
     with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
@@ -491,7 +485,6 @@ def test_dropout_is_asked_for():
         np.testing.assert_array_equal(up(*inputs, rngs=nnx.Rngs(0)), up(*inputs))
 
 
-@not_of_forms
 def test_featup_jbu_takes_values():
     up, (x, image) = build("featup_jbu"), arrays(batch=1)
     run = jax.jit(lambda v: up(x, image, values=v))

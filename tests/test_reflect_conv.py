@@ -39,7 +39,6 @@ def several_blocks(monkeypatch):
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(("kernel", "dilation", "rows"), CASES)
-@pytest.mark.usefixtures("this_platform_only")
 def test_blocks_equal_the_whole(kernel, dilation, rows, norm, several_blocks):
     inputs = arrays(kernel, rows)
 
