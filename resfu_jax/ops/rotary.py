@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 from resfu_jax.ops.dtypes import at_least_float32
 
 
-def rotate(x: Float[Array, "*axes d"], angles: Float[Array, "... d"]) -> Float[Array, "*axes d"]:
-    """X cos(a) + turn(x) sin(a), with turn(x) = [-second half of the channels, first half].
+def rotate(x: Float[Array, "*axes d"], *angles: Float[Array, "... d"]) -> Float[Array, "*axes d"]:
+    """Channels turned in pairs: x cos(a) + turn(x) sin(a), turn(x) = [-second half, first half].
 
     Where a channel of the first half and its partner in the second have the same angle, this turns
     their pair by it; by minus the angle, it turns it back. (JAFAR and AnyUp give the two angles of
