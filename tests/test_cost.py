@@ -83,7 +83,7 @@ def test_dysample_of_small_maps(workload, limit):
     [
         ("sapa", 0.21, 0.36),
         ("carafe", 0.28, 0.44),
-        ("dysample", 0.065, 0.125),
+        ("dysample", 0.08, 0.17),
         ("resfu", 1.25, 3.3),
     ],
 )
@@ -133,7 +133,8 @@ def test_tile_needs_less():
     workload = Workload(64, (128, 128), 16, 32)
     whole, _ = temporary("resfu", workload, "forward")
     tiled, _ = temporary("resfu", workload, "forward", tile=64)
-    assert tiled < 0.75 * whole  # 3.9 of 5.7 GB
+    assert tiled < 0.95 * whole
+    assert tiled <= 4e9
 
 
 @functools.cache

@@ -70,8 +70,12 @@ def _of_program(program: Any) -> float:
     for equation in program.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "cond":
-            choose = min if params.get("branches_platforms") else max
-            total += choose(_of_program(branch.jaxpr) for branch in params["branches"])
+            total += max(_of_program(branch.jaxpr) for branch in params["branches"])
+            continue
+        if name == "form":  # of an op, by platform (`ops/_forms.py`), not traced before
+            shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+            forms = {form for _, form in params["branches"]}
+            total += min(_of_program(jax.make_jaxpr(form)(*shapes).jaxpr) for form in forms)
             continue
         inner = sum(map(_of_program, _programs_of(params)))
         if name == "scan":
