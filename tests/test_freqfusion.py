@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from resfu_jax import from_torch
+from resfu_jax import create_upsampler, from_torch
 
 NAMES = goldens.names("freqfusion")
 OFFICIAL = "Linwei-Chen/FreqFusion:FreqFusion"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from heads import evaluating
+from small import SMALL
 
 from resfu_jax import list_upsamplers
 from resfu_jax.heads import LinearHead, create_head
@@ -119,6 +120,7 @@ def test_logits_equal_those_of_upsampled_features(upsampler):
         in_features=(features,),
         num_classes=classes,
         upsampler=upsampler,
+        upsampler_options=SMALL.get(upsampler),
         width=features,
         dropout=0.5,
         rngs=nnx.Rngs(0),

@@ -18,6 +18,7 @@ import pytest
 from flax import nnx
 from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from small import SMALL
 
 from resfu_jax import create_upsampler, list_upsamplers
 from resfu_jax.model import evaluating
@@ -43,19 +44,6 @@ GUIDED = [n for n in NAMES if upsampler_entry(n).cls.guide != "none"]
 BY_IMAGE = [n for n in GUIDED if upsampler_entry(n).cls.guide == "image"]
 REASSEMBLING = [n for n in NAMES if takes_values(upsampler_entry(n).cls)]
 every = pytest.mark.parametrize("name", NAMES)
-
-# Members with large layers or windows by default are tested with smaller ones.
-SMALL: dict[str, dict] = {
-    "anyup": dict(qk_dim=16),
-    "featup_jbu": dict(key_dim=8, radius=1),
-    "freqfusion": dict(compressed_channels=8),
-    "jafar": dict(qk_dim=16),
-    "loftup": dict(n_freqs=3, num_layers=1, lr_size=4),
-    "naf": dict(dim=32, kernel_size=3),
-    "raysup": dict(qk_dim=32),
-    "uplift": dict(encoder=((8,), (8,)), decoder=((8,), (20,)), decoder_convs=1),
-    "upsample_anything": dict(r_max=2, steps=3),
-}
 
 # Where what lies beyond the image counts as zero, only the interior keeps constants.
 REACH = 2

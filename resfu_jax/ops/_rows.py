@@ -133,7 +133,8 @@ def _unfilled(like: Any, rows: Rows | None, arguments: list[Array]) -> Any:
     some = [_first_values(a).astype(like.dtype) for a in arguments if a.shape[:1] == batch]
     if not some:
         return _zeros(like, rows)
-    return jnp.broadcast_to(jnp.expand_dims(sum(some), range(1, like.ndim)), like.shape)
+    begin = functools.reduce(jnp.add, some)
+    return jnp.broadcast_to(jnp.expand_dims(begin, range(1, like.ndim)), like.shape)
 
 
 def _first_values(a: Array) -> Array:
