@@ -43,7 +43,10 @@ class Limit(NamedTuple):
 ROWS = dataclasses.replace(WORKLOADS["segmenter"], size=(8, 32))
 
 # The image-guided family and FreqFusion: their memory is held for a CPU, in their own tests.
-NO_LIMITS_YET = "anyup featup featup_jbu freqfusion jafar jbu loftup naf raysup uplift upsample_anything".split()
+NO_LIMITS_YET = (
+    *("anyup", "featup", "featup_jbu", "freqfusion", "jafar", "jbu", "loftup", "naf", "raysup"),
+    *("uplift", "upsample_anything"),
+)
 
 # For one v5e in bfloat16, forward and with backward: a little above what the code needs. Only
 # samples at points take a loop, over strips of rows, and again backward.
