@@ -1,6 +1,7 @@
 """Convolutions with reflected borders: in blocks of rows as in one piece."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,14 @@ def test_blocks_equal_the_whole(kernel, dilation, rows, norm, several_blocks):
     assert actual[0].shape == (2, rows, 5, 6)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-5 * np.abs(b).max())
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU compiler")
+def test_gradient_of_the_kernel_is_made_of_products(several_blocks):
+    """XLA would make a convolution whose window is the block, for which it has no fast code."""
+    f = jax.grad(lambda *a: jnp.square(convolve("cpu")(*a)).sum(), (0, 1))
+    text = jax.jit(f).lower(*arrays()).compile().as_text()
+    assert set(re.findall(r"window=\{size=(\d+x\d+)", text)) == {"3x3"}
 
 
 def test_reference_is_what_it_says():

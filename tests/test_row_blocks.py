@@ -257,6 +257,35 @@ def test_bfloat16_blocks_do_not_widen_the_map():
     np.testing.assert_array_equal(compiled(x), x * x)
 
 
+@pytest.mark.optimized
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU compiler")
+def test_gradients_of_blocks_do_not_copy_the_map():
+    """Each block's gradient takes the block's place, after it was read; else each copies all."""
+
+    def f(x, k):
+        own = Rows(1, 4, 4)
+        return map_row_blocks(lambda x, k: (x @ k,), 8, (own, None), (own,), x, k)[0]
+
+    x, k = normal(0, 1, 32, 64, 16), normal(1, 16, 16)
+    copied = re.findall(
+        r"copy[\w.]* = f32\[1,32,64,16\]", _loops(jax.grad(_square(f), (0, 1)), x, k)
+    )
+    assert copied == []
+
+
+def _square(f):
+    return lambda *args: jnp.square(f(*args)).sum()
+
+
+def _loops(f, *args) -> str:
+    """The text of the bodies of all loops of f, as compiled."""
+    text = jax.jit(f).lower(*args).compile().as_text()
+    bodies = re.findall(r"body=%([\w.]+)", text)
+    assert bodies
+    parts = [re.search(rf"^%{re.escape(b)} .*?^}}", text, re.M | re.S) for b in bodies]
+    return "\n".join(part.group() for part in parts)
+
+
 # Cells (h, w), ratio and window, and the patches that they are multiplied in.
 @pytest.mark.parametrize(
     ("size", "ratio", "n", "patch"),

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from resfu_jax.ops.dtypes import at_least_float32
-from resfu_jax.ops.sizes import Size
+from resfu_jax.ops.sizes import Size, to_int32
 
 BLOCK_VALUES = 2**19
 """Values of the widest map of a block, over the batch: it stays in a core's cache."""
@@ -105,12 +105,20 @@ def _map_bwd(f, count, inputs, outputs, _, arrays, g):
         apart = [rows is not None and rows.apart for rows in inputs]
         return tuple(a if c else b for a, b, c in zip(of_own, of_others, apart, strict=True))
 
-    # An argument whose blocks do not overlap gives way to its gradient, block by block.
-    def body(i, sums):
-        _, vjp = jax.vjp(f, *_cut(chosen(sums, arrays), i, inputs))
-        return _add(sums, vjp(_cut(g, i, outputs)), i, inputs)
+    # An argument whose blocks do not overlap gives way to its gradient, block by block. Each turn
+    # cuts that block of the next from what it has written: were it cut in the next turn, XLA would
+    # not know that this comes before the writing, and would copy the whole array to be sure.
+    def body(i, state):
+        sums, own = state
+        _, vjp = jax.vjp(f, *chosen(own, _cut(arrays, i, inputs)))
+        sums = _add(sums, vjp(_cut(g, i, outputs)), i, inputs)
+        return sums, own_blocks(sums, jnp.minimum(i + 1, to_int32(count) - 1))
 
-    sums = loop(count, body, chosen(arrays, map(_zeros, arrays, inputs)))
+    def own_blocks(arrays, i):
+        return chosen(_cut(arrays, i, inputs), (None,) * len(inputs))
+
+    sums = chosen(arrays, map(_zeros, arrays, inputs))
+    sums, _ = loop(count, body, (sums, own_blocks(sums, 0)))
     return jax.tree.map(lambda a, b: a.astype(b.dtype), sums, arrays)
 
 

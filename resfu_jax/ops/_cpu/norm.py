@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from resfu_jax.ops._rows import Rows, block_rows, map_row_blocks
-from resfu_jax.ops.conv import conv
+from resfu_jax.ops._cpu.conv import conv
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.group_norm import group_moments
 from resfu_jax.ops.layer_norm import layer_norm
@@ -82,7 +82,7 @@ def reflect_conv(
             y = (x.astype(mean.dtype) - mean[:, None, None]) * factor[:, None, None]
             x = jax.nn.silu(y + offset[None, None, None]).astype(x.dtype)
         x = pad_axis(x, columns, 2, "reflect") if columns else x
-        y = conv(x, kernel.astype(x.dtype), dilation=dilation)
+        y = conv(x, kernel.astype(x.dtype), dilation)
         return (y if bias is None else y + bias.astype(y.dtype)[None, None, None],)
 
     own, edge = Rows(1, rows, rows), Rows(1, 2 * reach, 2 * reach)

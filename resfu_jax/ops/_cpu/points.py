@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from resfu_jax.ops import _bilinear as bilinear
 from resfu_jax.ops._rows import Rows, add, block_rows, cut, loop, map_row_blocks
-from resfu_jax.ops.sizes import Size
+from resfu_jax.ops.sizes import Size, to_int32
 
 
 def sample(x: Array, points: Array, *, padding_mode: str) -> Array:
@@ -68,7 +68,7 @@ def _sample_bwd(padding_mode, saved, g):
     flat = g.reshape(*g.shape[:3], -1)  # as callers have it: XLA would copy it to other axes
 
     def body(i, state):
-        d_padded, d_points = state
+        d_padded, d_points, points = state
         d_out = cut(flat, i, rows).astype(dtype)
         d_out = d_out.reshape(*d_out.shape[:3], *g.shape[3:])
 
@@ -77,15 +77,17 @@ def _sample_bwd(padding_mode, saved, g):
             index, weights = bilinear.corners(x.shape[1:3], *at, border)
             return weights, index
 
-        weights, vjp, index = jax.vjp(corners, cut(d_points, i, rows), has_aux=True)
+        weights, vjp, index = jax.vjp(corners, points, has_aux=True)
         values = bilinear.gather(padded, index, dtype)
         d_weights = jnp.einsum("...kd,...d->...k", values, d_out, precision="highest")
         d_values = weights[..., None] * d_out[..., None, :]
         d_padded = bilinear.scatter_add(d_padded, index, d_values)
-        return d_padded, add(d_points, *vjp(d_weights), i, rows)
+        d_points = add(d_points, *vjp(d_weights), i, rows)
+        return d_padded, d_points, cut(d_points, jnp.minimum(i + 1, to_int32(count) - 1), rows)
 
-    # The points give way to their gradient, block by block.
-    d_padded, d_points = loop(count, body, (jnp.zeros(padded.shape, dtype), points))
+    # The points give way to their gradient, block by block, as in `map_row_blocks`.
+    begun = jnp.zeros(padded.shape, dtype), points, cut(points, 0, rows)
+    d_padded, d_points, _ = loop(count, body, begun)
     return bilinear.unpad(d_padded, border).reshape(x.shape).astype(x.dtype), d_points
 
 
