@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from resfu_jax.ops._rows import Rows, block_rows, map_row_blocks
 from resfu_jax.ops._cpu.conv import conv
+from resfu_jax.ops._rows import Rows, block_rows, map_row_blocks
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.group_norm import group_moments
 from resfu_jax.ops.layer_norm import layer_norm
