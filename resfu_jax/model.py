@@ -152,4 +152,6 @@ def create_model(
     types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     pyramid: Any = create_backbone(**backbone, remat=remat, **types)
     top = create_head(**head, in_features=pyramid.features, num_classes=num_classes, **types)
+    # Some upsamplers are made for evaluation. Here, like the backbone, they learn: `evaluating`.
+    top.set_attributes(use_running_average=False, raise_if_not_found=False)
     return SegmentationModel(pyramid, top, frozen=frozen, mean=mean, std=std)

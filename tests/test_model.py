@@ -12,7 +12,9 @@ import safetensors.numpy
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from small import SMALL
 
+from resfu_jax import create_upsampler
 from resfu_jax.backbones import MiT
 from resfu_jax.convert import load_pretrained
 from resfu_jax.heads import SegFormerHead
@@ -237,3 +239,14 @@ def test_logits_are_those_of_the_upsampled_features(head):
 
     logits, classified = jax.jit(both)(evaluating(model))
     np.testing.assert_allclose(classified, logits, rtol=1e-5, atol=1e-6)
+
+
+def test_norms_of_upsamplers_see_the_batch_where_a_model_is_trained():
+    """UPLiFT is made for evaluation: its norms use what they have learned."""
+    options = SMALL["uplift"]
+    up = create_upsampler("uplift", features=8, rngs=nnx.Rngs(0), **options)
+    head = dict(name="segformer", width=16, upsampler="uplift", upsampler_options=options)
+    model = create_model(backbone=TINY, head=head, num_classes=3, rngs=nnx.Rngs(0))
+    for module, evaluates in ((up, True), (model.head, False), (evaluating(model).head, True)):
+        norms = [m for _, m in nnx.iter_modules(module) if hasattr(m, "use_running_average")]
+        assert norms and {m.use_running_average for m in norms} == {evaluates}

@@ -57,7 +57,7 @@ LIMITS = {
     "bilinear": (Limit(0.1, 5, 0), Limit(0.1, 12, 0)),
     "deconv": (Limit(0.1, 56, 0), Limit(0.1, 150, 0)),
     "pixel_shuffle": (Limit(0.1, 50, 0), Limit(0.1, 230, 0)),
-    # The image-guided family and FreqFusion, forward: the encoders' maps are most of what they touch.
+    # The image-guided family and FreqFusion, forward: mostly of the encoders' maps.
     "naf": (Limit(0.8, 75, 1),),
     "anyup": (Limit(0.1, 166, 1),),
     "jafar": (Limit(0.9, 88, 1),),
