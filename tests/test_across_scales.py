@@ -1,7 +1,6 @@
 """NAF and RaysUp against the official modules, and what they promise."""
 
 import functools
-import re
 
 import goldens
 import jax
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import export
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from resfu_jax import create_upsampler, from_torch, ops
 from resfu_jax.ops._windows import window_members
@@ -230,15 +228,8 @@ def test_a_window_that_does_not_fit_is_the_map(name):
 
 
 @every
-def test_jit_equals_eager(name):
-    up, inputs = build(name), arrays((3, 4), (6, 8))
-    goldens.assert_close(up(*inputs), call(up, inputs), 2e-6, "eager")
-    assert up(*arrays(batch=0)).shape == (0, 12, 21, 8)
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@every
-def test_narrow_types(name, dtype):
+def test_float16(name):
+    dtype = jnp.float16
     up, inputs = build(name), arrays((3, 40), (3, 640))  # far pixels
     wanted, y = call(up, inputs), call(up, [a.astype(dtype) for a in inputs])
     assert y.dtype == dtype
@@ -265,28 +256,6 @@ def test_export_with_symbolic_sizes(name):
 
 
 @every
-def test_devices_do_not_wait_for_each_other(name, monkeypatch):
-    monkeypatch.setattr("resfu_jax.ops._rows.BLOCK_VALUES", 2000)  # several blocks
-    jax.clear_caches()
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    graphdef, params = nnx.split(build(name))
-
-    def both(*inputs):
-        y, vjp = jax.vjp(lambda *inputs: nnx.merge(graphdef, params)(*inputs), *inputs)
-        return y, vjp(y)
-
-    shapes = [
-        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-        for a in arrays(image=(14, 23), batch=8)
-    ]
-    program = jax.jit(both).lower(*shapes).compile().as_text()
-    assert "num_partitions=8" in program
-    assert not re.findall("all-reduce|all-gather|all-to-all|collective-permute", program)
-    jax.clear_caches()
-
-
-@every
 def test_tree_mode_and_checkpoint(name):
     """And every parameter has a gradient."""
     with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
@@ -302,18 +271,6 @@ def test_tree_mode_and_checkpoint(name):
 
         for path, d in nnx.to_flat_state(gradients(params, arrays())):
             assert np.isfinite(d[...]).all() and np.abs(d[...]).max() > 0, path
-
-
-@every
-def test_values(name):
-    """They are reassembled as the features would be, in heads."""
-    up, inputs = build(name), arrays()
-    v = jax.random.normal(jax.random.key(3), (2, 6, 7, 4))
-    y = call(up, inputs, values=v)
-    assert y.shape == (2, 12, 21, 4)
-    np.testing.assert_allclose(y[..., 1:3], call(up, inputs, values=v[..., 1:3]), atol=1e-6)
-    other = inputs[0] + 1  # not even the keys are made of the features
-    np.testing.assert_allclose(y, call(up, [other, inputs[1]], values=v), atol=1e-6)
 
 
 def test_random_scale_of_positions_in_training():

@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax import export
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from resfu_jax import create_upsampler, ops
 from resfu_jax.upsamplers import pixel_weights
@@ -288,16 +286,6 @@ def test_gradients_leave_the_kernels_out():
 
 
 # -------------------------------------------------------------------------------- transformations
-@every
-def test_jit_equals_eager_and_vmap_equals_batch(name):
-    with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
-        up, (x, image) = build(name), inputs()
-        y = jax.jit(up.__call__)(x, image)
-        goldens.assert_close(up(x, image), y, 1e-5, "eager")
-        single = jax.jit(jax.vmap(lambda x, i: up(x[None], i[None])[0]))
-        goldens.assert_close(single(x, image), y, 1e-5, "vmap")
-
-
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("jbu", jnp.bfloat16), ("jbu", jnp.float16), ("upsample_anything", jnp.float16)],
@@ -318,13 +306,6 @@ def test_narrow_types(name, dtype):
         assert {a.dtype for a in (*kernels, errors)} == {jnp.dtype(jnp.float32)}
 
 
-@every
-def test_an_empty_batch(name):
-    up, (x, image) = build(name), inputs(0)
-    assert up(x, image).shape == (0, 12, 20, 8)
-    assert up(x, image, (7, 9), values=x[..., :2]).shape == (0, 7, 9, 2)
-
-
 @pytest.mark.parametrize(("name", "ratio"), [("jbu", 16), ("jbu", None), ("upsample_anything", 16)])
 def test_export_with_symbolic_sizes(name, ratio):
     """The image, and so the output, of `ratio` times the size, or of any."""
@@ -336,24 +317,6 @@ def test_export_with_symbolic_sizes(name, ratio):
     reloaded = export.deserialize(exported.serialize())
     arrays = inputs(2, (2, 3), (17, 23) if ratio is None else (32, 48))
     np.testing.assert_allclose(reloaded.call(*arrays), jax.jit(up.__call__)(*arrays), atol=2e-5)
-
-
-@every
-@forms
-def test_devices_do_not_wait_for_each_other(name, implementation):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    up = build(name, implementation=implementation)
-
-    @jax.jit
-    def run(*arrays):
-        y, vjp = jax.vjp(up, *arrays)
-        return y, vjp(y)
-
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in inputs(8)]
-    program = run.lower(*shapes).compile().as_text()
-    assert "num_partitions=8" in program
-    assert not re.findall("all-reduce|all-gather|all-to-all|collective-permute", program)
 
 
 @every

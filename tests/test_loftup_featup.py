@@ -1,7 +1,6 @@
 """LoftUp and FeatUp: goldens, and what is particular to them."""
 
 import functools
-import re
 
 import goldens
 import jax
@@ -9,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax import export
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from resfu_jax import create_upsampler, from_torch, ops
 from resfu_jax._layers import LayerNorm
@@ -300,24 +297,6 @@ def arrays(batch=2, size=(3, 5), image=(6, 10)):
 
 
 @every
-def test_jit_equals_eager_and_vmap_equals_batch(name):
-    up, inputs = build(name), arrays()
-    y = jax.jit(up)(*inputs)
-    goldens.assert_close(up(*inputs), y, 2e-5, "eager")
-    single = jax.jit(jax.vmap(lambda *a: up(*(v[None] for v in a))[0]))
-    goldens.assert_close(single(*inputs), y, 2e-5, "vmap")
-
-
-@every
-def test_bfloat16(name):
-    inputs = arrays(batch=1)
-    y = jax.jit(build(name, dtype=jnp.bfloat16))(*inputs)
-    wanted = jax.jit(build(name))(*inputs)
-    assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(y.astype(jnp.float32), wanted, atol=0.1 * np.abs(wanted).max())
-
-
-@every
 def test_sizes(name):
     """A single token, no image at all, and images and outputs of other sizes."""
     up = build(name)
@@ -335,45 +314,6 @@ def test_sizes(name):
     assert y.shape == (1, 5, 11, 12)
     if name == "loftup":  # the image is resized
         np.testing.assert_allclose(y, up(x, ops.resize(image, (5, 11))), atol=1e-4)
-
-
-@every
-def test_export_with_symbolic_sizes(name):
-    up = build(name, scale=4)
-    b, h, w = export.symbolic_shape("b, h, w", constraints=["h >= 1", "w >= 1"])
-    shapes = (b, h, w, 12), (b, 4 * h, 4 * w, 3)
-    exported = export.export(jax.jit(up.__call__))(
-        *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
-    )
-    reloaded = export.deserialize(exported.serialize())
-    inputs = arrays(size=(3, 2), image=(12, 8))
-    np.testing.assert_allclose(reloaded.call(*inputs), jax.jit(up)(*inputs), atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "implementation"),
-    [("loftup", None), ("featup", "cpu"), ("featup_jbu", "xla"), ("featup_jbu", "reference")],
-)
-def test_devices_do_not_wait_for_each_other(name, implementation, monkeypatch):
-    """Each has its part of the batch; gradients to parameters are not asked for."""
-    monkeypatch.setattr(_rows, "BLOCK_VALUES", 500)  # several blocks
-    jax.clear_caches()
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    options = {} if name == "loftup" else dict(implementation=implementation)
-    up = build(name, **options)
-
-    def run(*arrays):
-        y, vjp = jax.vjp(up, *arrays)
-        return y, vjp(y)
-
-    shapes = [
-        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-        for a in arrays(batch=8, size=(24, 2), image=(48, 4))
-    ]
-    program = jax.jit(run).lower(*shapes).compile().as_text()
-    assert "num_partitions=8" in program
-    assert not re.findall("all-reduce|all-gather|all-to-all|collective-permute", program)
 
 
 @every
@@ -483,14 +423,6 @@ def test_dropout_is_asked_for():
         np.testing.assert_array_equal(a, b)
         assert np.abs(a - c).max() > 1e-4
         np.testing.assert_array_equal(up(*inputs, rngs=nnx.Rngs(0)), up(*inputs))
-
-
-def test_featup_jbu_takes_values():
-    up, (x, image) = build("featup_jbu"), arrays(batch=1)
-    run = jax.jit(lambda v: up(x, image, values=v))
-    goldens.assert_close(run(x), jax.jit(up)(x, image), 1e-6, "values=features")
-    a, b = jax.random.normal(jax.random.key(5), (2, *x.shape[:3], 8))
-    goldens.assert_close(run(3 * a - 2 * b), 3 * run(a) - 2 * run(b), 1e-5, "linear")
 
 
 def wrapped(g, dim, norm):
