@@ -54,7 +54,7 @@ class Preprocess:
     Training, evaluation, sliding windows, `Predictor`, exported files and the server all hold this
     one object, so that none of them can see an image otherwise than another:
 
-        orient:    a file's pixels are turned as its EXIF says, before anything else
+        orient:    a file's pixels are turned as its EXIF data say, before anything else
         resize:    to `resize_to`, times `scale`, antialiased bilinear
         pad:       at the bottom and right, with the mean colour, rounded, to `padded_size`
         normalise: (image - mean) / std, inside the model
@@ -71,6 +71,8 @@ class Preprocess:
       multiple: padded sides are multiples of it: what all strides of the backbone divide.
       growth: ratio of a padded side to the next smaller one, see `padded_side`. Larger means fewer
         shapes to compile, and more padding. 1 pads to the next multiple only.
+      orientation: turn what is read from files as their EXIF data say, and so as viewers show it.
+        False: leave it as it is stored. Arrays are never turned.
 
     Raises:
       ValueError: an argument is out of range. The message starts with its name.
@@ -82,6 +84,7 @@ class Preprocess:
     std: Sequence[float] = IMAGENET_STD
     multiple: int = 32
     growth: float = 1.25
+    orientation: bool = True
 
     def __post_init__(self):
         def keep(name: str, fits: bool, need: str, convert: Any) -> None:
@@ -112,6 +115,7 @@ class Preprocess:
         fits = is_integer(self.multiple) and self.multiple >= 1
         keep("multiple", fits, "at least 1, a whole number", int)
         keep("growth", is_real(self.growth) and self.growth >= 1, "at least 1", float)
+        keep("orientation", isinstance(self.orientation, bool), "True or False", bool)
 
     @property
     def pad_color(self) -> tuple[int, int, int]:

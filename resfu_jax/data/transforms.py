@@ -61,7 +61,7 @@ def decode(
 def different_sizes(data: bytes, image: tuple[int, int], label: tuple[int, int]) -> str:
     """What is said of an encoded image and a label map whose (width, height) are different."""
     text = f"differ in size: {image[0]}x{image[1]} against {label[0]}x{label[1]} (width x height)."
-    if images.image_size(data, as_stored=True)[::-1] == label:
+    if images.image_size(data, orientation=False)[::-1] == label:
         text += (
             " The image has an EXIF orientation: it is shown, and used, turned by a quarter, and "
             "the label map was drawn on the image as it is stored. Turn the label map, or remove "
