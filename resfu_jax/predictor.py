@@ -30,7 +30,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Integer, UInt8
 
 from resfu_jax._names import lookup
-from resfu_jax.images import SUFFIXES, ImageError, read_image
+from resfu_jax.images import SUFFIXES, ImageError, Source, read_image
 from resfu_jax.inference import Inference
 from resfu_jax.model import create_model, evaluating
 from resfu_jax.preprocess import Preprocess, check_preprocess, is_integer, preprocess_of
@@ -108,7 +108,7 @@ class Predictor:
       devices: which share a batch; None: all of this process.
       on_compile: called with (batch, height, width) before a program is compiled.
       **changes: fields of `preprocess` to change: `growth=1` pads to the next multiple only, as in
-        the evaluation of equally large images; `scale=0.5`.
+        the evaluation of equally large images; `scale=0.5`; `orientation=False`.
 
     Attributes:
       config, step: of the run, if made by `from_checkpoint`; else None.
@@ -282,8 +282,8 @@ class Predictor:
 
         Args:
           images: a file, a folder (its images, sorted by name, without subfolders), an array
-            (H, W, 3) or (B, H, W, 3) of uint8, RGB, or a list of these. Files are read by
-            `resfu_jax.images.read_image`, as in training: turned as their EXIF data say.
+            (H, W, 3) or (B, H, W, 3) of uint8, RGB, or a list of these. Files are read as in
+            training, by `read_image`.
           probabilities: also the probabilities of all classes.
           features: also the map that the classifier sees. It comes from one pass over the padded
             image, whatever `inference` is.
@@ -318,6 +318,10 @@ class Predictor:
         """
         for _, result in self._stream(images, probabilities, features):
             yield result
+
+    def read_image(self, source: Source, name: str | None = None) -> UInt8[np.ndarray, "h w 3"]:
+        """`resfu_jax.images.read_image`, turned as `preprocess` says, as results are."""
+        return read_image(source, name, orientation=self.preprocess.orientation)
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """What images of this height and width (after resizing) are padded to."""
@@ -378,7 +382,7 @@ class Predictor:
         if item.error is not None:
             return item
         try:
-            pixels = read_image(item.path) if item.pixels is None else item.pixels
+            pixels = item.pixels if item.path is None else self.read_image(item.path)
         except ImageError as error:
             return dataclasses.replace(item, error=error)
         return dataclasses.replace(
