@@ -12,6 +12,7 @@ rounding, alone and among others. Padding does influence it a little: attention 
 
 import dataclasses
 import math
+import mimetypes
 import os
 import pathlib
 import threading
@@ -62,6 +63,13 @@ class Prediction:
     labels: UInt8[np.ndarray, "h w"]
     probabilities: Float[np.ndarray, "h w k"] | None = None
     features: Float[np.ndarray, "_h _w c"] | None = None
+
+    @property
+    def shares(self) -> dict[int, float]:
+        """The share of the pixels of each class that is there, the largest first."""
+        counts = np.bincount(self.labels.ravel())
+        order = np.argsort(-counts, kind="stable")
+        return {int(i): float(counts[i] / self.labels.size) for i in order if counts[i]}
 
 
 class Predictions(list[Prediction]):
@@ -281,7 +289,8 @@ class Predictor:
         """The classes of all pixels.
 
         Args:
-          images: a file, a folder (its images, sorted by name, without subfolders), an array
+          images: a file, a folder (its images, sorted by name, without subfolders; kinds that are
+            not read are errors), an array
             (H, W, 3) or (B, H, W, 3) of uint8, RGB, or a list of these. Files are read as in
             training, by `read_image`.
           probabilities: also the probabilities of all classes.
@@ -564,7 +573,7 @@ def _items(images: Images) -> list[_Item]:
             if not path.is_dir():
                 add(path)
                 return
-            files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            files = sorted(p for p in path.iterdir() if _is_image(p))
             for file in files:
                 add(file)
             if not files:
@@ -593,6 +602,12 @@ def _items(images: Images) -> list[_Item]:
     if not items:
         raise ValueError("images must be at least one, got none")
     return items
+
+
+def _is_image(path: pathlib.Path) -> bool:
+    """Whether a file's name is that of an image, also of a kind that will be refused by name."""
+    kind, _ = mimetypes.guess_type(path.name)
+    return path.suffix.lower() in SUFFIXES or (kind or "").startswith("image/")
 
 
 def count_images(images: Images) -> int:
