@@ -7,7 +7,8 @@
 XLA compiles a program for every shape, so images are padded at the bottom and right with the mean
 colour to a few sizes, see `Preprocess.padded_side`. The size of an image alone decides what it is
 padded to, and the batch always has the same number of rows, so an image gets the same result, up to
-rounding, alone and among others. Padding does influence it a little: attention sees the padding.
+rounding, alone and among others. Padding does influence it a little where an image is seen whole:
+attention sees it. `Preprocess` has the rule, which exported files and the server follow, too.
 """
 
 import dataclasses
@@ -103,8 +104,8 @@ class Predictor:
       model: images `(B, H, W, 3)` to logits of the same height and width, as `SegmentationModel`.
       class_names: K names.
       palette: a colour for each.
-      inference: how images become logits. Windows ("slide") make the result independent of the
-        padding for images that are not smaller than a window.
+      inference: how images become logits. In windows ("slide") the result does not depend on
+        `growth`.
       preprocess: how images are resized and padded. Where it resizes, probabilities are resized
         back, bilinearly; classes are decided at the size of the image. None: no resizing, and the
         model's colours and strides (`preprocess_of`).
