@@ -257,7 +257,7 @@ def _load(
     image = _open(data, name, max_pixels, formats)
     turn = _TURNS.get(_orientation(image, data))
     if image.format == "TIFF":  # Pillow turns these itself, while it decodes
-        turn = None if orientation else _BACK.get(turn, turn)
+        turn = None if orientation or turn is None else _BACK.get(turn, turn)
     elif not orientation:
         turn = None
     try:
