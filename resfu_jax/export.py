@@ -51,9 +51,8 @@ def export_model(
     """Writes a model, uint8 images `(b, h, w, 3)` to one of `output`, as a file.
 
     The colours' mean and deviation are inside, and the file says the rest of the preprocessing: the
-    loader resizes and pads images as `Predictor` does, and brings the outputs back to their size.
-    So it does with windows, if `inference` has any: file and `Predictor` give an image the same
-    labels.
+    loader resizes and pads images as `Predictor` does, sees them whole or in windows as it does,
+    and brings the outputs back to their size. Both give an image the same labels.
 
     Args:
       model: the model; it is exported as in evaluation.
@@ -174,14 +173,15 @@ def _windows(inference: Inference) -> dict[str, Sequence[int]] | None:
     """What the file says of windows; a `ValueError` for what is not exported."""
     if not isinstance(inference, Inference):
         raise ValueError(f"inference must be an Inference or None, got {inference!r}")
-    for name, only in (("scales", (1.0,)), ("flip", False), ("whole_up_to", 0)):
-        if (value := getattr(inference, name)) != only:
+    for name, only in (("scales", [1.0]), ("flip", False), ("whole_up_to", 0)):
+        value = getattr(inference, name)
+        if (list(value) if name == "scales" else value) != only:
             raise ValueError(
-                f"inference.{name} must be {only}, got {value}: files hold one view of an image"
+                f"inference.{name} must be {only}, got {value}: files see all images in one way"
             )
     if inference.mode == "whole":
         return None
-    return {"crop": inference.crop, "stride": inference.stride}
+    return {name: [int(n) for n in getattr(inference, name)] for name in ("crop", "stride")}
 
 
 def _write(
