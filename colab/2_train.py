@@ -241,7 +241,7 @@ if drawn:
     images = [draw_village(rng, 160, 208)[0] for _ in range(3)]
 else:
     files = sorted((pathlib.Path(FOLDER) / "images").rglob("*.*"))[:3]
-    images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    images = [predictor.read_image(file) for file in files]
 results = predictor.predict(images)
 
 _, axes = plt.subplots(2, len(images), figsize=(3 * len(images), 5), layout="constrained")

@@ -50,13 +50,14 @@ class Decoder:
     in one JPEG, a TIFF whose tiles are larger than the image. The server goes on meanwhile.
     """
 
-    def __init__(self):
+    def __init__(self, orientation):
+        self.orientation = orientation
         self.start()
 
     def start(self):
         """Returns when the process is ready."""
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--decode"],
+            [sys.executable, __file__, "--decode", str(self.orientation)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -118,8 +119,9 @@ class Decoder:
         return said["size"]
 
 
-def decode():
+def decode(orientation):
     """What the process of `Decoder` does, until its input ends."""
+    options = dict(orientation=orientation, max_pixels=sys.maxsize)
     with contextlib.suppress(ImportError, OSError, ValueError):  # where there are such limits
         import resource
 
@@ -136,10 +138,10 @@ def decode():
     while length := source.read(8):
         body = source.read(int.from_bytes(length, "big"))
         try:
-            say({"size": image_size(body, "the image", max_pixels=sys.maxsize)})
+            say({"size": image_size(body, "the image", **options)})
             if source.read(1) == b"n":
                 continue
-            pixels = read_image(body, "the image", max_pixels=sys.maxsize)
+            pixels = read_image(body, "the image", **options)
             say({"size": pixels.shape[:2]})
             say(pixels.tobytes())
         except (ImageError, MemoryError) as error:
@@ -173,7 +175,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, Handler)
         try:
             for _ in range(DECODERS):
-                self.decoders.put(Decoder())
+                self.decoders.put(Decoder(model.preprocess.orientation))
         except BaseException:
             self.server_close()
             raise
@@ -382,4 +384,4 @@ def main():
 
 
 if __name__ == "__main__":
-    decode() if sys.argv[1:] == ["--decode"] else main()
+    decode(sys.argv[2] == "True") if sys.argv[1:2] == ["--decode"] else main()

@@ -24,6 +24,7 @@ import safetensors.numpy
 from flax import nnx
 
 import resfu_jax
+from resfu_jax.inference import Inference
 from resfu_jax.model import SegmentationModel, evaluating
 from resfu_jax.predictor import check_classes
 from resfu_jax.preprocess import Preprocess, check_preprocess, is_integer, preprocess_of
@@ -42,6 +43,7 @@ def export_model(
     size: tuple[int, int] | None = None,
     multiple: int | None = None,
     preprocess: Preprocess | None = None,
+    inference: Inference | None = None,
     platforms: Sequence[str] = PLATFORMS,
     class_names: Sequence[str] = (),
     palette: Sequence[tuple[int, int, int]] = (),
@@ -49,8 +51,8 @@ def export_model(
     """Writes a model, uint8 images `(b, h, w, 3)` to one of `output`, as a file.
 
     The colours' mean and deviation are inside, and the file says the rest of the preprocessing: the
-    loader resizes and pads images as `Predictor` does, and brings the outputs back to their size.
-    The file makes one pass over the whole image, as `Inference()` does, without windows or views.
+    loader resizes and pads images as `Predictor` does, sees them whole or in windows as it does,
+    and brings the outputs back to their size. Both give an image the same labels.
 
     Args:
       model: the model; it is exported as in evaluation.
@@ -59,13 +61,16 @@ def export_model(
         `"logits"`, `(b, h, w, k)`, float32.
       batch: number of images; None is any.
       size: height and width of the images; None is any. A fixed size lets the compiler, and
-        ReSFU's blocks of rows, know it.
+        ReSFU's blocks of rows, know it. Windows have theirs.
       multiple: what sides are multiples of where `size` is None, instead of the number in
         `preprocess`. All strides of the backbone divide it: 32 for MiT, 16 or 14 for a ViT.
       preprocess: how images are resized and padded, as in `Predictor`: give `predictor.preprocess`
         or `training.create_preprocess(config)`. None: they are not resized. Where it resizes, the
         program for `"labels"` returns probabilities, from which the loader decides the labels at
         the size of the image.
+      inference: how images become logits, in one pass or in windows: give `predictor.inference`.
+        Windows are the program's images, and the loader averages their logits. Mirrored and
+        rescaled views are not exported. None: one pass.
       platforms: what it can run on: "cpu", "cuda", "rocm" or "tpu".
       class_names: names of the classes.
       palette: their colours.
@@ -85,6 +90,13 @@ def export_model(
         two = isinstance(size, Sequence) and len(size) == 2
         if not two or not all(is_integer(side) and side >= 1 for side in size):
             raise ValueError(f"size must be (height, width), at least 1, or None, got {size!r}")
+    windows = _windows(inference or Inference())
+    if windows and size is not None:
+        raise ValueError(
+            f"size must be None where images are seen in windows, of {windows['crop']}, got "
+            f"{size!r}; with mode 'whole' it is that of the images"
+        )
+    size = windows["crop"] if windows else size
     check_classes(class_names, palette)
     changes = {} if multiple is None else {"multiple": multiple}
     if preprocess is None:
@@ -104,6 +116,8 @@ def export_model(
                 raise ValueError(
                     f"{name} must have the model's {classes} entries, got {len(given)}"
                 )
+        if windows:
+            return logits.astype(jnp.float32)  # of which the loader takes the mean
         if output == "labels" and not preprocess.resizes:
             labels = jnp.argmax(logits, axis=-1)
             return labels.astype(jnp.uint8 if classes <= 256 else jnp.int32)
@@ -113,6 +127,7 @@ def export_model(
     meta = {
         "output": output,
         "preprocess": dataclasses.asdict(preprocess),
+        "windows": windows,
         "class_names": list(class_names),
         "palette": [[int(c) for c in color] for color in palette],
     }
@@ -150,8 +165,23 @@ def export_module(
     Raises:
       ValueError: an argument is wrong, or the module cannot be traced for such sizes.
     """
-    meta = {"output": None, "preprocess": None, "class_names": [], "palette": []}
+    meta = {"output": None, "preprocess": None, "windows": None, "class_names": [], "palette": []}
     return _write(module, lambda y: y, _checked_path(path), inputs, constraints, platforms, meta)
+
+
+def _windows(inference: Inference) -> dict[str, Sequence[int]] | None:
+    """What the file says of windows; a `ValueError` for what is not exported."""
+    if not isinstance(inference, Inference):
+        raise ValueError(f"inference must be an Inference or None, got {inference!r}")
+    for name, only in (("scales", [1.0]), ("flip", False), ("whole_up_to", 0)):
+        value = getattr(inference, name)
+        if (list(value) if name == "scales" else value) != only:
+            raise ValueError(
+                f"inference.{name} must be {only}, got {value}: files see all images in one way"
+            )
+    if inference.mode == "whole":
+        return None
+    return {name: [int(n) for n in getattr(inference, name)] for name in ("crop", "stride")}
 
 
 def _write(

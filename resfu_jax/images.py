@@ -31,6 +31,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# What undoes a turn, where it is not itself.
+_BACK = {_TURNS[6]: _TURNS[8], _TURNS[8]: _TURNS[6]}
 _ORIENTATION, _BITS, _PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
 Source = str | os.PathLike[str] | bytes
 
@@ -47,12 +49,13 @@ def read_image(
     source: Source,
     name: str | None = None,
     *,
+    orientation: bool = True,
     max_pixels: int | None = None,
     formats: Sequence[str] = FORMATS,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """RGB pixels of an encoded image, decoded completely.
 
-    - It is turned as its EXIF data say, and so as viewers show it.
+    - It is turned as its EXIF data say, and so as viewers show it, unless `orientation` is False.
     - Grey values and palettes become RGB. Transparency is dropped: the colour that the file has
       below it remains.
     - 16-bit values are divided by their range, 65535 becomes 255.
@@ -61,6 +64,7 @@ def read_image(
     Args:
       source: path of the file, or its content.
       name: how messages call it; None: its path.
+      orientation: turn it as its EXIF data say. False: the pixels are left as they are stored.
       max_pixels: the largest width times height; None: `$RESFU_MAX_PIXELS`, or `MAX_PIXELS`.
       formats: which of `FORMATS` are read.
 
@@ -68,21 +72,25 @@ def read_image(
       ImageError: there is no such file, it cannot be decoded to its end, it is too large, or its
         values have no range (floating point, 32-bit integers).
     """
-    return np.asarray(open_image(source, name, max_pixels=max_pixels, formats=formats))
+    image = open_image(
+        source, name, orientation=orientation, max_pixels=max_pixels, formats=formats
+    )
+    return np.asarray(image)
 
 
 def open_image(
     source: Source,
     name: str | None = None,
     *,
+    orientation: bool = True,
     max_pixels: int | None = None,
     formats: Sequence[str] = FORMATS,
 ) -> Image.Image:
     """`read_image` as a PIL image of mode RGB, which is in memory."""
     name, data = _read(source, name)
-    image = _load(data, name, max_pixels, formats)
+    image, turn = _load(data, name, orientation, max_pixels, formats)
     try:
-        return _rgb(_turned(image, data), name)
+        return _turned(_rgb(image, name), turn)
     except ImageError:
         raise
     except Exception as error:
@@ -93,7 +101,7 @@ def image_size(
     source: Source,
     name: str | None = None,
     *,
-    as_stored: bool = False,
+    orientation: bool = True,
     max_pixels: int | None = None,
     formats: Sequence[str] = FORMATS,
 ) -> tuple[int, int]:
@@ -102,7 +110,7 @@ def image_size(
     Args:
       source: as for `read_image`.
       name: as well.
-      as_stored: before the image is turned as its EXIF data say.
+      orientation: as well.
       max_pixels: as for `read_image`.
       formats: as well.
 
@@ -112,14 +120,17 @@ def image_size(
     name, data = _read(source, name)
     image = _open(data, name, max_pixels, formats)
     width, height = image.size
-    sideways = _orientation(image, data) >= 5
-    # Pillow turns TIFF files by itself; their header's size is that of the turned image.
-    swap = sideways and as_stored == (image.format == "TIFF")
+    # Of TIFF files, which Pillow turns itself, the header has the turned size.
+    swap = _orientation(image, data) >= 5 and orientation != (image.format == "TIFF")
     return (width, height) if swap else (height, width)
 
 
 def read_label(
-    source: Source, name: str | None = None, *, max_pixels: int | None = None
+    source: Source,
+    name: str | None = None,
+    *,
+    orientation: bool = True,
+    max_pixels: int | None = None,
 ) -> UInt8[np.ndarray, "h w"]:
     """The numbers in a label map: a PNG file with one channel.
 
@@ -130,13 +141,14 @@ def read_label(
     Args:
       source: as for `read_image`.
       name: as well.
+      orientation: as well.
       max_pixels: as well.
 
     Raises:
       ImageError: the file cannot be decoded, is no PNG, has several channels or numbers above 255.
     """
     name, data = _read(source, name)
-    image = _load(data, name, max_pixels, FORMATS)
+    image, turn = _load(data, name, orientation, max_pixels, FORMATS)
     if image.format != "PNG":
         raise ImageError(
             f"{name}: a label map has to be a PNG file, whatever its name, and this is "
@@ -147,7 +159,7 @@ def read_label(
             f"{name} has PIL mode {image.mode!r}; class indices need one channel (mode 'L' or "
             f"'P').{_about_channels(image)}"
         )
-    values = np.asarray(_turned(image, data))
+    values = np.asarray(_turned(image, turn))
     bits = data[24]  # of the header
     if image.mode == "L" and bits < 8:
         values = values // (255 // (2**bits - 1))  # Pillow spreads them over 0 .. 255
@@ -238,8 +250,16 @@ def pixel_limit() -> int:
     return int(text)
 
 
-def _load(data: bytes, name: str, max_pixels: int | None, formats: Sequence[str]) -> Image.Image:
+def _load(
+    data: bytes, name: str, orientation: bool, max_pixels: int | None, formats: Sequence[str]
+) -> tuple[Image.Image, Image.Transpose | None]:
+    """The decoded image, and how it has to be turned."""
     image = _open(data, name, max_pixels, formats)
+    turn = _TURNS.get(_orientation(image, data))
+    if image.format == "TIFF":  # Pillow turns these itself, while it decodes
+        turn = None if orientation or turn is None else _BACK.get(turn, turn)
+    elif not orientation:
+        turn = None
     try:
         image.load()
     except MemoryError as error:
@@ -247,7 +267,11 @@ def _load(data: bytes, name: str, max_pixels: int | None, formats: Sequence[str]
         raise ImageError(f"{name}: not enough memory for {size} pixels") from error
     except Exception as error:
         raise ImageError(f"{name}: cannot be read as an image: {_first_line(error)}") from error
-    return image
+    return image, turn
+
+
+def _turned(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    return image if turn is None else image.transpose(turn)
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:
@@ -260,11 +284,6 @@ def _orientation(image: Image.Image, data: bytes) -> int:
     except Exception:
         return 1
     return orientation if orientation in _TURNS else 1
-
-
-def _turned(image: Image.Image, data: bytes) -> Image.Image:
-    turn = _TURNS.get(_orientation(image, data))
-    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:

@@ -48,6 +48,8 @@ class Inference:
       flip: also a mirrored view (left-right) at every scale.
       windows_per_step: windows of each image that pass through the model at once. More keep a
         large device busy when the batch is small; memory grows with them.
+      whole_up_to: with `"slide"`, arrays of at most so many pixels, height times width and padding
+        included, are seen in one pass all the same.
 
     Raises:
       ValueError: an option is out of range. The message starts with its name.
@@ -59,6 +61,7 @@ class Inference:
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
     windows_per_step: int = 1
+    whole_up_to: int = 0
 
     def __post_init__(self):
         if self.mode not in list(get_args(Mode)):
@@ -79,6 +82,11 @@ class Inference:
         if not isinstance(self.flip, bool | np.bool_):
             raise ValueError(f"flip must be True or False, got {self.flip!r}")
         _check_count("windows_per_step", self.windows_per_step)
+        _check_count("whole_up_to", self.whole_up_to, least=0)
+
+    def in_windows(self, height: int, width: int) -> bool:
+        """Whether images of this size, padding included, are seen in windows."""
+        return self.mode == "slide" and height * width > self.whole_up_to
 
     @property
     def plain(self) -> bool:
@@ -103,8 +111,8 @@ class Inference:
             evaluation, or a function.
           images: RGB in 0 .. 255, uint8 or floating point.
           sizes: height and width of each image before it was padded at the bottom and right. With
-            them, windows and mirroring follow the image: at scale 1, images not smaller than
-            `crop` get the logits that they get alone, whatever the padding. The result means
+            them, windows and mirroring follow the image: at scale 1, images that are seen in
+            windows get the logits that they get alone, whatever the padding. The result means
             nothing in the padding. None: the arrays hold nothing but the images.
           preprocess: what images smaller than a window are padded with, and what sides of scaled
             images are multiples of. None: as the model `apply` needs it, see `preprocess_of`.
@@ -140,7 +148,7 @@ class Inference:
             if sizes is not None:
                 ratio = [jnp.array(n, sizes.dtype)[None, :] for n in (scaled, size)]
                 scaled_sizes = -(-sizes * ratio[0] // ratio[1])
-        if self.mode == "slide":
+        if self.in_windows(*images.shape[1:3]):
             logits = slide(
                 apply,
                 images,
@@ -303,9 +311,9 @@ def _check_pair(name: str, value: tuple[int, int], largest: tuple[int, int] | No
         raise ValueError(f"{name} must be at most the crop {largest}, got {value}")
 
 
-def _check_count(name: str, value: int) -> None:
-    if not is_integer(value) or value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value!r}")
+def _check_count(name: str, value: int, least: int = 1) -> None:
+    if not is_integer(value) or value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
 
 
 def _check_images(images: Array, sizes: Array | None) -> None:

@@ -7,11 +7,13 @@
 XLA compiles a program for every shape, so images are padded at the bottom and right with the mean
 colour to a few sizes, see `Preprocess.padded_side`. The size of an image alone decides what it is
 padded to, and the batch always has the same number of rows, so an image gets the same result, up to
-rounding, alone and among others. Padding does influence it a little: attention sees the padding.
+rounding, alone and among others. Padding does influence it a little where an image is seen whole:
+attention sees it. `Preprocess` has the rule, which exported files and the server follow, too.
 """
 
 import dataclasses
 import math
+import mimetypes
 import os
 import pathlib
 import threading
@@ -30,7 +32,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Integer, UInt8
 
 from resfu_jax._names import lookup
-from resfu_jax.images import SUFFIXES, ImageError, read_image
+from resfu_jax.images import SUFFIXES, ImageError, Source, read_image
 from resfu_jax.inference import Inference
 from resfu_jax.model import create_model, evaluating
 from resfu_jax.preprocess import Preprocess, check_preprocess, is_integer, preprocess_of
@@ -62,6 +64,13 @@ class Prediction:
     labels: UInt8[np.ndarray, "h w"]
     probabilities: Float[np.ndarray, "h w k"] | None = None
     features: Float[np.ndarray, "_h _w c"] | None = None
+
+    @property
+    def shares(self) -> dict[int, float]:
+        """The share of the pixels of each class that is there, the largest first."""
+        counts = np.bincount(self.labels.ravel())
+        order = np.argsort(-counts, kind="stable")
+        return {int(i): float(counts[i] / self.labels.size) for i in order if counts[i]}
 
 
 class Predictions(list[Prediction]):
@@ -95,8 +104,8 @@ class Predictor:
       model: images `(B, H, W, 3)` to logits of the same height and width, as `SegmentationModel`.
       class_names: K names.
       palette: a colour for each.
-      inference: how images become logits. Windows ("slide") make the result independent of the
-        padding for images that are not smaller than a window.
+      inference: how images become logits. In windows ("slide") the result does not depend on
+        `growth`.
       preprocess: how images are resized and padded. Where it resizes, probabilities are resized
         back, bilinearly; classes are decided at the size of the image. None: no resizing, and the
         model's colours and strides (`preprocess_of`).
@@ -108,7 +117,7 @@ class Predictor:
       devices: which share a batch; None: all of this process.
       on_compile: called with (batch, height, width) before a program is compiled.
       **changes: fields of `preprocess` to change: `growth=1` pads to the next multiple only, as in
-        the evaluation of equally large images; `scale=0.5`.
+        the evaluation of equally large images; `scale=0.5`; `orientation=False`.
 
     Attributes:
       config, step: of the run, if made by `from_checkpoint`; else None.
@@ -281,9 +290,10 @@ class Predictor:
         """The classes of all pixels.
 
         Args:
-          images: a file, a folder (its images, sorted by name, without subfolders), an array
-            (H, W, 3) or (B, H, W, 3) of uint8, RGB, or a list of these. Files are read by
-            `resfu_jax.images.read_image`, as in training: turned as their EXIF data say.
+          images: a file, a folder (its images, sorted by name, without subfolders; kinds that are
+            not read are errors), an array
+            (H, W, 3) or (B, H, W, 3) of uint8, RGB, or a list of these. Files are read as in
+            training, by `read_image`.
           probabilities: also the probabilities of all classes.
           features: also the map that the classifier sees. It comes from one pass over the padded
             image, whatever `inference` is.
@@ -318,6 +328,10 @@ class Predictor:
         """
         for _, result in self._stream(images, probabilities, features):
             yield result
+
+    def read_image(self, source: Source, name: str | None = None) -> UInt8[np.ndarray, "h w 3"]:
+        """`resfu_jax.images.read_image`, turned as `preprocess` says, as results are."""
+        return read_image(source, name, orientation=self.preprocess.orientation)
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """What images of this height and width (after resizing) are padded to."""
@@ -378,7 +392,7 @@ class Predictor:
         if item.error is not None:
             return item
         try:
-            pixels = read_image(item.path) if item.pixels is None else item.pixels
+            pixels = item.pixels if item.path is None else self.read_image(item.path)
         except ImageError as error:
             return dataclasses.replace(item, error=error)
         return dataclasses.replace(
@@ -560,7 +574,7 @@ def _items(images: Images) -> list[_Item]:
             if not path.is_dir():
                 add(path)
                 return
-            files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            files = sorted(p for p in path.iterdir() if _is_image(p))
             for file in files:
                 add(file)
             if not files:
@@ -589,6 +603,12 @@ def _items(images: Images) -> list[_Item]:
     if not items:
         raise ValueError("images must be at least one, got none")
     return items
+
+
+def _is_image(path: pathlib.Path) -> bool:
+    """Whether a file's name is that of an image, also of a kind that will be refused by name."""
+    kind, _ = mimetypes.guess_type(path.name)
+    return path.suffix.lower() in SUFFIXES or (kind or "").startswith("image/")
 
 
 def count_images(images: Images) -> int:

@@ -15,6 +15,7 @@ files are written by `resfu_jax.export`:
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,7 @@ import jax
 import numpy as np
 import safetensors
 
-FORMAT = 2
+FORMAT = 3
 """Version of the layout of the files."""
 
 PROGRAM, WEIGHTS, META = "model.stablehlo", "weights.safetensors", "meta.json"
@@ -54,9 +55,10 @@ class Preprocess:
     Training, evaluation, sliding windows, `Predictor`, exported files and the server all hold this
     one object, so that none of them can see an image otherwise than another:
 
-        orient:    a file's pixels are turned as its EXIF says, before anything else
+        orient:    what is read from files is turned as their EXIF data say, before anything else
         resize:    to `resize_to`, times `scale`, antialiased bilinear
-        pad:       at the bottom and right, with the mean colour, rounded, to `padded_size`
+        pad:       at the bottom and right, with the mean colour, rounded: what is seen whole, to
+                   `padded_size`; what is seen in windows and is smaller than one, to a window
         normalise: (image - mean) / std, inside the model
 
     It is here, not in a file of its own, for the sake of servers that copy this file; the package
@@ -71,6 +73,8 @@ class Preprocess:
       multiple: padded sides are multiples of it: what all strides of the backbone divide.
       growth: ratio of a padded side to the next smaller one, see `padded_side`. Larger means fewer
         shapes to compile, and more padding. 1 pads to the next multiple only.
+      orientation: turn what is read from files as their EXIF data say, and so as viewers show it.
+        False: leave it as it is stored. Arrays are never turned.
 
     Raises:
       ValueError: an argument is out of range. The message starts with its name.
@@ -82,6 +86,7 @@ class Preprocess:
     std: Sequence[float] = IMAGENET_STD
     multiple: int = 32
     growth: float = 1.25
+    orientation: bool = True
 
     def __post_init__(self):
         def keep(name: str, fits: bool, need: str, convert: Any) -> None:
@@ -112,6 +117,7 @@ class Preprocess:
         fits = is_integer(self.multiple) and self.multiple >= 1
         keep("multiple", fits, "at least 1, a whole number", int)
         keep("growth", is_real(self.growth) and self.growth >= 1, "at least 1", float)
+        keep("orientation", isinstance(self.orientation, bool), "True or False", bool)
 
     @property
     def pad_color(self) -> tuple[int, int, int]:
@@ -201,6 +207,7 @@ class Exported:
     ):
         self.exported, self.meta = exported, meta
         self.preprocess = meta["preprocess"] and Preprocess(**meta["preprocess"])
+        self._windows = meta["windows"]
         changes = {"multiple": multiple, "growth": growth}
         changes = {name: value for name, value in changes.items() if value is not None}
         if changes and not self.preprocess:
@@ -260,13 +267,36 @@ class Exported:
             seen[:] = self.preprocess.pad_color
             for row, image in zip(seen, images, strict=True):
                 row[:height, :width] = self.preprocess.resize(image)
-        output = np.asarray(self.call(seen))[:, :height, :width]
-        if not self.preprocess.resizes:
+        output = self._mean_of_windows(seen) if self._windows else np.asarray(self.call(seen))
+        output = output[:, :height, :width]
+        kind, resizes = self.meta["output"], self.preprocess.resizes
+        if self._windows and (kind == "probabilities" or (kind == "labels" and resizes)):
+            output = np.exp(output - output.max(axis=-1, keepdims=True))
+            output /= output.sum(axis=-1, keepdims=True)
+        if resizes:
+            output = np.stack([self.preprocess.resize_back(one, size) for one in output])
+        if kind != "labels" or output.ndim == 3:
             return output
-        maps = np.stack([self.preprocess.resize_back(one, size) for one in output])
-        if self.meta["output"] != "labels":
-            return maps
-        return maps.argmax(axis=-1).astype(np.uint8 if maps.shape[-1] <= 256 else np.int32)
+        return output.argmax(axis=-1).astype(np.uint8 if output.shape[-1] <= 256 else np.int32)
+
+    def _mean_of_windows(self, images: np.ndarray) -> np.ndarray:
+        """Logits, as `resfu_jax.inference.slide` takes them from overlapping windows."""
+        height, width = crop = self._windows["crop"]
+        starts = [
+            [min(i * stride, n - side) for i in range(-(-(n - side) // stride) + 1)]
+            for n, side, stride in zip(
+                images.shape[1:3], crop, self._windows["stride"], strict=True
+            )
+        ]
+        total, count = 0.0, np.zeros((*images.shape[1:3], 1), np.float32)
+        for top, left in itertools.product(*starts):
+            window = np.s_[:, top : top + height, left : left + width]
+            logits = np.asarray(self.call(images[window]))
+            if not np.ndim(total):
+                total = np.zeros((*images.shape[:3], logits.shape[3]), np.float32)
+            total[window] += logits
+            count[window[1:]] += 1
+        return total / count
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width at which the model sees an image of this size: resized and padded.
@@ -275,6 +305,8 @@ class Exported:
           ValueError: it is larger than what a file of a fixed size takes.
         """
         size = self.preprocess.resized_size(height, width)
+        if self._windows:
+            return tuple(map(max, size, self._windows["crop"]))
         wanted = []
         for n, side in zip(size, self._inputs[0].shape[1:3], strict=True):
             if isinstance(side, int) and n > side:
@@ -379,11 +411,23 @@ def _check_meta(meta: Any) -> None:
         three = isinstance(value, list) and len(value) == 3 and all(map(is_integer, value))
         return three and all(0 <= part <= 255 for part in value)
 
+    def windows(value: Any) -> bool:
+        """Whether they are of pixels, and no stride leaves any out."""
+        sides = [value.get(name) for name in ("crop", "stride")] if isinstance(value, dict) else []
+        pairs = [isinstance(pair, list) and len(pair) == 2 for pair in sides]
+        return (
+            bool(sides)
+            and all(pairs)
+            and all(map(is_integer, itertools.chain(*sides)))
+            and all(1 <= step <= side for side, step in zip(*sides, strict=True))
+        )
+
     fits = {
         "inputs": lambda v: isinstance(v, dict) and texts(v.values()),
         "outputs": lambda v: isinstance(v, list) and texts(v),
         "output": lambda v: v in (None, "labels", "probabilities", "logits"),
         "preprocess": lambda v: v is None or isinstance(v, dict),
+        "windows": lambda v: v is None or (meta["preprocess"] is not None and windows(v)),
         "class_names": lambda v: isinstance(v, list) and texts(v),
         "palette": lambda v: isinstance(v, list) and all(map(color, v)),
         "jax": lambda v: isinstance(v, str),
@@ -455,8 +499,10 @@ def _check_program(exported: jax.export.Exported, meta: dict[str, Any]) -> None:
         smallest = zip(inputs[0].shape, (1, side, side, 3), strict=True)
         shape = [n if isinstance(n, int) else m for n, m in smallest]
         output = jax.eval_shape(exported.call, weights, jax.ShapeDtypeStruct(shape, np.uint8))
-        if output.shape[:3] != tuple(shape[:3]):
+        if output.shape[:3] != tuple(shape[:3]) or (meta["windows"] and output.ndim != 4):
             raise ValueError(f"it returns {output.shape} for images {tuple(shape)}")
+        if meta["windows"] and tuple(meta["windows"]["crop"]) != tuple(shape[1:3]):
+            raise ValueError(f"its windows are {tuple(shape[1:3])}")
     except (AttributeError, TypeError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
         raise ValueError(f"{PROGRAM} does not take images as {META} says: {line}") from error

@@ -4,13 +4,14 @@ A picture is an array of RGB pixels. Matplotlib is imported where it is used.
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 Path = str | os.PathLike[str]
 Panel = tuple[str, UInt8[np.ndarray, "_h _w 3"]]  # title and picture
@@ -133,9 +134,16 @@ class PCA:
     high: Float[np.ndarray, "3"]
 
     @classmethod
-    def fit(cls, features: Float[np.ndarray, "... c"]) -> "PCA":
-        """Directions, and the range of all but the outermost percent along each."""
-        x = np.asarray(features, np.float64).reshape(-1, features.shape[-1])
+    def fit(cls, features: Float[np.ndarray, "h w c"]) -> "PCA":
+        """Directions, and the range of all but the outermost percent along each.
+
+        They are those of the map without its margin of an eighth: what a network sees of the
+        padding beyond the image differs more than all that is in it. Of maps with fewer than six
+        rows or columns nothing is left out there.
+        """
+        top, left = (max(1, n // 8) if n > 5 else 0 for n in features.shape[:2])
+        inner = features[top : features.shape[0] - top, left : features.shape[1] - left]
+        x = np.asarray(inner, np.float64).reshape(-1, features.shape[2])
         mean = x.mean(axis=0)
         _, _, rows = np.linalg.svd(x - mean, full_matrices=False)
         # A tiny map may have fewer than three.
@@ -170,6 +178,35 @@ def overlay(
     colors = colorize(labels, palette, ignore_label=ignore_label)
     mixed = (1 - opacity) * image.astype(np.float32) + opacity * colors
     return mixed.round().astype(np.uint8)
+
+
+def with_legend(
+    picture: UInt8[np.ndarray, "h w 3"],
+    names: Sequence[str],
+    colors: Sequence[tuple[int, int, int]],
+) -> UInt8[np.ndarray, "_h _w 3"]:
+    """The picture, and below it names on white, each after a square of its colour.
+
+    It is wider than the picture if a name is.
+    """
+    size = max(12, picture.shape[1] // 48)  # of letters and squares
+    font = ImageFont.load_default(size)
+    # From the left edge of a square to that of the next one, in the same row.
+    widths = [2 * size + math.ceil(font.getlength(name)) + size for name in names]
+    width = max([picture.shape[1], *widths])
+    places, left, row = [], 0, 0
+    for step in widths:
+        if left + step > width:
+            left, row = 0, row + 1
+        places.append((left + size // 2, picture.shape[0] + 2 * size * row + size // 2))
+        left += step
+    page = Image.new("RGB", (width, picture.shape[0] + 2 * size * (row + 1)), "white")
+    page.paste(Image.fromarray(picture))
+    draw = ImageDraw.Draw(page)
+    for (x, y), name, color in zip(places, names, colors, strict=True):
+        draw.rectangle((x, y, x + size, y + size), fill=tuple(color), outline="black")
+        draw.text((x + 1.5 * size, y + size / 2), name, "black", font, anchor="lm")
+    return np.asarray(page)
 
 
 @dataclasses.dataclass(frozen=True)

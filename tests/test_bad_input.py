@@ -944,6 +944,7 @@ PREDICTOR: list[Bad] = [
     ),
     *rows("Inference", inference, "flip", "True or False", "yes", 1, None),
     *rows("Inference", inference, "windows_per_step", "at least 1", 0, 1.5, True, "2"),
+    *rows("Inference", inference, "whole_up_to", "at least 0", -1, 1.5, True, "2"),
     *rows("Predictor", predictor, "model", "Flax NNX module", None, lambda x: x, "runs/shapes"),
     *rows(
         "Predictor", predictor, "class_names", "class_names", "rgb", (1, 2, 3), ("r", "g"), (), None
@@ -1015,6 +1016,15 @@ PREDICTOR: list[Bad] = [
         "export_model", export, "platforms", "cpu, cuda, rocm and tpu", "cpu", (), ("gpu",), None
     ),
     *rows("export_model", export, "preprocess", "a Preprocess", 0.5),
+    *rows(
+        "export_model",
+        export,
+        "inference",
+        "inference",
+        "slide",
+        Inference(flip=True),
+        Inference(scales=(0.5, 1)),
+    ),
     Bad("export_model", "mean", Preprocess(), export("preprocess"), "mean must be the model's"),
     *rows("export_model", export, "palette", "three integers", ((0, 0, 300),) * 3),
     *rows("export_model", export, "class_names", "a list of names", "rgb", (1, 2, 3)),

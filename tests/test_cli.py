@@ -76,14 +76,25 @@ def test_commands_have_help_with_examples(capsys, name):
 
 
 def test_predict_writes_labels_and_overlays(run, photos, tmp_path, capsys):
+    save_picture(photos / "large.png", 70, 120)  # more than 8 crops of 32x32 pixels
     out = tmp_path / "out"
     status = main(["predict", str(photos), "--checkpoint", str(run), "--out", str(out)])
     output = capsys.readouterr()
     assert status == 0, output
-    assert "2 images in" in output.out and "compiling 1 sizes" in output.out
-    assert "compiling for 32x32 pixels" in output.err
+    assert "3 images in" in output.out and "compiling 2 sizes" in output.out
+    assert re.search("^compiling for 32x32 pixels$", output.err, re.M)
+    assert "96x128 pixels, seen in windows of 32x32 as in training; --mode whole" in output.err
     predictor = Predictor.from_checkpoint(run)
-    for result in predictor.predict(photos):
+    windows = {"mode": "slide", "crop": (32, 32), "stride": (22, 22)}
+    results = predictor.predict([photos / "a.png", photos / "b.png"])
+    results += Predictor.from_checkpoint(run, inference=windows).predict([photos / "large.png"])
+    for result in results:
+        height, width = result.labels.shape
+        (line,) = [text for text in output.out.splitlines() if text.startswith(f"{result.path}: ")]
+        first, share = next(iter(result.shares.items()))
+        assert share == np.mean(result.labels == first)
+        largest = f"{width}x{height}, {predictor.class_names[first]} {share:.1%}"
+        assert f": {largest}" in line and re.search(r"; \d+\.\d\d s$", line)
         labels, mode, palette = read(out / "labels" / f"{result.id}.png")
         assert mode == "P"
         np.testing.assert_array_equal(labels, result.labels)
@@ -91,11 +102,16 @@ def test_predict_writes_labels_and_overlays(run, photos, tmp_path, capsys):
         np.testing.assert_array_equal(np.reshape(palette, (-1, 3))[:8], colors)
         overlay, mode, _ = read(out / "overlays" / f"{result.id}.png")
         expected = 0.5 * read(result.path)[0] + 0.5 * colors[result.labels]
-        np.testing.assert_allclose(overlay, expected, atol=0.51)
+        np.testing.assert_allclose(overlay[:height, :width], expected, atol=0.51)
+        below = {tuple(c) for c in overlay[height:].reshape(-1, 3).tolist()}
+        for i, color in enumerate(predictor.palette):
+            assert (tuple(color) in below) == (i in result.shares)
 
 
 def test_a_bad_file_does_not_lose_the_others(run, photos, tmp_path, capsys):
     (photos / "broken.jpg").write_text("no image")
+    (photos / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (photos / "notes.txt").write_text("of no kind of image")
     save_picture(photos / "a.jpg", 8, 8)
     out = tmp_path / "out"
     arguments = [
@@ -107,11 +123,12 @@ def test_a_bad_file_does_not_lose_the_others(run, photos, tmp_path, capsys):
     assert main(["predict", *arguments, "--out", str(out), "--flip", "True"]) == 1
     output = capsys.readouterr()
     errors = [line for line in output.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 3
+    assert len(errors) == 4
+    assert any("phone.HEIC: cannot be read" in e and "none of BMP, GIF, JPEG" in e for e in errors)
     assert any("broken.jpg: cannot be read as an image" in line for line in errors)
     assert any("missing.png: no such file" in line for line in errors)
     assert any("would replace those of" in line for line in errors)
-    assert "2 images in" in output.out and "3 failed" in output.out
+    assert "2 images in" in output.out and "4 failed" in output.out
     assert sorted(p.name for p in (out / "labels").iterdir()) == ["a.png", "b.png"]
 
 
@@ -312,14 +329,19 @@ def linear_run(tmp_path_factory):
 def test_visualize_runs(run, linear_run, photos, tmp_path, capsys):
     figure, panels = tmp_path / "new" / "figure.png", tmp_path / "panels"
     command = ["visualize", str(photos / "a.png"), "--out", str(figure), "--panels", str(panels)]
-    assert main([*command, "--checkpoint", str(run)]) == 0, capsys.readouterr()
-    assert "4 panels" in capsys.readouterr().out
+    # A head of several upsamplers: the path of the coarsest map.
+    assert main([*command, "--checkpoint", str(run), "--pixel", "3", "4"]) == 0, capsys.readouterr()
+    assert "8 panels" in capsys.readouterr().out
     assert read(figure)[0].shape[1] > 900
     assert [path.name for path in sorted(panels.iterdir())] == [
         "00_photo.png",
         "01_backbone_s_features.png",
         "02_tiny_upsampled.png",
         "03_tiny_prediction.png",
+        "04_one_pixel.png",
+        "05_its_surroundings.png",
+        "06_their_features.png",
+        "07_tiny.png",
     ]
     predictor = Predictor.from_checkpoint(run)
     labels = predictor.predict(photos / "a.png")[0].labels
@@ -331,8 +353,6 @@ def test_visualize_runs(run, linear_run, photos, tmp_path, capsys):
     # The photo is seen as 16x32: 1x2 patches, and 4x8 features at stride 4.
     assert read(panels / "01_backbone_s_features.png")[0].shape == (1, 2, 3)
     assert read(panels / "02_probe_upsampled.png")[0].shape == (4, 8, 3)
-    assert main([*command, "--checkpoint", str(run), "--pixel", "3", "4"]) == 1
-    assert "tiny has a SegFormerHead" in capsys.readouterr().err
 
 
 def test_visualize_upsamplers_fitted_to_a_photo(photos, tmp_path, capsys, monkeypatch):

@@ -28,9 +28,9 @@ INFO = DatasetInfo("toy", tuple("abcdef"), ((0, 0, 0),) * 6)
 BANDS = DatasetInfo("bands", tuple(map(str, range(64))), ((0, 0, 0),) * 64)
 
 
-def _png(array):
+def _png(array, **options):
     buffer = io.BytesIO()
-    Image.fromarray(np.asarray(array)).save(buffer, "PNG")
+    Image.fromarray(np.asarray(array)).save(buffer, "PNG", **options)
     return buffer.getvalue()
 
 
@@ -269,6 +269,23 @@ def test_resizing_to_a_short_side(size, resized):
     inside = crops["label"][0] != 255
     drawn = inside.any(1).sum(), inside.any(0).sum()
     assert np.abs(2 * np.array(drawn) - resized).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", [True, False])
+def test_images_are_turned_or_not_in_training_and_evaluation(orientation):
+    image = np.arange(8 * 12 * 3, dtype=np.uint16).astype(np.uint8).reshape(8, 12, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    expected = np.rot90(image, -1) if orientation else image
+    files = {"image": _png(image, exif=exif), "label": _png(np.zeros(expected.shape[:2], np.uint8))}
+    source = Source("toy", "train", [files | {"id": b"phone"}])
+    preprocess = Preprocess(orientation=orientation)
+    (batch,) = eval_batches(source, INFO, batch_size=1, preprocess=preprocess, pad_to=1)
+    np.testing.assert_array_equal(batch["image"], expected[None])
+    options = dict(batch_size=1, crop_size=expected.shape[:2], scale_range=(1.0, 1.0))
+    plain = dict(flip=False, photometric=False, preprocess=preprocess)
+    (crops,) = _take(_train(source, **options, **plain), 1)
+    np.testing.assert_array_equal(crops["image"], expected[None])
 
 
 def _corner(height=40, width=40):

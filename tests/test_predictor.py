@@ -325,6 +325,8 @@ def test_a_folder_with_bad_files(small, folder):
     assert results[0].path == folder / "a.png"
     np.testing.assert_array_equal(results[2].labels, results[0].labels)
     np.testing.assert_array_equal(results[4].labels, results[0].labels)  # as viewers show it
+    stored = toy(growth=1, orientation=False).predict(folder / "h.png")[0].labels
+    assert stored.shape == (30, 24)
     messages = [str(error) for error in results.errors]
     assert [m.split(":")[0] for m in messages] == [
         str(folder / n) for n in ("e.jpg", "f.png", "g.tif")

@@ -65,6 +65,8 @@ def test_stagewise_equals_the_wiring_written_out(upsampler, guided):
             x @ p.kernel[...] + p.bias[...] for x, p in zip(maps, module.project, strict=True)
         )
         p4_up = up(2, up(1, up(0, p4, p3), p2), p1)
+        last, *inputs = module.upsampler_path(maps)[-1]
+        np.testing.assert_allclose(last(*inputs), p4_up, atol=1e-5)
         p3_up = up(4, up(3, p3, p2), p1)
         p2_up = up(5, p2, p1)
         fused = conv_bn_relu(jnp.concatenate([p4_up, p3_up, p2_up, p1], -1), module.fuse)

@@ -347,13 +347,19 @@ def test_the_server_says_no_versions(server):
         assert b"\r\nServer: resfu\r\n" in head and b"Python" not in answer
 
 
-def test_a_photo_is_turned_as_viewers_show_it(server):
+def test_a_photo_is_turned_as_viewers_show_it(serve, server):
     image = picture(6)
     exif = Image.Exif()
     exif[0x0112] = 6
     file = io.BytesIO()
     Image.fromarray(image).transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
     np.testing.assert_array_equal(labels(post(server, file.getvalue())[2]), image.argmax(axis=-1))
+    # Or left as it is stored, where the model's preprocessing says so.
+    decoder = serve.Decoder(orientation=False)
+    np.testing.assert_array_equal(
+        decoder(file.getvalue(), lambda height, width: None), np.rot90(image)
+    )
+    decoder.close()
 
 
 BIG = picture(3, 200, 200).tobytes()

@@ -1,13 +1,17 @@
 """What members say about themselves."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from resfu_jax import create_upsampler, list_upsamplers
+from resfu_jax.heads import create_head
 from resfu_jax.upsamplers import (
     Upsampler,
     _registry,
+    path_weights,
     pixel_weights,
     register,
     takes_values,
@@ -58,6 +62,21 @@ def test_the_gate_gives_the_rest_to_the_guide(name):
     up = create_upsampler(name, features=16, guide_features=16, scale=2)
     x, guide = (jax.random.normal(jax.random.key(n), (1, n, n, 16)) for n in (6, 12))
     assert 0.01 < pixel_weights(up, x, (6, 5), guide).sum() < 0.99
+
+
+@pytest.mark.parametrize("name, options", [("segformer", {"wiring": "stagewise"}), ("fpn", {})])
+def test_weights_through_the_upsamplers_of_a_head(name, options):
+    """Bilinear interpolation, three times: of a quarter, a half and the whole."""
+    options |= dict(width=4, upsampler="bilinear", rngs=nnx.Rngs(0))
+    head = create_head(name, in_features=(2, 2, 2, 2), num_classes=3, **options)
+    head.eval()
+    sides = (64, 32, 16, 8)
+    maps = [jax.random.normal(jax.random.key(n), (1, n, n, 2)) for n in sides]
+    weights = path_weights(head.upsampler_path(maps), (9, 20))
+    cells = jnp.eye(64).reshape(64, 8, 8, 1)
+    for n in sides[-2::-1]:
+        cells = jax.image.resize(cells, (64, n, n, 1), "bilinear")
+    np.testing.assert_allclose(weights.ravel(), cells[:, 9, 20, 0], atol=1e-6)
 
 
 def test_a_plain_module_gets_the_defaults(monkeypatch):

@@ -34,6 +34,8 @@ class Run:
     """Sizes at which an image is seen, over its own; the probabilities are averaged."""
     flip: bool | None = None
     """See it mirrored, too."""
+    orientation: bool | None = None
+    """Turn images as their EXIF data say, and so as viewers show them."""
     data_dir: Path | None = None
     """Where the dataset was prepared: its classes, and for evaluation its images."""
 
@@ -44,6 +46,8 @@ class Run:
 
         names = ("mode", "crop", "stride", "scales", "flip")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.orientation is not None:
+            options["orientation"] = self.orientation
         return Predictor.from_checkpoint(
             local_path(self.checkpoint, "--checkpoint"),
             self.which,

@@ -1,5 +1,6 @@
 """`resfu export`."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Literal
@@ -7,20 +8,17 @@ from typing import Literal
 import tyro
 
 from resfu_jax._files import local_path
-from resfu_jax.cli._run import Run
+from resfu_jax.cli._run import RunOptions
 
 
 def export(
     path: tyro.conf.Positional[Path],
+    run: RunOptions,
     *,
-    checkpoint: Path,
-    which: str = "best",
     output: Literal["labels", "probabilities", "logits"] = "labels",
     size: tuple[int, int] | None = None,
     batch: int | None = None,
     platforms: tuple[str, ...] = ("cpu", "cuda", "tpu"),
-    dtype: Literal["float32", "bfloat16"] | None = None,
-    data_dir: Path | None = None,
 ) -> None:
     """Writes a trained model as one file that runs without this library.
 
@@ -32,19 +30,18 @@ def export(
 
     Args:
       path: the file to write.
-      checkpoint: workdir of the run, or one checkpoint in it.
-      which: checkpoint: best (by mIoU), latest, or a step.
+      run: the trained model.
       output: what the model returns.
       size: height and width of the images; any by default, which is slower for some upsamplers.
+        Windows have their own.
       batch: number of images at once; any by default.
       platforms: what it can run on: cpu, cuda, rocm, tpu.
-      dtype: compute type; by default as in the run.
-      data_dir: where the dataset was prepared, for the names of its classes.
     """
     path = local_path(path, "the file to write")
-    predictor = Run(checkpoint, which, dtype=dtype, data_dir=data_dir).load()
+    predictor = run.load()
     from resfu_jax.export import export_model
 
+    inference = dataclasses.replace(predictor.inference, scales=(1.0,), flip=False)
     written = export_model(
         predictor.model,
         path,
@@ -55,11 +52,12 @@ def export(
         class_names=predictor.class_names,
         palette=predictor.palette,
         preprocess=predictor.preprocess,
+        inference=inference,
     )
-    if not predictor.inference.plain:
+    if inference != predictor.inference:
         print(
-            "the file makes one pass over the whole image; the run's windows or views "
-            f"({predictor.inference}) are not in it",
+            f"the file sees an image once; the mirrored or rescaled views of {predictor.inference} "
+            "are not in it",
             file=sys.stderr,
         )
     print(f"{written}: {written.stat().st_size / 1e6:.1f} MB, for {', '.join(platforms)}")

@@ -1,13 +1,20 @@
 """`resfu predict`."""
 
+import dataclasses
+import math
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from resfu_jax._files import local_path
-from resfu_jax.cli._run import RunOptions
+from resfu_jax.cli._run import Run, RunOptions
+
+if TYPE_CHECKING:
+    from resfu_jax.inference import Inference
+    from resfu_jax.predictor import Predictor
 
 
 def predict(
@@ -27,8 +34,11 @@ def predict(
     resfu predict photos/ more/*.png --checkpoint runs/camvid --flip True --dtype bfloat16
 
     Writes OUT/labels/NAME.png, whose pixels are class indices with the classes' colours as palette,
-    and OUT/overlays/NAME.png. An image that cannot be read does not stop the others; the exit
-    status is 1 then.
+    and OUT/overlays/NAME.png, with a legend of the classes that are there. An image that cannot be
+    read does not stop the others; the exit status is 1 then.
+
+    Without --mode, images that are much larger than the crops of the training are seen in windows
+    of that size.
 
     Args:
       images: files and folders (their images, without subfolders).
@@ -50,7 +60,14 @@ def predict(
         (out / kind).mkdir(parents=True, exist_ok=True)
 
     def compiling(shape: tuple[int, int, int]) -> None:
-        bar.write(f"compiling for {shape[1]}x{shape[2]} pixels", file=sys.stderr)
+        text = f"compiling for {shape[1]}x{shape[2]} pixels"
+        if large and predictor.inference.in_windows(*shape[1:]):
+            height, width = predictor.inference.crop
+            text += (
+                f", seen in windows of {height}x{width} as in training; --mode whole sees them in "
+                "one pass, which takes more memory"
+            )
+        bar.write(text, file=sys.stderr)
 
     predictor = run.load(
         batch_size=batch_size,
@@ -59,10 +76,15 @@ def predict(
         on_compile=compiling,
     )
     from resfu_jax import visualize
-    from resfu_jax.images import ImageError, read_image
+    from resfu_jax.images import ImageError
     from resfu_jax.predictor import count_images
 
-    start, written, failed = time.perf_counter(), {}, 0
+    large = run.mode is None and predictor.inference.mode == "whole"
+    if large:
+        predictor.inference = _windows_for_large(predictor, run)
+    names, palette = predictor.class_names, predictor.palette
+    last = start = time.perf_counter()
+    written, failed, compiled = {}, 0, 0.0
     with tqdm(total=count_images(images), unit="image", disable=None) as bar:
         for result in predictor.stream(images):
             bar.update()
@@ -77,14 +99,36 @@ def predict(
                 continue
             written[result.id] = result.path
             name = f"{result.id}.png"
-            visualize.save_labels(out / "labels" / name, result.labels, predictor.palette)
-            picture = visualize.overlay(
-                read_image(result.path), result.labels, predictor.palette, opacity=opacity
-            )
+            visualize.save_labels(out / "labels" / name, result.labels, palette)
+            image = predictor.read_image(result.path)
+            picture = visualize.overlay(image, result.labels, palette, opacity=opacity)
+            there = [(names[i], palette[i]) for i in result.shares]
+            picture = visualize.with_legend(picture, *zip(*there, strict=True))
             visualize.save_png(out / "overlays" / name, picture)
+            now, total = time.perf_counter(), sum(predictor.compile_seconds)
+            seconds, last, compiled = now - last - (total - compiled), now, total
+            shares = ", ".join(f"{names[i]} {share:.1%}" for i, share in result.shares.items())
+            size = f"{image.shape[1]}x{image.shape[0]}"
+            bar.write(f"{result.path}: {size}, {shares}; {seconds:.2f} s")
     print(
         f"{len(written)} images in {out}, {failed} failed; {time.perf_counter() - start:.1f} s, of "
         f"which {sum(predictor.compile_seconds):.1f} s for compiling "
         f"{len(predictor.compiled_shapes)} sizes"
     )
     return 1 if failed else 0
+
+
+def _windows_for_large(predictor: "Predictor", run: Run) -> "Inference":
+    """The run's inference, but for images of more than 8 times the pixels of its training crops.
+
+    In one pass, attention over a photo takes memory and time that grow with the square of its
+    pixels, and a network sees sizes that it has not learned.
+    """
+    crop = run.crop or tuple(predictor.config.data.crop_size)
+    return dataclasses.replace(
+        predictor.inference,
+        mode="slide",
+        crop=crop,
+        stride=run.stride or tuple(-(-2 * side // 3) for side in crop),
+        whole_up_to=8 * math.prod(crop),
+    )

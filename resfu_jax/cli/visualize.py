@@ -39,6 +39,7 @@ def visualize(
     side: int = 448,
     steps: int = 200,
     seed: int = 0,
+    orientation: bool = True,
 ) -> None:
     """Draws features of a photo before and after upsamplers, and what single pixels are made of.
 
@@ -79,6 +80,7 @@ def visualize(
       side: pixels of the photo's longer side, once resized.
       steps: of the fit.
       seed: of the initial weights.
+      orientation: turn the photo as its EXIF data say, and so as viewers show it.
     """
     from resfu_jax.images import read_image
     from resfu_jax.upsamplers import upsampler_entry
@@ -90,7 +92,7 @@ def visualize(
         raise ValueError(f"--columns must be at least 1, got {columns}")
     out = local_path(out, "--out")
     panels = None if panels is None else local_path(panels, "--panels")
-    image = read_image(photo)
+    image = read_image(photo, orientation=orientation)
     if click:
         pixel += _clicked(image)
     for place in pixel:
@@ -143,17 +145,12 @@ def _trained(run: Run, image: Any, pixels: Pixels) -> "list[Panel]":
 
     from resfu_jax.heads import LinearHead
     from resfu_jax.self_supervised import fitted
-    from resfu_jax.upsamplers import keeps_space, pixel_weights
+    from resfu_jax.upsamplers import keeps_space, path_weights, takes_values, upsampler_entry
     from resfu_jax.visualize import PCA, overlay
 
     predictor = run.load()
     name = run.checkpoint.resolve().name
     linear = isinstance(predictor.model.head, LinearHead)
-    if pixels and not linear:
-        raise ValueError(
-            f"--pixel needs runs with a linear head, which has one upsampler; {name} has a "
-            f"{type(predictor.model.head).__name__}"
-        )
     labels = predictor.predict(image)[0].labels
     seen = predictor.preprocess.resize(image)
     multiple = predictor.preprocess.multiple
@@ -180,12 +177,14 @@ def _trained(run: Run, image: Any, pixels: Pixels) -> "list[Panel]":
     @jax.jit
     def weights(model, images, place):
         maps = model.features(images)
-        x, *others = model.head.upsampler_inputs(maps, model.normalise(images))
-        return pixel_weights(model.head.upsample, x, tuple(place), *others)
+        path = model.head.upsampler_path(maps, model.normalise(images))
+        return path_weights(path, tuple(place))
 
+    known = takes_values(upsampler_entry(predictor.config.model.head.upsampler).cls)
+    find = (lambda at: weights(predictor.model, seen[None], at)) if known else None
     for pixel in pixels:
         context, draw = _window(image, pixel, seen, drawn[1][1], high.shape[:2])
-        drawn += [*context, draw(name, lambda at: weights(predictor.model, seen[None], at))]
+        drawn += [*context, draw(name, find)]
     return drawn
 
 

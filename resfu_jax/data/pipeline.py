@@ -161,7 +161,9 @@ class EvalBatches:
             return {"image": image, "label": label, "id": b"", "size": np.zeros(2, np.int32)}
         example = self.source[index]
         where = self.source.where(example)
-        image, label = transforms.decode(example, self.info, where)
+        image, label = transforms.decode(
+            example, self.info, where, orientation=self.preprocess.orientation
+        )
         scale = self.preprocess.resize_scale(*image.size)
         image, label = transforms.resample(image, label, scale)
         if image.height > height or image.width > width:
@@ -289,7 +291,9 @@ def _augmented(
     info: DatasetInfo,
     augment: transforms.Augment,
 ) -> dict[str, Any]:
-    image, label = transforms.decode(example, info, source.where(example))
+    image, label = transforms.decode(
+        example, info, source.where(example), orientation=augment.preprocess.orientation
+    )
     pixels, classes = augment(image, label, rng)
     return {"image": pixels, "label": classes, "id": example["id"]}
 
@@ -317,7 +321,9 @@ def _corrupt_id(source: Source, info: DatasetInfo, index: int) -> str | None:
 def _size(source: Source, preprocess: Preprocess, index: int) -> tuple[int, int]:
     """(height, width) of an example after resizing."""
     example = source[index]
-    width, height = transforms.image_size(example["image"], source.where(example))
+    width, height = transforms.image_size(
+        example["image"], source.where(example), orientation=preprocess.orientation
+    )
     return preprocess.resized_size(height, width)
 
 

@@ -17,7 +17,7 @@ from resfu_jax.preprocess import Preprocess
 
 
 def decode(
-    example: dict[str, bytes], info: DatasetInfo, where: str
+    example: dict[str, bytes], info: DatasetInfo, where: str, *, orientation: bool = True
 ) -> tuple[Image.Image, Image.Image]:
     """Decodes an example and checks it.
 
@@ -25,9 +25,10 @@ def decode(
       example: encoded `image` and `label`.
       info: classes that the label may hold, besides the ignore label.
       where: dataset, split and id of the example, for messages.
+      orientation: turn image and label map as their EXIF data say.
 
     Returns:
-      An RGB image, turned as its EXIF data say, and a label map of 8-bit class indices; see
+      An RGB image and a label map of 8-bit class indices; see
       `resfu_jax.images`.
 
     Raises:
@@ -36,8 +37,14 @@ def decode(
         class nor the ignore label.
     """
     try:
-        image = images.open_image(example["image"], f"the image of {where}")
-        label = Image.fromarray(images.read_label(example["label"], f"the label map of {where}"))
+        image = images.open_image(
+            example["image"], f"the image of {where}", orientation=orientation
+        )
+        label = Image.fromarray(
+            images.read_label(
+                example["label"], f"the label map of {where}", orientation=orientation
+            )
+        )
     except images.ImageError as error:
         raise CorruptExampleError(str(error)) from error
     if image.size != label.size:
@@ -61,7 +68,7 @@ def decode(
 def different_sizes(data: bytes, image: tuple[int, int], label: tuple[int, int]) -> str:
     """What is said of an encoded image and a label map whose (width, height) are different."""
     text = f"differ in size: {image[0]}x{image[1]} against {label[0]}x{label[1]} (width x height)."
-    if images.image_size(data, as_stored=True)[::-1] == label:
+    if images.image_size(data, orientation=False)[::-1] == label:
         text += (
             " The image has an EXIF orientation: it is shown, and used, turned by a quarter, and "
             "the label map was drawn on the image as it is stored. Turn the label map, or remove "
@@ -70,10 +77,10 @@ def different_sizes(data: bytes, image: tuple[int, int], label: tuple[int, int])
     return text
 
 
-def image_size(data: bytes, where: str) -> tuple[int, int]:
+def image_size(data: bytes, where: str, *, orientation: bool = True) -> tuple[int, int]:
     """(width, height) of an encoded image, from its header alone."""
     try:
-        return images.image_size(data, f"the image of {where}")[::-1]
+        return images.image_size(data, f"the image of {where}", orientation=orientation)[::-1]
     except images.ImageError as error:
         raise CorruptExampleError(str(error)) from error
 

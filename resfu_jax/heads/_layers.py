@@ -90,9 +90,18 @@ def apply_upsampler(
     Raises:
       ValueError: images are needed and not given.
     """
+    return upsampler(x, *guide_inputs(upsampler, guide, images))
+
+
+def guide_inputs(
+    upsampler: Any,
+    guide: Float[Array, "b h w _g"],
+    images: Float[Array, "b _H _W 3"] | None,
+) -> tuple[Any, ...]:
+    """What `apply_upsampler` calls it with after the features."""
     if upsampler.guide == "features":
-        return upsampler(x, guide)
-    return upsampler(x, *guide_by_images(upsampler, images, (guide.shape[1], guide.shape[2])))
+        return (guide,)
+    return guide_by_images(upsampler, images, (guide.shape[1], guide.shape[2]))
 
 
 def guide_by_images(

@@ -138,6 +138,12 @@ class LinearHead(nnx.Module):
         """What is classified, the upsampled features; as `__call__`."""
         return self.upsample(*self.upsampler_inputs(features, images))
 
+    def upsampler_path(
+        self, features: Sequence[Float[Array, "b _h _w _c"]], images: Float[Array, "b H W 3"]
+    ) -> list[tuple[Any, ...]]:
+        """The upsampler with what it is called with, for `upsamplers.path_weights`."""
+        return [(self.upsample, *self.upsampler_inputs(features, images))]
+
     def _upsampled_logits(self, x, others, groups):
         """`classify(dropout(upsample(x, *others)))`, with logits of each group of channels."""
         layer, (b, h, w, _) = self.classify, x.shape

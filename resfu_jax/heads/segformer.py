@@ -44,6 +44,7 @@ from resfu_jax.heads._layers import (
     check_maps,
     classifier_init,
     create_head_upsampler,
+    guide_inputs,
 )
 
 Wiring = Literal["direct", "stagewise"]
@@ -154,3 +155,20 @@ class SegFormerHead(nnx.Module):
         if self.linear:
             maps.reverse()
         return self.fuse(jnp.concatenate(maps, axis=-1))
+
+    def upsampler_path(
+        self,
+        features: Sequence[Float[Array, "b _h _w _c"]],
+        images: Float[Array, "b H W 3"] | None = None,
+    ) -> list[tuple[Any, ...]]:
+        """The upsamplers that the coarsest map goes through, each with what it is called with.
+
+        For `upsamplers.path_weights`.
+        """
+        guides = [project(x) for project, x in zip(self.project, features, strict=True)]
+        path, x = [], guides[3]
+        for upsample, (source, target, _) in zip(self.upsample, _STEPS[self.wiring], strict=True):
+            if source == 3:
+                path.append((upsample, x, *guide_inputs(upsample, guides[target], images)))
+                x = upsample(*path[-1][1:])
+        return path

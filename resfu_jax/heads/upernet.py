@@ -42,6 +42,7 @@ from resfu_jax.heads._layers import (
     check_maps,
     classifier_init,
     create_head_upsampler,
+    guide_inputs,
 )
 from resfu_jax.ops.pool import adaptive_avg_pool
 from resfu_jax.ops.resize import resize
@@ -144,6 +145,23 @@ class UPerNetHead(nnx.Module):
         size = maps[0].shape[1:3]
         maps = [maps[0], *(resize(x, size, method="bilinear") for x in maps[1:])]
         return self.fuse(jnp.concatenate(maps, axis=-1))
+
+    def upsampler_path(
+        self,
+        features: Sequence[Float[Array, "b _h _w _c"]],
+        images: Float[Array, "b H W 3"] | None = None,
+    ) -> list[tuple[Any, ...]]:
+        """The upsamplers that the coarsest map goes through, each with what it is called with.
+
+        For `upsamplers.path_weights`.
+        """
+        maps = [lateral(x) for lateral, x in zip(self.lateral, features, strict=True)]
+        path = []
+        for i in reversed(range(len(self.upsample))):
+            upsample, x = self.upsample[i], maps[i + 1]
+            path.append((upsample, x, *guide_inputs(upsample, maps[i], images)))
+            maps[i] += upsample(*path[-1][1:])
+        return path
 
 
 class PyramidPooling(nnx.Module):

@@ -109,6 +109,9 @@ class DataConfig:
     would exceed `long`. (512, 2048) is MMSegmentation's scale=(2048, 512) with keep_ratio. Labels
     are resized, too, and scores counted at that size; MMSegmentation brings the logits to the size
     of the original label map instead."""
+    orientation: bool = True
+    """Turn images as their EXIF data say, and so as viewers show them. False: leave them as they
+    are stored."""
     crop_size: tuple[int, ...] = (128, 128)
     """Height and width of training crops, in pixels."""
     scale_range: tuple[float, ...] = (0.5, 2.0)
@@ -453,7 +456,8 @@ def create_inference(config: Config) -> Inference:
       ValueError: a field is out of range. The message starts with its name.
     """
     names = {field.name for field in dataclasses.fields(Inference)}
-    return Inference(**{name: getattr(config.eval, name) for name in names})
+    given = {name: value for name, value in vars(config.eval).items() if name in names}
+    return Inference(**given)
 
 
 def create_preprocess(config: Config) -> Preprocess:
@@ -468,6 +472,7 @@ def create_preprocess(config: Config) -> Preprocess:
         mean=config.model.mean,
         std=config.model.std,
         multiple=size_multiple(config.model.backbone),
+        orientation=config.data.orientation,
     )
 
 

@@ -19,7 +19,7 @@ from resfu_jax.upsamplers._registry import (
     upsampler_entry,
 )
 from resfu_jax.upsamplers._upsampler import Guide, Upsampler
-from resfu_jax.upsamplers._weights import keeps_space, pixel_weights, takes_values
+from resfu_jax.upsamplers._weights import keeps_space, path_weights, pixel_weights, takes_values
 from resfu_jax.upsamplers.anyup import AnyUp
 from resfu_jax.upsamplers.carafe import CARAFE
 from resfu_jax.upsamplers.classic import Deconvolution, Interpolation, PixelShuffle
@@ -73,6 +73,7 @@ __all__ = [
     "keeps_space",
     "list_upsamplers",
     "need_guide",
+    "path_weights",
     "pixel_weights",
     "reassembled",
     "register",

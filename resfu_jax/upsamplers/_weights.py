@@ -1,6 +1,7 @@
 """What an output pixel is made of."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -46,16 +47,31 @@ def pixel_weights(
     Raises:
       ValueError: an upsampler without such weights, or a pixel outside the output.
     """
-    need(
-        takes_values(upsampler),
-        "upsampler must be one that reassembles features, which has weights; "
-        f"{type(upsampler).__name__} makes new ones",
-    )
+    return path_weights([(upsampler, features, *inputs)], pixel)
+
+
+def path_weights(
+    path: Sequence[tuple[Any, ...]], pixel: tuple[Index, Index]
+) -> Float[Array, "b h w"]:
+    """`pixel_weights` of upsamplers one after the other, for pixels of the first one's features.
+
+    Args:
+      path: each upsampler with what it is called with: features, and the guide, if any.
+      pixel: row and column of the last one's output.
+    """
+    for upsampler, *_ in path:
+        need(
+            takes_values(upsampler),
+            "upsampler must be one that reassembles features, which has weights; "
+            f"{type(upsampler).__name__} makes new ones",
+        )
 
     def up(values: Array) -> Array:
-        return upsampler(features, *inputs, values=values)
+        for upsampler, *inputs in path:
+            values = upsampler(*inputs, values=values)
+        return values
 
-    out, vjp = jax.vjp(up, features)
+    out, vjp = jax.vjp(up, path[0][1])
     for i, n in zip(pixel, out.shape[1:3], strict=True):
         need(
             isinstance(i, Array) or 0 <= i < n,
