@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8, UInt32
@@ -209,7 +209,7 @@ def read_mask(
         numbers = _numbers(image, bits, name)
         return Mask(numbers, colours, "palette" if image.mode == "P" else "grey")
     image = image.convert("RGB")
-    found = image.getcolors(256)
+    found: Any = image.getcolors(256)  # [(pixels, (r, g, b)), ...]
     if found is None:
         raise ImageError(
             f"{name} has more than 256 colours: this is a photo, or a label map that was smoothed "

@@ -198,7 +198,8 @@ or, with folders of any names, and classes that are found in the label maps,
 
     def read_label(self, data: bytes, path: Path) -> UInt8[np.ndarray, "h w"]:
         """The numbers of a label map, or the classes that its colours mean."""
-        mask = images.read_mask(data, f"the label map {path}")
+        turned = self.builder_config.own.orientation
+        mask = images.read_mask(data, f"the label map {path}", orientation=turned)
         if self._colours is None:
             return mask.numbers
         classes = [self._colours.get(tuple(colour), 0) for colour in mask.colours.tolist()]
@@ -335,7 +336,8 @@ def _look_at(examples: Sequence[RawExample], orientation: bool) -> list[Contents
 
 
 def _contents(example: RawExample, orientation: bool) -> Contents:
-    mask = images.read_mask(example.label, f"the label map {example.label}")
+    name = f"the label map {example.label}"
+    mask = images.read_mask(example.label, name, orientation=orientation)
     data = example.image.read_bytes()
     height, width = images.image_size(data, f"the image {example.image}", orientation=orientation)
     if (height, width) != mask.numbers.shape:

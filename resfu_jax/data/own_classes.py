@@ -265,9 +265,10 @@ def colours_count(contents: Sequence[Contents], classes: Classes) -> bool:
         rows = [(count, _text(colour)) for count, colour in sorted(unknown, reverse=True)]
         raise DataError(
             f"{others[0].path} holds colours that are of no class{_others(others)}. There are, "
-            f"with their shares of the pixels:{_table(rows, pixels.total())}\nName them in the class "
-            "file, `name, R, G, B`, and `ignore, R, G, B` for pixels that do not count. Colours "
-            f"between others come from label maps that were smoothed or compressed.\n{HINT}"
+            f"with their shares of the pixels:{_table(rows, pixels.total())}\n"
+            "Name them in the class file, `name, R, G, B`, and `ignore, R, G, B` for pixels that "
+            "do not count. Colours between others come from label maps that were smoothed or "
+            f"compressed.\n{HINT}"
         )
     table = label_table(classes.numbers)
     if wrong := [each for each in contents if any(table[n] < 0 for n in each.pixels)]:
