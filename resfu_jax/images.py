@@ -9,9 +9,10 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import UInt8, UInt32
 from PIL import Image
 
 # What is read: no format of these runs another program or can hold a drawing.
@@ -34,6 +35,7 @@ _TURNS = {
 # What undoes a turn, where it is not itself.
 _BACK = {_TURNS[6]: _TURNS[8], _TURNS[8]: _TURNS[6]}
 _ORIENTATION, _BITS, _PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
+_ONE_CHANNEL = "1", "L", "P", "I;16"
 Source = str | os.PathLike[str] | bytes
 
 # What is wrong with a file is said by `ImageError`. Pillow also warns, without the file's name. (A
@@ -148,19 +150,101 @@ def read_label(
       ImageError: the file cannot be decoded, is no PNG, has several channels or numbers above 255.
     """
     name, data = _read(source, name)
+    image, bits = _load_label(name, data, orientation, max_pixels)
+    if image.mode not in _ONE_CHANNEL:
+        raise ImageError(
+            f"{name} has PIL mode {image.mode!r}; class indices need one channel (mode 'L' or "
+            f"'P').{_about_channels(image)}"
+        )
+    return _numbers(image, bits, name)
+
+
+class Mask(NamedTuple):
+    """A label map of any kind.
+
+    Attributes:
+      numbers: as they are stored; of a coloured RGB file, the positions of the colours.
+      colours: (R, G, B) of each number.
+      kind: `"grey"` and `"palette"` have numbers; `"rgb"` has colours only.
+    """
+
+    numbers: UInt8[np.ndarray, "h w"]
+    colours: UInt8[np.ndarray, "256 3"]
+    kind: Literal["grey", "palette", "rgb"]
+
+
+def read_mask(
+    source: Source,
+    name: str | None = None,
+    *,
+    orientation: bool = True,
+    max_pixels: int | None = None,
+) -> Mask:
+    """The numbers and colours in a label map: a PNG file of any kind.
+
+    As `read_label`; and of several channels, a file in which all pixels are grey has these as its
+    numbers. Transparency is dropped.
+
+    Args:
+      source: as for `read_image`.
+      name: as well.
+      orientation: as well.
+      max_pixels: as well.
+
+    Raises:
+      ImageError: the file cannot be decoded, is no PNG, or has more than 256 colours or a number
+        above 255.
+    """
+    name, data = _read(source, name)
+    image, bits = _load_label(name, data, orientation, max_pixels)
+    colours = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+    if image.mode in _ONE_CHANNEL:
+        if image.mode == "P":
+            colours = np.zeros((256, 3), np.uint8)
+            known = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+            colours[: len(known)] = known
+        elif bits < 8:
+            levels = 2**bits
+            colours[:levels] *= 255 // (levels - 1)
+        numbers = _numbers(image, bits, name)
+        return Mask(numbers, colours, "palette" if image.mode == "P" else "grey")
+    image = image.convert("RGB")
+    found: Any = image.getcolors(256)  # [(pixels, (r, g, b)), ...]
+    if found is None:
+        raise ImageError(
+            f"{name} has more than 256 colours: this is a photo, or a label map that was smoothed "
+            "or compressed; a label map has one colour, or number, for each class"
+        )
+    pixels = np.asarray(image)
+    if all(r == g == b for _, (r, g, b) in found):
+        return Mask(pixels[..., 0], colours, "grey")
+    order = np.array(sorted(colour for _, colour in found), np.uint8)
+    colours[: len(order)] = order
+    numbers = np.searchsorted(_packed(order), _packed(pixels))
+    return Mask(numbers.astype(np.uint8), colours, "rgb")
+
+
+def _packed(colours: UInt8[np.ndarray, "... 3"]) -> UInt32[np.ndarray, "..."]:
+    r, g, b = np.moveaxis(colours.astype(np.uint32), -1, 0)
+    return r << 16 | g << 8 | b
+
+
+def _load_label(
+    name: str, data: bytes, orientation: bool, max_pixels: int | None
+) -> tuple[Image.Image, int]:
+    """A PNG file, turned, and the bits of a channel."""
     image, turn = _load(data, name, orientation, max_pixels, FORMATS)
     if image.format != "PNG":
         raise ImageError(
             f"{name}: a label map has to be a PNG file, whatever its name, and this is "
             f"{image.format}: JPEG and WEBP blur the numbers; convert others to PNG"
         )
-    if image.mode not in ("1", "L", "P", "I;16"):
-        raise ImageError(
-            f"{name} has PIL mode {image.mode!r}; class indices need one channel (mode 'L' or "
-            f"'P').{_about_channels(image)}"
-        )
-    values = np.asarray(_turned(image, turn))
-    bits = data[24]  # of the header
+    return _turned(image, turn), data[24]  # of the header
+
+
+def _numbers(image: Image.Image, bits: int, name: str) -> UInt8[np.ndarray, "h w"]:
+    """The numbers of an image with one channel."""
+    values = np.asarray(image)
     if image.mode == "L" and bits < 8:
         values = values // (255 // (2**bits - 1))  # Pillow spreads them over 0 .. 255
     elif image.mode == "I;16" and values.max(initial=0) > 255:

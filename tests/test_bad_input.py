@@ -480,7 +480,9 @@ DATA: list[Bad] = [
     ),
     own("images/1.png", png(np.zeros((6, 9, 3), np.uint8)), "differ in size: 9x6 against 8x6"),
     own("labels/1.png", png(np.full((6, 8), 2, np.uint8)), "holds the label 2; .* 0 to 1 and 255"),
-    own("labels/1.png", png(np.zeros((6, 8, 3), np.uint8)), "mode 'RGB'.*one channel"),
+    own(
+        "labels/1.png", png(np.full((6, 8, 3), (9, 0, 0), np.uint8)), "colours that are of no class"
+    ),
     own("labels/1.png", png(np.full((6, 8), 300, np.uint16)), "16-bit file .* up to 300"),
     own("labels/1.png", b"GIF89a", "cannot be read as an image"),
     Bad(

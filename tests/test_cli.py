@@ -269,6 +269,19 @@ def test_prepare_without_a_name_lists_the_datasets(tmp_path, capsys):
         main(["prepare", "camvit", "--data-dir", str(tmp_path)])
 
 
+def test_prepare_hands_on_all_that_is_said_of_own_images(monkeypatch):
+    from resfu_jax.data import __main__
+
+    heard = []
+    monkeypatch.setattr(__main__, "main", heard.append)
+    own = ["--images", "a b", "--labels", "b", "--validation-images", "c", "--validation-labels"]
+    own += ["d", "--classes", "0=x", "1=y", "--ignore-label", "0", "--ignore-exif", "--yes"]
+    assert main(["prepare", "image_folder/mine", "--overwrite", *own]) == 0
+    assert heard == [["prepare", "image_folder/mine", "--overwrite", *own]]
+    known = vars(__main__._parser().parse_args(heard[0]))
+    assert known["classes"] == ["0=x", "1=y"] and known["ignore_label"] == 0 and known["yes"]
+
+
 def test_table_of_upsamplers(capsys):
     names = ["bilinear", "carafe", "resfu"]
     assert main(["upsamplers", *names, "--features", "16", "--size", "8", "9", "--scale", "2"]) == 0

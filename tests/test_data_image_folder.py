@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from resfu_jax.data import (
     DataError,
     DatasetNotPrepared,
+    OwnImages,
     Source,
     damaged_datasets,
     dataset_info,
@@ -27,7 +28,7 @@ from resfu_jax.data import (
 )
 from resfu_jax.data.__main__ import main
 from resfu_jax.data.fabricate import fabricate
-from resfu_jax.data.image_folder import read_classes
+from resfu_jax.data.own_classes import read_classes
 
 NAME = "image_folder/mine"
 
@@ -305,6 +306,193 @@ def test_shares_of_the_classes_are_counted_and_told(tmp_path, capsys):
     assert "warning: of the classes, never occurs: b\n" in out
 
 
+# ------------------------------------------------------------------- folders and masks of any kind
+
+COLOURS = np.array([(0, 0, 0), (0, 200, 0), (250, 0, 0), (9, 9, 200)], np.uint8)
+
+
+def _photos(folder, kind, ending="", numbers=(0, 7, 3, 255), suffix=".JPG"):
+    """Five photos and masks of four classes; numbers, and colours in the same order."""
+    rng = np.random.default_rng(0)
+    classes = {}
+    for index in range(5):
+        name = f"IMG {index}"
+        classes[name] = label = rng.permutation(np.arange(8 * 12).reshape(8, 12) % 4)
+        _save(folder / "photos" / f"{name}{suffix}", np.zeros((8, 12, 3), np.uint8))
+        if kind == "rgb":
+            mask = Image.fromarray(COLOURS[label])
+        elif kind == "palettes":  # of each file in another order, as tools that count colours write
+            order = rng.permutation(4)
+            mask = Image.fromarray(np.argsort(order)[label].astype(np.uint8))
+            mask.putpalette(COLOURS[order].ravel())
+        else:
+            mask = Image.fromarray(np.array(numbers, np.uint8)[label])
+            if kind == "palette":
+                table = np.full((256, 3), 77, np.uint8)
+                table[list(numbers)] = COLOURS
+                mask.putpalette(table.ravel())
+        (folder / "masks").mkdir(exist_ok=True)
+        mask.save(folder / "masks" / f"{name}{ending}.PNG")
+    return classes
+
+
+def _own(folder, **options):
+    return OwnImages(folder / "photos", folder / "masks", **options)
+
+
+@pytest.mark.parametrize(
+    "kind, lines, meaning",
+    [
+        ("grey", "0=class_0 3=class_3 7=class_7 255=ignore", (0, 2, 1, 255)),
+        (
+            "palette",
+            "0=class_0,0,0,0 3=class_3,250,0,0 7=class_7,0,200,0 255=ignore",
+            (0, 2, 1, 255),
+        ),
+        ("rgb", "class_0,0,0,0 class_1,0,200,0 class_2,9,9,200 class_3,250,0,0", (0, 1, 3, 2)),
+        ("palettes", "class_0,0,0,0 class_1,0,200,0 class_2,9,9,200 class_3,250", (0, 1, 3, 2)),
+    ],
+)
+def test_classes_are_found_and_confirmed(kind, lines, meaning, tmp_path):
+    classes = _photos(tmp_path, kind)
+    with pytest.raises(DataError, match=f"(?s)5 label maps hold 4.* 25.00%  .*{lines}.*--yes"):
+        prepare(NAME, tmp_path, own=_own(tmp_path))
+    told = []
+    prepare(NAME, tmp_path, own=_own(tmp_path, confirm=lambda text: not told.append(text)))
+    assert lines in told[0]
+    for name, label in classes.items():
+        np.testing.assert_array_equal(_decoded(tmp_path, name)[1], np.array(meaning)[label])
+    info = dataset_info(NAME, tmp_path)
+    held_out = open_source(NAME, "validation", tmp_path)[0]["id"].decode()
+    assert info.notes[0].startswith("validation: 1 of 5 images, a fifth, by the checksums of their")
+    assert info.notes[0].endswith(f": {held_out}")
+
+
+@pytest.mark.parametrize(
+    "file, text",
+    [
+        ("table.txt", "sky,9,9,200\nroad,0,200,0\nignore,0,0,0\ncar,250,0,0\n"),
+        ("t.json", '{"sky": [9,9,200], "road": [0,200,0], "ignore": [0,0,0], "car": [250,0,0]}'),
+        ("numbers.json", '{"sky": 255, "road": 7, "ignore": 0, "car": 3}'),
+        (None, ["255=sky", "7 = road", "0=ignore", "3=car"]),
+        (None, ["255=sky,1,2,3", "7=road", "3=car"]),
+    ],
+)
+def test_classes_of_a_file_have_colours_or_numbers(file, text, tmp_path):
+    classes = _photos(tmp_path, "palette")
+    if file:
+        (tmp_path / file).write_text(text)
+    ignored = 0 if file is None and len(text) == 3 else None
+    own = _own(tmp_path, classes=tmp_path / file if file else text, ignore_label=ignored)
+    prepare(NAME, tmp_path, own=own)
+    assert dataset_info(NAME, tmp_path).class_names == ("sky", "road", "car")
+    for name, label in classes.items():
+        np.testing.assert_array_equal(_decoded(tmp_path, name)[1], np.array((255, 1, 2, 0))[label])
+
+
+def test_colours_that_no_class_has_are_named(tmp_path):
+    _photos(tmp_path, "palettes")
+    classes = ["sky,9,9,200", "road,0,200,0"]
+    message = r"(?s)IMG 0.PNG holds colours .*as do 4 others: IMG 1.*25.00%  250,0,0\n.*25.*0,0,0"
+    with pytest.raises(DataError, match=message):
+        prepare(NAME, tmp_path, own=_own(tmp_path, classes=classes))
+
+
+def test_one_command_from_folders_of_any_names(tmp_path, capsys, monkeypatch):
+    _photos(tmp_path, "grey", "_mask")
+    for kind, ending in (("photos", "_leftImg8bit.png"), ("masks", "_gtFine_labelIds.png")):
+        _save(tmp_path / "val" / kind / f"x{ending}", np.zeros((8, 12), np.uint8))
+    command = ["prepare", NAME, "--data-dir", str(tmp_path)]
+    command += [
+        f"--{kind}={tmp_path / place}"
+        for kind, place in (
+            ("images", "photos"),
+            ("labels", "masks"),
+            ("validation-images", "val/photos"),
+            ("validation-labels", "val/masks"),
+        )
+    ]
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    with pytest.raises(SystemExit, match="(?s)^error: 6 label maps hold 4 numbers.*--yes"):
+        main(command)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    answers = iter(["no", "y"])
+    monkeypatch.setattr("builtins.input", lambda question: next(answers))
+    with pytest.raises(SystemExit):
+        main([*command, "--ignore-label", "3"])
+    main([*command, "--ignore-label", "3"])
+    out = capsys.readouterr().out
+    assert "3=ignore 7=class_7 255=class_255" in out
+    assert f"validation: 1 of 6 images, of {tmp_path / 'val/photos'}: x_leftImg8bit\n" in out
+    assert dataset_info(NAME, tmp_path).class_names == ("class_0", "class_7", "class_255")
+    main([*command, "--yes"])
+    assert "before; --overwrite builds it anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_exif_can_be_ignored(orientation, tmp_path):
+    _photos(tmp_path, "grey", numbers=(0, 1, 2, 3))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    _save(tmp_path / "photos" / "IMG 0.JPG", stored, exif=exif)
+    before = np.asarray(Image.open(tmp_path / "photos" / "IMG 0.JPG"))
+    own = _own(tmp_path, classes=["a", "b", "c", "d"], orientation=False)
+    prepare(NAME, tmp_path, own=own)
+    np.testing.assert_array_equal(_decoded(tmp_path, "IMG 0")[0], before)
+    untouched = (tmp_path / "photos" / "IMG 1.JPG").read_bytes()
+    assert _examples(tmp_path)["IMG 1"]["image"] == untouched
+
+
+def test_all_errors_of_masks_come_first_and_name_files(tmp_path):
+    _photos(tmp_path, "grey")
+    for index in (1, 3):
+        _save(tmp_path / "masks" / f"IMG {index}.PNG", np.zeros((12, 8), np.uint8))
+    message = "IMG 1.JPG and .*1.PNG differ in size.*\n1 other label maps cannot .*: IMG 3.PNG"
+    with pytest.raises(DataError, match=message):
+        prepare(NAME, tmp_path, own=_own(tmp_path, classes=["a", "b"]))
+    assert not is_prepared(NAME, tmp_path)
+
+
+def test_what_cannot_be_said_of_own_images(tmp_path):
+    _photos(tmp_path, "grey")
+    photos, masks = tmp_path / "photos", tmp_path / "masks"
+    for options, error, message in (
+        ({"labels": masks}, ValueError, "images and labels go together, got only labels"),
+        ({"images": photos, "labels": photos}, ValueError, "two folders, got .*photos twice"),
+        ({"images": "no", "labels": masks}, FileNotFoundError, "images no is not a folder"),
+        ({"classes": "a,b"}, FileNotFoundError, "classes .*a,b is not a file; .* at least two"),
+        ({"ignore_label": 256}, ValueError, "ignore_label must be .* got 256"),
+    ):
+        with pytest.raises(error, match=message):
+            OwnImages(**options)
+    for name, own, more, message in (
+        ("voc", _own(tmp_path), {}, "voc has images and classes of its own"),
+        (NAME, _own(tmp_path), {"manual_dir": photos}, "are two places; give one"),
+        (
+            NAME,
+            _own(tmp_path, classes=["a", "1=b"]),
+            {},
+            "classes, line 2: all lines have a number",
+        ),
+        (NAME, _own(tmp_path, classes=["a", "b"], ignore_label=1), {}, "number of the class 'b'"),
+        (
+            *(NAME, _own(tmp_path, validation_images=photos, validation_labels=masks), {}),
+            "IMG 0.JPG is in images and in validation_images, as are 5 files",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare(name, tmp_path, own=own, **more)
+    _photos(tmp_path, "rgb")
+    with pytest.raises(DataError, match="(?s)ignore_label is 3, but these label maps hold colours"):
+        prepare(NAME, tmp_path, own=_own(tmp_path, ignore_label=3))
+    (tmp_path / "masks" / "IMG 1_mask.png").touch()
+    (tmp_path / "masks" / "IMG 1_seg.png").touch()
+    (tmp_path / "masks" / "IMG 1.PNG").unlink()
+    with pytest.raises(DataError, match="IMG 1_mask.png and .*IMG 1_seg.png are both label maps"):
+        prepare(NAME, tmp_path, own=_own(tmp_path))
+
+
 # ------------------------------------------------------------------- damaged datasets, odd places
 
 
@@ -466,11 +654,14 @@ def test_a_missing_label_map(raw, tmp_path):
             Image.new("L", (24, 16), 3),
             "holds the label 3; those of image_folder are 0 to 2 and",
         ),
-        (Image.new("RGB", (24, 16)), "has PIL mode 'RGB'"),
         (Image.new("I;16", (24, 16), 300), "is a 16-bit file .* with numbers up to 300"),
-        (Image.new("LA", (24, 16)), "has PIL mode 'LA'.*keep the first channel"),
-        (Image.linear_gradient("L").convert("RGB"), "has PIL mode 'RGB'.*keep the first channel"),
-        (Image.new("RGB", (24, 16), (9, 0, 0)), "has PIL mode 'RGB'.*looks coloured"),
+        (Image.new("LA", (24, 16), (3, 0)), "holds the label 3"),
+        (Image.new("RGB", (24, 16), (9, 0, 0)), r"holds colours that.*100.00%  9,0,0\n.*R, G, B"),
+        (Image.radial_gradient("L").resize((24, 16)).convert("RGB"), "holds the label"),
+        (
+            Image.merge("RGB", [Image.effect_noise((24, 16), 90) for _ in range(3)]),
+            "more than 256 colours",
+        ),
     ],
 )
 def test_label_maps_that_cannot_be_used(label, message, raw, tmp_path):
@@ -516,8 +707,9 @@ def test_class_files_that_cannot_be_used(text, message, tmp_path):
 def test_class_files(tmp_path):
     text = "# mine\nfar away,  1,2 ,3\n\n  near \n".encode("utf-8-sig")
     (tmp_path / "classes.txt").write_bytes(text)
-    names, colours = read_classes(tmp_path / "classes.txt")
-    assert names == ["far away", "near"] and colours == [(1, 2, 3), (128, 0, 0)]
+    classes = read_classes(tmp_path / "classes.txt")
+    assert classes.names == ["far away", "near"]
+    assert classes.palette == [(1, 2, 3), (128, 0, 0)] and classes.colours is None
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

@@ -1,8 +1,34 @@
 """`resfu prepare`."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+
+
+@dataclass(frozen=True)
+class Own:
+    """Your own images (image_folder/NAME)."""
+
+    images: Path | None = None
+    """Folder of the images."""
+    labels: Path | None = None
+    """Folder of their label maps, PNG files of the same names."""
+    validation_images: Path | None = None
+    """Folder of the images for validation; else subfolders train and validation of the others, or
+    a fifth of them, chosen by their names."""
+    validation_labels: Path | None = None
+    """Folder of their label maps."""
+    classes: tuple[str, ...] = ()
+    """A file of lines `name`, `name, R, G, B` or `NUMBER = name`, or JSON; or such lines. Else what
+    the label maps hold, after a question."""
+    ignore_label: int | None = None
+    """Number of pixels that do not count; else 255."""
+    ignore_exif: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Leave images as they are stored, not turned as their EXIF data say."""
+    yes: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Take the classes that the label maps hold."""
 
 
 def prepare(
@@ -10,6 +36,8 @@ def prepare(
     *,
     data_dir: Path | None = None,
     manual_dir: Path | None = None,
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
+    own: Annotated[Own, tyro.conf.arg(name="")] = Own(),  # noqa: B008 - frozen
 ) -> None:
     """Prepares a dataset for training and evaluation; without a name, lists them.
 
@@ -17,7 +45,7 @@ def prepare(
 
     resfu prepare camvid
 
-    resfu prepare image_folder/mine --manual-dir my_images
+    resfu prepare image_folder/mine --images photos --labels masks
 
     The same as `python -m resfu_jax.data`.
 
@@ -25,12 +53,19 @@ def prepare(
       name: of the dataset, or image_folder/NAME for your own images.
       data_dir: where datasets are kept.
       manual_dir: folder of raw files that were fetched by hand.
+      overwrite: build anew, and replace what is prepared.
+      own: your own images.
     """
     from resfu_jax.data.__main__ import main
 
     argv = [] if data_dir is None else ["--data-dir", str(data_dir)]
     if name is None:
         main([*argv, "list"])
-    else:
-        manual = [] if manual_dir is None else ["--manual-dir", str(manual_dir)]
-        main([*argv, "prepare", name, *manual])
+        return
+    argv += ["prepare", name]
+    for option, value in (dict(manual_dir=manual_dir, overwrite=overwrite) | asdict(own)).items():
+        if value is None or value is False or value == ():
+            continue
+        values = value if isinstance(value, tuple) else () if value is True else (value,)
+        argv += [f"--{option.replace('_', '-')}", *map(str, values)]
+    main(argv)

@@ -7,6 +7,7 @@ batches = train_batches(open_source("shapes", "train"), info, batch_size=16,
 batch = next(batches)                              # image, label, id
 """
 
+from resfu_jax.data.image_folder import OwnImages
 from resfu_jax.data.info import (
     CorruptExampleError,
     DataError,
@@ -33,6 +34,7 @@ __all__ = [
     "DatasetInfo",
     "DatasetNotPrepared",
     "EvalBatches",
+    "OwnImages",
     "Source",
     "balanced_weights",
     "damaged_datasets",

@@ -1,11 +1,13 @@
 """Command line: `python -m resfu_jax.data prepare NAME` and `python -m resfu_jax.data list`."""
 
 import argparse
+import functools
 import sys
 
 import tensorflow_datasets as tfds
 
 from resfu_jax.data import (
+    OwnImages,
     damaged_datasets,
     dataset_info,
     default_data_dir,
@@ -46,6 +48,30 @@ def _parser() -> argparse.ArgumentParser:
         help=f"one of: {', '.join(list_datasets())}; or image_folder/NAME for your own images",
     )
     build.add_argument("--manual-dir", help="folder of raw files that were fetched by hand")
+    own = build.add_argument_group("your own images (image_folder/NAME)")
+    own.add_argument("--images", help="folder of the images")
+    own.add_argument("--labels", help="folder of their label maps, PNG files of the same names")
+    own.add_argument(
+        "--validation-images",
+        help="folder of the images for validation (default: subfolders train and validation of the "
+        "others, or a fifth of them, chosen by their names)",
+    )
+    own.add_argument("--validation-labels", help="folder of their label maps")
+    own.add_argument(
+        "--classes",
+        nargs="+",
+        help="a file of lines `name`, `name, R, G, B` or `NUMBER = name`, or JSON; or such lines "
+        "(default: what the label maps hold, after a question)",
+    )
+    own.add_argument(
+        "--ignore-label", type=int, help="number of pixels that do not count (default: 255)"
+    )
+    own.add_argument(
+        "--ignore-exif",
+        action="store_true",
+        help="leave images as they are stored, not turned as their EXIF data say",
+    )
+    own.add_argument("--yes", action="store_true", help="take the classes that the label maps hold")
     build.add_argument(
         "--overwrite", action="store_true", help="build anew, and replace what is prepared"
     )
@@ -59,15 +85,42 @@ def _run(args: argparse.Namespace) -> None:
         return
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()  # in a log its lines would pile up
-    path = prepare(args.name, args.data_dir, args.manual_dir, overwrite=args.overwrite)
+    before = is_prepared(args.name, args.data_dir) and not args.overwrite
+    path = prepare(
+        args.name, args.data_dir, args.manual_dir, own=_own(args), overwrite=args.overwrite
+    )
     _print_prepared(args.name, args.data_dir)
-    print(f"prepared in {path}")
+    again = " before; --overwrite builds it anew" if before else ""
+    print(f"prepared in {path}{again}")
+
+
+def _own(args: argparse.Namespace) -> OwnImages | None:
+    """What the command says of one's own images; None if that is nothing."""
+    folders = ("images", "labels", "validation_images", "validation_labels", "ignore_label")
+    given = {name: getattr(args, name) for name in folders if getattr(args, name) is not None}
+    if args.classes:
+        given["classes"] = args.classes if args.classes[1:] else args.classes[0]
+    if args.ignore_exif:
+        given["orientation"] = False
+    if given or args.yes:
+        return OwnImages(**given, confirm=functools.partial(_confirm, args.yes))
+    return None
+
+
+def _confirm(yes: bool, text: str) -> bool:
+    """Shows classes that were found; a terminal is asked about them, a script has to say --yes."""
+    if not yes and not sys.stdin.isatty():
+        return False
+    print(text)
+    return yes or input("Take these classes? [y/N] ").strip().lower() in ("y", "yes")
 
 
 def _print_prepared(name: str, data_dir: str | None) -> None:
     counts = tuple(len(open_source(name, split, data_dir)) for split in ("train", "validation"))
     print(f"{name}: {counts[0]} train, {counts[1]} validation ({sum(counts)} images)")
     info = dataset_info(name, data_dir)
+    for note in info.notes:
+        print(note)
     if info.examples not in (None, counts):
         print(f"warning: published are {info.examples[0]} and {info.examples[1]}; files missing?")
     pixels = label_pixels(name, data_dir)

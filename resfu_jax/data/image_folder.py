@@ -1,48 +1,67 @@
 """`image_folder/NAME`: your own images and label maps.
 
-    DIR/images/*.jpg, .png, ...     any size, also in subfolders; in train and validation below, if
-                                    you have a split
-    DIR/labels/*.png                of the same names, in the same subfolders: one 8-bit channel of
-                                    class indices, 255 is ignored
-    DIR/classes.txt                 the class of index 0, 1, ... on each line, with its colour if
-                                    you like: `road, 128, 64, 128`
-    DIR/labels.txt                  if the numbers in the label maps are others: `255 = road` on
-                                    each line, or `255 = ignore`
+Images are files of any size, also in subfolders. The label map of an image is a PNG file of the
+same name, in the same subfolder, which may have one of `LABEL_ENDINGS`; see `own_classes` for what
+label maps hold. Folders come from `OwnImages`, or are those of a manual folder DIR:
 
-Without the subfolders train and validation a fifth of the images, at least one, is for validation.
-Which ones follows from checksums of their names, so it is the same on every machine.
+    DIR/images, DIR/labels
+    DIR/classes.txt             a class file
+    DIR/labels.txt              if the numbers in the label maps are not those of the class file:
+                                `255 = road` on each line, or `255 = ignore`
+
+Without folders for validation or subfolders train and validation, a fifth of the images, at least
+one, is for validation. Which ones follows from checksums of their names, so it is the same on every
+machine.
 """
 
+import dataclasses
+import io
 import itertools
 import logging
 import os
 import re
 import unicodedata
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
-from jaxtyping import Int16
+from jaxtyping import Int16, UInt8
+from tqdm import tqdm
 
+from resfu_jax import images
+from resfu_jax._files import local_path
 from resfu_jax.data.info import DataError, DatasetInfo
-from resfu_jax.data.raw import (
-    RawBuilder,
-    RawExample,
-    RawFiles,
-    label_table,
-    palette,
+from resfu_jax.data.own_classes import (
+    HINT,
+    IGNORE,
+    Classes,
+    Contents,
+    check_255,
+    colours_count,
+    find_classes,
+    listed,
+    read_classes,
+    read_values,
 )
+from resfu_jax.data.raw import RawBuilder, RawExample, RawFiles, label_table
+from resfu_jax.data.transforms import different_sizes
 from resfu_jax.images import SUFFIXES
+from resfu_jax.serving import is_integer
 
 PREFIX = "image_folder"
-_IGNORE = 255
-_HINT = """\
-A label map is a PNG file of the size of its image with one 8-bit channel: the position of the class
-in classes.txt, counted from 0, or 255 where the pixel is to be ignored. If the numbers are others,
-say what they mean in labels.txt: a line for each, such as `7 = road` or `0 = ignore`."""
+# What may follow the name of an image in that of its label map, and what of the image's name the
+# label map may lack.
+LABEL_ENDINGS = (
+    *("_mask", "_masks", "_label", "_labels", "_labelIds", "_gtFine_labelIds"),
+    *("_gt", "_seg", "_segmentation"),
+)
+IMAGE_ENDINGS = ("_leftImg8bit", "_image", "_img", "_rgb")
+_SPLITS = ("train", "validation", "val")
 
 
 def is_name(name: str) -> bool:
@@ -50,114 +69,92 @@ def is_name(name: str) -> bool:
     return re.fullmatch(f"{PREFIX}/[A-Za-z0-9_-]{{1,200}}", name) is not None
 
 
-def create_config(name: str) -> tfds.core.BuilderConfig:
-    """The builder's configuration of `image_folder/NAME`."""
+def create_config(name: str, own: "OwnImages | None" = None) -> "FolderConfig":
+    """The builder's configuration of `image_folder/NAME`; `own` is for building it."""
     if not is_name(name):
         raise ValueError(
             f"There is no dataset {name!r}. Your own images are image_folder/NAME, where you "
             "choose NAME: letters, digits, - and _, at most 200."
         )
-    own = name.removeprefix(f"{PREFIX}/")
-    return tfds.core.BuilderConfig(name=own, description="Images and label maps of a folder.")
+    return FolderConfig(
+        name=name.removeprefix(f"{PREFIX}/"),
+        description="Images and label maps of a folder.",
+        own=own or OwnImages(),
+    )
 
 
 def read_info(name: str, builder: tfds.core.GeneratorBasedBuilder) -> DatasetInfo:
     """Classes and colours of a prepared image folder."""
     metadata, splits = builder.info.metadata, builder.info.splits
+    noted = "notes" in metadata.keys()  # noqa: SIM118  # `in` does not load it
     return DatasetInfo(
         name,
         tuple(metadata["class_names"]),
         tuple(tuple(colour) for colour in metadata["palette"]),
         examples=(splits["train"].num_examples, splits["validation"].num_examples),
         terms="your own",
+        notes=tuple(metadata["notes"]) if noted else (),
     )
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a text file that are not empty and do not begin with #, with their numbers.
+@dataclass(frozen=True)
+class OwnImages:
+    """Where one's own images are, and what their label maps mean.
 
-    The text is UTF-8, or UTF-16 with a byte order mark; its letters are composed (NFC).
-
-    Raises:
-      DataError: it is in another encoding; names the file and the first line of that kind.
-    """
-    data = path.read_bytes()
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path}, line {line}: this is not {encoding.removesuffix('-sig').upper()} "
-            f"({error.reason} at byte {error.start}). Save the file as UTF-8: editors have that "
-            "choice where they save, and `iconv -f WINDOWS-1252 -t UTF-8` converts."
-        ) from error
-    if "\0" in text:
-        raise DataError(
-            f"{path} holds null characters, as UTF-16 without a byte order mark does; save it as "
-            "UTF-8."
-        )
-    lines = unicodedata.normalize("NFC", text).splitlines()
-    kept = [(number, line.strip()) for number, line in enumerate(lines, 1)]
-    return [(number, line) for number, line in kept if line and not line.startswith("#")]
-
-
-def read_classes(path: Path) -> tuple[list[str], list[tuple[int, int, int]]]:
-    """Names and colours of a class file.
-
-    Args:
-      path: one class a line, `name` or `name, R, G, B`. Empty lines and those that begin with #
-        do not count. Classes without a colour get one.
+    Attributes:
+      images: folder of the images; None: `images` in the manual folder.
+      labels: folder of their label maps; None: `labels` in the manual folder.
+      validation_images: folder of the images for validation. None: subfolders `train` and
+        `validation` of the others, or a fifth of them.
+      validation_labels: folder of their label maps.
+      classes: a class file, or its lines, see `own_classes`. None: `classes.txt` in the manual
+        folder; without one, what the label maps hold, if `confirm` takes it.
+      ignore_label: number of pixels that do not count; None: 255.
+      orientation: images are turned as their EXIF data say.
+      confirm: is told of the classes that were found, and says whether they are right. None:
+        found classes are an error, which tells them.
 
     Raises:
-      DataError: naming the line.
+      ValueError: a folder without its counterpart, or a number that is none.
     """
-    names: list[str] = []
-    colours: list[tuple[int, int, int]] = []
-    for number, line in read_lines(path):
-        name, *colour = (field.strip() for field in line.split(","))
-        colour = [int(c) if c.isdecimal() and int(c) < 256 else None for c in colour]
-        if not name or len(colour) not in (0, 3) or None in colour:
-            raise DataError(
-                f"{path}, line {number}: {line!r} is neither 'name' nor 'name, R, G, B' with "
-                "numbers from 0 to 255."
-            )
-        if name in names:
-            raise DataError(f"{path}, line {number}: the class {name!r} is there twice.")
-        colours.append(tuple(colour) or palette(len(names) + 1)[-1])
-        names.append(name)
-    if not 2 <= len(names) <= _IGNORE:
-        raise DataError(f"{path} has {len(names)} classes; it needs 2 to {_IGNORE}.")
-    return names, colours
+
+    images: str | os.PathLike | None = None
+    labels: str | os.PathLike | None = None
+    validation_images: str | os.PathLike | None = None
+    validation_labels: str | os.PathLike | None = None
+    classes: str | os.PathLike | Sequence[str] | None = None
+    ignore_label: int | None = None
+    orientation: bool = True
+    confirm: Callable[[str], bool] | None = None
+
+    def __post_init__(self) -> None:
+        for pair in (("images", "labels"), ("validation_images", "validation_labels")):
+            given = {name: getattr(self, name) for name in pair if getattr(self, name) is not None}
+            for name, folder in given.items():
+                if len(given) == 1:
+                    raise ValueError(f"{' and '.join(pair)} go together, got only {name} {folder}.")
+                object.__setattr__(self, name, local_path(folder, name))
+                if not getattr(self, name).is_dir():
+                    raise FileNotFoundError(f"{name} {folder} is not a folder.")
+            if given and getattr(self, pair[0]) == getattr(self, pair[1]):
+                raise ValueError(f"{' and '.join(pair)} must be two folders, got {folder} twice.")
+        if isinstance(self.classes, str | os.PathLike):
+            object.__setattr__(self, "classes", local_path(self.classes, "classes"))
+            if not self.classes.is_file():
+                raise FileNotFoundError(
+                    f"classes {self.classes} is not a file; of classes themselves there are at "
+                    "least two."
+                )
+        number = self.ignore_label
+        if number is not None and not (is_integer(number) and 0 <= number <= 255):
+            raise ValueError(f"ignore_label must be a number from 0 to 255, got {number!r}.")
 
 
-def read_values(path: Path, names: Sequence[str]) -> dict[int, int]:
-    """What the numbers in the label maps mean: class indices, or 255 for pixels to ignore.
+@dataclass
+class FolderConfig(tfds.core.BuilderConfig):
+    """The builder's configuration of `image_folder/NAME`; `own` is used while it is built."""
 
-    Args:
-      path: one number a line, `255 = road` with the name of a class, or `255 = ignore`.
-      names: the classes.
-
-    Raises:
-      DataError: naming the line.
-    """
-    classes = {name: index for index, name in enumerate(names)}
-    classes.setdefault("ignore", _IGNORE)
-    values: dict[int, int] = {}
-    for number, line in read_lines(path):
-        value, equals, name = (part.strip() for part in line.partition("="))
-        if not (equals and value.isdecimal() and int(value) < 256 and name in classes):
-            raise DataError(
-                f"{path}, line {number}: {line!r} is not 'NUMBER = NAME' with a number from 0 to "
-                f"255 and ignore or a class of classes.txt ({', '.join(names[:5])}"
-                f"{', ...' if names[5:] else ''})."
-            )
-        if int(value) in values:
-            raise DataError(f"{path}, line {number}: the number {value} is there twice.")
-        values[int(value)] = classes[name]
-    if not values:
-        raise DataError(f"{path} is empty; without the file, labels are positions in classes.txt.")
-    return values
+    own: OwnImages = OwnImages()
 
 
 class ImageFolder(RawBuilder):
@@ -165,9 +162,11 @@ class ImageFolder(RawBuilder):
 
     TITLE = "image_folder"
     MANUAL_DOWNLOAD_INSTRUCTIONS = """\
-Put your images into DIR/images, their label maps (PNG, one 8-bit channel of class indices, the same
-names) into DIR/labels, and the names of the classes, one a line, into DIR/classes.txt. Then run
-    python -m resfu_jax.data prepare image_folder/NAME --manual-dir DIR"""
+Put your images into DIR/images, their label maps (PNG, the same names) into DIR/labels, and the
+names of the classes, one a line, into DIR/classes.txt. Then run
+    python -m resfu_jax.data prepare image_folder/NAME --manual-dir DIR
+or, with folders of any names, and classes that are found in the label maps,
+    python -m resfu_jax.data prepare image_folder/NAME --images DIR --labels DIR"""
 
     def __init__(self, **kwargs: object) -> None:
         verbosity = absl_logging.get_verbosity()
@@ -179,69 +178,175 @@ names) into DIR/labels, and the names of the classes, one a line, into DIR/class
 
     @property
     def table(self) -> Int16[np.ndarray, "256"]:
-        """Classes as they are, and 255 ignored; or what labels.txt says."""
+        """What the numbers of label maps mean; where colours count, `read_label` has seen to it."""
         values = self.info.metadata["label_values"]
         return label_table({int(value): index for value, index in values.items()})
 
-    def _convert(self, files: tuple[RawExample, bytes, bytes]) -> tuple[str, dict | None]:
-        try:
-            return super()._convert(files)
-        except DataError as error:
-            if str(error).startswith("the image "):
-                raise
-            raise DataError(f"{error}\n{_HINT}") from error
+    def read_image(self, data: bytes, path: Path) -> bytes:
+        """The file; if its EXIF orientation is to be ignored, the stored pixels as PNG."""
+        if self.builder_config.own.orientation:
+            return data
+        shown, stored = (
+            images.open_image(data, f"the image {path}", orientation=turned)
+            for turned in (True, False)
+        )
+        if shown == stored:
+            return data
+        buffer = io.BytesIO()
+        stored.save(buffer, "PNG")
+        return buffer.getvalue()
 
-    def _count(self) -> Iterator[tuple[str, dict]]:
-        names = self.info.metadata["class_names"]
-        counts = self._pixels[: len(names)]
-        ignored = self._pixels[_IGNORE] / self._pixels.sum()
-        # Binary masks are often 0 and 255. Whoever means 255 to be ignored says so in labels.txt.
-        if np.count_nonzero(counts) < 2 and ignored > 0 and not self.info.metadata["stated"]:
-            never = [name for name, count in zip(names, counts, strict=True) if not count]
-            raise DataError(
-                f"The label maps of {self.info.full_name.split('/')[1]} have at most one class: "
-                f"{_listed(never)} never occur{'s' if len(never) == 1 else ''}, and {ignored:.1%} "
-                f"of the pixels are 255, which is ignored. If 255 is a class, as in masks of 0 and "
-                f"255, write a file labels.txt beside classes.txt:\n    0 = {names[0]}\n    255 = "
-                f"{names[1]}\nIf it is to be ignored, the second line is\n    255 = ignore"
-            )
-        yield from super()._count()
+    def read_label(self, data: bytes, path: Path) -> UInt8[np.ndarray, "h w"]:
+        """The numbers of a label map, or the classes that its colours mean."""
+        turned = self.builder_config.own.orientation
+        mask = images.read_mask(data, f"the label map {path}", orientation=turned)
+        if self._colours is None:
+            return mask.numbers
+        classes = [self._colours.get(tuple(colour), 0) for colour in mask.colours.tolist()]
+        return np.array(classes, np.uint8)[mask.numbers]
 
     def find_examples(self, files: RawFiles) -> dict[str, list[RawExample]]:
-        """The two subfolders, or a split by checksum."""
-        (root,) = files.roots
-        images, labels = root / "images", root / "labels"
-        if not images.is_dir() or not labels.is_dir():
-            raise self.missing(files, f"folder {'labels' if images.is_dir() else 'images'}")
+        """The examples of both splits, after a look at all label maps."""
+        own, values = self._places(files)
+        given = None if own.classes is None else read_classes(own.classes)
+        splits, note = self._splits(own, files)
+        contents = _look_at(list(itertools.chain(*splits.values())), own.orientation)
+        if given is None:
+            given = read_classes(_confirmed(contents, own))
+        classes = _with_ignored(given, own.ignore_label)
+        if values is not None:
+            classes = classes._replace(numbers=read_values(values, classes.names))
+        by_colour = colours_count(contents, classes)
+        if not (by_colour or values or own.ignore_label is not None or 255 in given.numbers):
+            check_255(contents, classes)
+        self._colours = classes.colours if by_colour else None
+        numbers = classes.numbers
+        if by_colour:
+            numbers = {index: index for index in (*range(len(classes.names)), IGNORE)}
+        self.info.metadata.update(
+            class_names=classes.names,
+            palette=classes.palette,
+            label_values={str(number): index for number, index in numbers.items()},  # JSON
+            notes=[note, f"classes are the {'colours' if by_colour else 'numbers'} of label maps"],
+        )
+        return splits
+
+    def _places(self, files: RawFiles) -> tuple[OwnImages, Path | None]:
+        """Where everything is, and the file labels.txt, if there is one."""
+        own, (root,) = self.builder_config.own, files.roots
+        if own.images is not None:
+            return own, None
+        found, labels = root / "images", root / "labels"
+        if not found.is_dir() or not labels.is_dir():
+            raise self.missing(files, f"folder {'labels' if found.is_dir() else 'images'}")
+        own = dataclasses.replace(own, images=found, labels=labels)
+        if own.classes is not None:
+            return own, None
         if not (root / "classes.txt").is_file():
             raise self.missing(files, "file classes.txt")
-        names, colours = read_classes(root / "classes.txt")
-        values = {index: index for index in (*range(len(names)), _IGNORE)}
-        stated = (root / "labels.txt").is_file()
-        if stated:
-            values = read_values(root / "labels.txt", names)
-        self.info.metadata.update(
-            class_names=names,
-            palette=colours,
-            label_values={str(value): index for value, index in values.items()},  # JSON
-            stated=stated,
-        )
-        if (images / "train").is_dir() or (images / "validation").is_dir():
-            for split in ("train", "validation"):
-                for folder in (images / split, labels / split):
-                    if not folder.is_dir():
-                        raise self.missing(files, f"folder {Path(folder).relative_to(root)}")
-            outside = [p for p in _files(images) if _part(p, images) not in ("train", "validation")]
-            _tell(outside, f"files outside of {images}/train and {images}/validation")
-            splits = {
-                split: _pairs(images / split, labels / split) for split in ("train", "validation")
-            }
+        own = dataclasses.replace(own, classes=root / "classes.txt")
+        return own, root / "labels.txt" if (root / "labels.txt").is_file() else None
+
+    def _splits(self, own: OwnImages, files: RawFiles) -> tuple[dict[str, list[RawExample]], str]:
+        """The examples of both splits, and where those for validation come from."""
+        if own.validation_images is not None:
+            train = _pairs(own.images, own.labels)
+            validation = _pairs(own.validation_images, own.validation_labels)
+            if both := {e.image.resolve() for e in train} & {e.image.resolve() for e in validation}:
+                raise DataError(
+                    f"{min(both)} is in images and in validation_images, as are {len(both)} files "
+                    "in all; validation needs images of its own."
+                )
+            source = f"of {own.validation_images}"
+        elif there := [name for name in _SPLITS if (own.images / name).is_dir()]:
+            names = {"train": "train", "validation": "val" if "val" in there else "validation"}
+            for name, place in itertools.product(names.values(), (own.images, own.labels)):
+                if not (place / name).is_dir():
+                    raise self.missing(files, f"folder {place.name}/{name}")
+            outside = [p for p in _files(own.images) if _part(p, own.images) not in names.values()]
+            folders = " and ".join(str(own.images / name) for name in names.values())
+            _tell(outside, f"files outside of {folders}")
+            train, validation = (
+                _pairs(own.images / name, own.labels / name) for name in names.values()
+            )
+            source = f"of {own.images / names['validation']}"
         else:
-            examples = _pairs(images, labels)
-            examples.sort(key=lambda e: zlib.crc32(e.id.encode()))
+            examples = sorted(_pairs(own.images, own.labels), key=_checksum)
             count = max(1, round(len(examples) / 5)) if len(examples) > 1 else 0
-            splits = {"train": examples[count:], "validation": examples[:count]}
-        return splits
+            train, validation = examples[count:], examples[:count]
+            source = "a fifth, by the checksums of their names"
+        text = (
+            f"validation: {len(validation)} of {len(train) + len(validation)} images, {source}: "
+            + listed(sorted(e.id for e in validation), 20)
+        )
+        return {"train": train, "validation": validation}, text
+
+
+def _confirmed(contents: Sequence[Contents], own: OwnImages) -> list[str]:
+    """Classes that were found in the label maps, if that is what is meant."""
+    lines, text = find_classes(contents, own.ignore_label)
+    if own.confirm is None or not own.confirm(text):
+        raise DataError(f"{text}\nor take them as they are with --yes (`confirm` in Python).")
+    return lines
+
+
+def _with_ignored(classes: Classes, ignore_label: int | None) -> Classes:
+    """With the number that does not count, where no class has it."""
+    number = IGNORE if ignore_label is None else ignore_label
+    meaning = classes.numbers.get(number, IGNORE)
+    if ignore_label is not None and meaning != IGNORE:
+        raise DataError(
+            f"ignore_label is {number}, which is the number of the class "
+            f"{classes.names[meaning]!r}; give the classes their numbers: NUMBER = name."
+        )
+    return classes._replace(numbers=classes.numbers | {number: meaning})
+
+
+def _look_at(examples: Sequence[RawExample], orientation: bool) -> list[Contents]:
+    """What all label maps hold; nothing is written before.
+
+    Raises:
+      DataError: label maps that cannot be read, or are not of the size of their image; tells what
+        is wrong with the first, and names others.
+    """
+    contents, problems = [], []
+
+    def look(example: RawExample) -> Contents | DataError:
+        try:
+            return _contents(example, orientation)
+        except ValueError as error:
+            return DataError(str(error))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        looks = pool.map(look, examples)
+        for example, seen in zip(
+            examples, tqdm(looks, "label maps", len(examples), disable=None), strict=True
+        ):
+            if isinstance(seen, Contents):
+                contents.append(seen)
+            else:
+                problems.append((example, seen))
+    if problems:
+        text = str(problems[0][1])
+        if problems[1:]:
+            others = [example.label.name for example, _ in problems[1:]]
+            text += f"\n{len(others)} other label maps cannot be used either: {listed(others)}"
+        raise DataError(text if text.startswith("the image ") else f"{text}\n{HINT}")
+    return contents
+
+
+def _contents(example: RawExample, orientation: bool) -> Contents:
+    name = f"the label map {example.label}"
+    mask = images.read_mask(example.label, name, orientation=orientation)
+    data = example.image.read_bytes()
+    height, width = images.image_size(data, f"the image {example.image}", orientation=orientation)
+    if (height, width) != mask.numbers.shape:
+        sizes = (width, height), mask.numbers.shape[::-1]
+        raise DataError(f"{example.image} and {example.label} {different_sizes(data, *sizes)}")
+    counts = np.bincount(mask.numbers.ravel(), minlength=256).tolist()
+    pixels = {number: count for number, count in enumerate(counts) if count}
+    colours = {number: tuple(mask.colours[number].tolist()) for number in pixels}
+    return Contents(example.label, mask.kind, pixels, colours)
 
 
 # -------------------------------------------------------------------------------------- the files
@@ -261,6 +366,10 @@ def _files(folder: Path) -> list[Path]:
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+def _checksum(example: RawExample) -> int:
+    return zlib.crc32(example.id.encode())
 
 
 def _part(path: Path, folder: Path) -> str:
@@ -295,7 +404,7 @@ def _pairs(images: Path, labels: Path) -> list[RawExample]:
                 f"{by_id[key].image} and {image} share the label map {by_id[key].label}; remove "
                 "or rename one of them."
             )
-        candidates = maps.pop(key, [])
+        candidates = next((c for names in _label_names(key) if (c := _taken(maps, names))), [])
         label = [path for path in candidates if path.suffix.lower() == ".png"]
         if len(label) > 1:
             raise DataError(f"{label[0]} and {label[1]} are both label maps of {image}.")
@@ -304,25 +413,35 @@ def _pairs(images: Path, labels: Path) -> list[RawExample]:
             unlike += candidates
         by_id[key] = RawExample(key, image, label[0] if label else labels / f"{key}.png")
     if missing:
-        text = f"{labels} lacks {len(missing)} label maps of images in {images}: {_listed(missing)}"
+        text = f"{labels} lacks {len(missing)} label maps of images in {images}: {listed(missing)}"
         if unlike:
             text += (
-                f"\nThere is {_listed([str(path) for path in unlike])}, but a label map has to be "
+                f"\nThere is {listed([str(path) for path in unlike])}, but a label map has to be "
                 "a PNG file."
             )
         raise FileNotFoundError(
-            f"{text}\nEvery image needs a label map of its name: add it, or remove the image."
+            f"{text}\nEvery image needs a label map of its name, which may also end in one of "
+            f"{', '.join(LABEL_ENDINGS)}: add it, or remove the image."
         )
     _tell(sorted(itertools.chain(*maps.values())), f"files of {labels} without an image")
     return list(by_id.values())
+
+
+def _label_names(key: str) -> Iterator[list[str]]:
+    """Names that the label map of an image may have, better ones first."""
+    for ending in ("", *IMAGE_ENDINGS):
+        if key.endswith(ending):
+            name = key.removesuffix(ending)
+            yield [name]
+            yield [name + label_ending for label_ending in LABEL_ENDINGS]
+
+
+def _taken(maps: dict[str, list[Path]], names: Sequence[str]) -> list[Path]:
+    return [path for name in names for path in maps.pop(name, [])]
 
 
 def _tell(paths: Sequence[Path], what: str) -> None:
     if paths:
         names = [os.fsencode(path).decode("utf-8", "backslashreplace") for path in paths]
         names = [PurePath(name).name for name in names]
-        logging.warning("left out %d %s: %s", len(paths), what, _listed(names))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if names[5:] else "")
+        logging.warning("left out %d %s: %s", len(paths), what, listed(names))

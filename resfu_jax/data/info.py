@@ -16,6 +16,7 @@ class DatasetInfo:
       examples: number of training and validation images as published; None if unknown.
       download: size of the raw archives, in words.
       terms: licence or terms of use in short.
+      notes: what `prepare` found out about one's own images.
     """
 
     name: str
@@ -26,6 +27,7 @@ class DatasetInfo:
     examples: tuple[int, int] | None = None
     download: str = "none"
     terms: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:

@@ -121,6 +121,7 @@ def prepare(
     data_dir: str | os.PathLike | None = None,
     manual_dir: str | os.PathLike | None = None,
     *,
+    own: image_folder.OwnImages | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Builds a dataset; does nothing if that has been done before.
@@ -134,6 +135,7 @@ def prepare(
       name: one of `list_datasets()`, or `image_folder/NAME`, for any NAME, for your own images.
       data_dir: where to write; `default_data_dir()` if None.
       manual_dir: raw files that were fetched by hand; None downloads them if need be.
+      own: of an `image_folder/NAME`: its folders and classes, if not as a manual folder has them.
       overwrite: build anew, and replace what is there, which stays if that fails.
 
     Returns:
@@ -146,6 +148,17 @@ def prepare(
       DataError: a raw file is unusable, or what is prepared there is damaged.
     """
     cls, config, folder = _place(name, data_dir)
+    if own is not None:
+        if not _is_own(name):
+            raise ValueError(
+                f"{name} has images and classes of its own; yours are image_folder/NAME."
+            )
+        if own.images is not None and manual_dir is not None:
+            raise ValueError(
+                f"images {own.images} and manual_dir {manual_dir} are two places; give one."
+            )
+        config = image_folder.create_config(name, own)
+        manual_dir = own.images or manual_dir
     if manual_dir is not None:
         manual_dir = _expand(manual_dir, "manual_dir")
         if not manual_dir.is_dir() or not any(manual_dir.iterdir()):

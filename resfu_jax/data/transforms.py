@@ -71,8 +71,8 @@ def different_sizes(data: bytes, image: tuple[int, int], label: tuple[int, int])
     if images.image_size(data, orientation=False)[::-1] == label:
         text += (
             " The image has an EXIF orientation: it is shown, and used, turned by a quarter, and "
-            "the label map was drawn on the image as it is stored. Turn the label map, or remove "
-            "the image's EXIF data."
+            "the label map was drawn on the image as it is stored. Turn the label map, or prepare "
+            "with --ignore-exif."
         )
     return text
 
