@@ -24,7 +24,13 @@ from resfu_jax.data.load import (
     open_source,
     prepare,
 )
-from resfu_jax.data.pipeline import EvalBatches, eval_batches, skip_corrupt, train_batches
+from resfu_jax.data.pipeline import (
+    EvalBatches,
+    TrainBatches,
+    eval_batches,
+    skip_corrupt,
+    train_batches,
+)
 from resfu_jax.data.statistics import balanced_weights, label_counts
 
 __all__ = [
@@ -34,6 +40,7 @@ __all__ = [
     "DatasetNotPrepared",
     "EvalBatches",
     "Source",
+    "TrainBatches",
     "balanced_weights",
     "damaged_datasets",
     "dataset_info",
