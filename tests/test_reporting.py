@@ -3,15 +3,16 @@ import logging
 
 import pytest
 
-from resfu_jax.training import Reporter, print_table, read_metrics
+from resfu_jax.training import Config, Reporter, print_table, read_metrics
 
+CONFIG = Config(steps=10, batch_size=2)
 SCORES = {"miou": 0.5, "boundary_iou": 0.4, "pixel_accuracy": 0.9, "iou/a": 0.5}
 
 
 def report(workdir, steps, start=0):
-    reporter = Reporter(workdir, steps=10, batch_size=2, start=start)
+    reporter = Reporter(workdir, CONFIG, start=start)
     for step in steps:
-        reporter.advance(step)
+        reporter.advance(step, None)
         reporter.train(step, {"loss": 1.0 / step})
     reporter.evaluation(step, SCORES)
     reporter.close()
@@ -40,18 +41,18 @@ def test_lines_after_the_restored_step_are_replaced(tmp_path):
 
 
 def test_utilisation_is_the_rate_of_steps_over_that_of_the_peak(tmp_path, capsys):
-    reporter = Reporter(tmp_path, steps=10, batch_size=4, utilisation=0.5)
+    reporter = Reporter(tmp_path, CONFIG, utilisation=0.5)
     reporter.train(2, {"loss": 1.0})
     reporter.close()
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
-    assert line["mfu"] == pytest.approx(0.5 * line["images_per_second"] / 4)
+    assert line["mfu"] == pytest.approx(0.5 * line["images_per_second"] / 2)
     assert "MFU" in capsys.readouterr().err
 
 
 def test_silent(tmp_path, capsys):
-    reporter = Reporter(tmp_path / "absent", steps=10, batch_size=2, silent=True)
+    reporter = Reporter(tmp_path / "absent", CONFIG, silent=True)
     reporter.message("text")
-    reporter.advance(1)
+    reporter.advance(1, None)
     reporter.train(1, {"loss": 1.0})
     reporter.evaluation(1, SCORES)
     reporter.close()
@@ -102,7 +103,7 @@ def test_whole_lines_are_kept_and_the_rest_moved_aside(
     assert (f"{damaged} damaged lines are left out" in caplog.text) == (damaged > 0)
     assert path.read_bytes() == content  # reading changes nothing
 
-    Reporter(tmp_path, steps=10, batch_size=2, start=2).close()
+    Reporter(tmp_path, CONFIG, start=2).close()
     assert path.read_bytes() == b"".join(line + b"\n" for line in WHOLE)
     aside = tmp_path / "metrics.jsonl.damaged"
     said = f"metrics.jsonl had {damaged} damaged lines; they are in {aside}"
@@ -115,7 +116,7 @@ def test_whole_lines_are_kept_and_the_rest_moved_aside(
 
 def test_a_line_behind_zeros_is_whole(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(WHOLE[0] + b"\n\0\0\0" + WHOLE[1])
-    Reporter(tmp_path, steps=10, batch_size=2, start=2).close()
+    Reporter(tmp_path, CONFIG, start=2).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == WHOLE[0] + b"\n" + WHOLE[1] + b"\n"
     assert not (tmp_path / "metrics.jsonl.damaged").exists()
 

@@ -255,6 +255,15 @@ class Config:
     """Seeds initialisation, dropout, shuffling and augmentation."""
     log_every: int = 20
     """Steps between lines in metrics.jsonl."""
+    init_from: str | None = None
+    """Weights to start from, of backbone and head, instead of `model.backbone.pretrained`: a
+    workdir (its best checkpoint), WORKDIR/checkpoints/STEP, a file of `resfu export`, or what
+    `pretrained` takes."""
+    init_skip: tuple[str, ...] = ()
+    """Parts and parameters that are not taken from there but initialised: "head.classify",
+    "head.upsample.*.kernel"."""
+    wandb: str | None = None
+    """Project of Weights & Biases that the metrics go to as well; needs the extra `[wandb]`."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
