@@ -402,9 +402,13 @@ def load_config(argument: str) -> Config:
         if not file.is_file():
             folder = file if file.is_dir() else file.parent
             files = sorted(map(str, folder.glob("*.py")))[:30]
+            near = did_you_mean(path, files) if files else (
+                f"copy one of https://github.com/resfu-jax/resfu_jax/tree/main/configs, and give "
+                "its path"
+            )
             raise ConfigError(
                 f"--config={argument} {'is a folder' if file.is_dir() else 'does not exist'}"
-                f"{'; ' + did_you_mean(path, files) if files else ''}"
+                f"; {near}"
             )
         get_config = runpy.run_path(path).get("get_config")
         if not callable(get_config):
