@@ -278,6 +278,7 @@ class ConfigError(ValueError):
     """A config that cannot be run. The message names every field that is wrong."""
 
 
+_CONFIGS = "https://github.com/resfu-jax/resfu_jax/tree/main/configs"  # a wheel has none
 _DICTIONARIES = ("model.head.upsampler_options", "model.backbone.options")
 
 
@@ -402,10 +403,7 @@ def load_config(argument: str) -> Config:
         if not file.is_file():
             folder = file if file.is_dir() else file.parent
             files = sorted(map(str, folder.glob("*.py")))[:30]
-            near = did_you_mean(path, files) if files else (
-                f"copy one of https://github.com/resfu-jax/resfu_jax/tree/main/configs, and give "
-                "its path"
-            )
+            near = did_you_mean(path, files) if files else "copy one of " + _CONFIGS
             raise ConfigError(
                 f"--config={argument} {'is a folder' if file.is_dir() else 'does not exist'}"
                 f"; {near}"

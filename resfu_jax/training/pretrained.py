@@ -54,7 +54,7 @@ def initial_weights(config: Config, num_classes: int) -> tuple[Any, str]:
         if unused := [name for name in entries if name not in variables]:
             said += f"; not in this model: {_listed(unused)}"
     if any(name.startswith("backbone.") and name not in found for name in variables):
-        with blaming("config.model"):
+        with blaming("config.model.backbone.pretrained"):
             backbone = pretrained_backbone(config.model.backbone)
         if backbone is not None:
             flat = nnx.to_flat_state(backbone)
@@ -77,9 +77,8 @@ def pretrained_backbone(config: BackboneConfig) -> Any:
         return None
     if (run := _run(config.pretrained)) is not None:
         raise ValueError(
-            f"backbone.pretrained={config.pretrained} is a run of train.py ({run[0]}): start from "
-            f"it with --config.init_from={config.pretrained} and --config.model.backbone.pretrained"
-            "=None"
+            f"{run[0]} is a run of train.py: start from all of its weights with --config.init_from="
+            f"{config.pretrained}"
         )
     options = dict(name=config.name, variant=config.variant, **config.options)
     # Abstract: no random weights are drawn only to be replaced.
@@ -108,7 +107,10 @@ def _entries(init_from: str, config: Config, num_classes: int) -> tuple[dict[str
             return checkpoints.read_weights(step), f"checkpoint {step} of {workdir}"
         finally:
             checkpoints.close()
-    entries = read_entries(init_from)
+    try:
+        entries = read_entries(init_from)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no run of train.py, and no weights: {error}") from error
     if any(name.endswith(".kernel") for name in entries):  # PyTorch's are called weight
         return entries, init_from
     return _published(init_from, entries, config, num_classes), init_from
