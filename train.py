@@ -7,6 +7,10 @@ Any field of the config can be overridden: `--config.optimizer.learning_rate=1e-
 command again continues where the run stopped, also after a kill. In the workdir: `config.json`,
 `metrics.jsonl`, TensorBoard events, `checkpoints/` (newest and best) and `predictions/`.
 
+A run continues with the config that it began with, but for its length and what changes no number.
+`--resume_with_changes` lets more change, such as the learning rate and the batch size;
+`--config.init_from=WORKDIR` starts a new run with the weights of another one.
+
 `--dry_run` instead of `--workdir` tries a config out: two steps, evaluation and checkpoint with a
 made-up dataset, small crops and random weights, in a temporary folder.
 
@@ -37,6 +41,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "For --mode eval: best, latest or a step.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Two steps on made-up data, in a temporary folder.")
+WITH_CHANGES = flags.DEFINE_bool("resume_with_changes", False, "Continue with another config.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several processes: ask TPU pod or Slurm.")
 COORDINATOR = flags.DEFINE_string("coordinator_address", None, "By hand: host:port of process 0.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "By hand: how many there are.")
@@ -52,6 +57,8 @@ def run(
     mode: str,
     checkpoint: str,
     stop: training.StopSignals,
+    *,
+    with_changes: bool = False,
 ) -> None:
     """Trains to `config.steps`, or evaluates a checkpoint."""
     # ------------------------------------------------------------------------------------- devices
@@ -65,9 +72,11 @@ def run(
         workdir / "checkpoints", keep=config.checkpoint.keep, read_only=mode == "eval"
     )
     start = checkpoints.find("latest" if mode == "train" else checkpoint)
+    changes: list[str] = []
     if start is not None:
-        training.check_same_run(workdir, config, only="" if mode == "train" else "model.")
-    elif mode == "eval":
+        only = "" if mode == "train" else "model."
+        changes = training.check_same_run(workdir, config, only=only, with_changes=with_changes)
+    elif mode == "eval" or with_changes:
         raise training.CheckpointError(f"there is no checkpoint in {checkpoints.directory}")
     stop.check()
 
@@ -75,10 +84,12 @@ def run(
     info = data.dataset_info(config.data.name, config.data.dir)
     schedule = training.create_schedule(config.optimizer, config.steps)
     optimizer = training.create_optimizer(config.optimizer, config.steps)
-    with training.blaming("config.model"):  # options or weights that do not fit
+    with training.blaming("config.model"):  # options that do not fit
         graphdef, abstract = training.abstract_state(config, info.num_classes, optimizer)
-        stop.check()
-        pretrained = training.pretrained_backbone(config.model.backbone)
+    stop.check()
+    weights, origin = None, ""
+    if start is None:
+        weights, origin = training.initial_weights(config, info.num_classes)
     abstract = layout.abstract(abstract)
     shardings = layout.of(abstract)
     parameters = sum(p.size for p in jax.tree.leaves(abstract["params"]))
@@ -181,24 +192,28 @@ def run(
             lambda weights: training.create_state(config, info.num_classes, optimizer, weights)[1],
             out_shardings=shardings,
             compiler_options={"xla_backend_optimization_level": 0},  # It runs once.
-        )(pretrained)
+        )(weights)
     else:
         state = checkpoints.restore(start, abstract, train_batches)
     with_features = training.feature_lookup(config, layout, graphdef, state)
     if main_process:
-        training.write_config(workdir, config)
+        training.write_config(workdir, config, step=start)
 
     # ---------------------------------------------------------------------------------------- loop
     flops, utilisation = training.count_step_flops(train_step, abstract, config, layout)
     reporter = training.Reporter(
         workdir,
-        steps=config.steps,
-        batch_size=config.batch_size,
+        config,
         start=start,
         utilisation=utilisation,
+        evaluation_steps=training.evaluation_steps(config, val_batches),
         silent=not main_process,
     )
     reporter.message(opening(config, start, (train_source, val_source), parameters, flops))
+    for text in filter(None, [origin, *changes]):
+        reporter.message(text)
+    compiled_step = reporter.announced("training step", compiled_step)
+    eval_step = reporter.announced("evaluation", eval_step)
     stop.check()
     profile = training.Profile(config.profile, workdir / "profile")
     window = training.MetricsWindow(checkpoints)
@@ -207,8 +222,9 @@ def run(
         return step >= config.steps or step % config.eval.every == 0
 
     def score(step: int) -> None:
-        metrics = evaluate(step, state)
-        checkpoints.score(step, metrics)
+        with reporter.aside("evaluation"):
+            metrics = evaluate(step, state)
+            checkpoints.score(step, metrics)
         reporter.evaluation(step, metrics)
 
     try:
@@ -224,7 +240,7 @@ def run(
                 inputs = layout.to_devices(with_features(batch))
                 state, metrics = compiled_step(state, inputs)
             window.add(step, batch["id"], metrics)
-            reporter.advance(step)
+            reporter.advance(step, metrics)
 
             last = step == config.steps
             stopping = training.agreed_stop(stop.received, ask=step % config.log_every == 0)
@@ -232,7 +248,8 @@ def run(
             if saving or step % config.log_every == 0:
                 reporter.train(step, window.means() | training.peak_memory())
             if saving:
-                checkpoints.save(step, state, train_batches)
+                with reporter.aside("checkpoint"):
+                    checkpoints.save(step, state, train_batches)
             if stopping and not last:
                 raise training.Stopped(stopping, f"stopped at step {step}")
             if evaluation_due(step):
@@ -314,7 +331,8 @@ def main(argv: list[str]) -> None:
                 run(config, workdir, "train", "latest", stop)
         else:
             workdir = training.find_workdir(WORKDIR.value, new=MODE.value == "train")
-            run(CONFIG.value, workdir, MODE.value, CHECKPOINT.value, stop)
+            changes = WITH_CHANGES.value
+            run(CONFIG.value, workdir, MODE.value, CHECKPOINT.value, stop, with_changes=changes)
     except training.Stopped as stopped:
         if training.is_main_process():
             print(f"{stopped}; the same command continues", file=sys.stderr)

@@ -228,7 +228,7 @@ class Predictor:
         if isinstance(inference, Mapping):
             _check_fields(Inference, inference, "an option in inference")
         devices = _devices(devices)
-        workdir, which = _find_run(_folder(path), str(which))
+        workdir, which = training.find_run(_folder(path), str(which))
         config = training.read_config(workdir)
         config.model.dtype = compute or config.model.dtype
         if info is None:
@@ -538,22 +538,6 @@ def _folder(path: Any) -> pathlib.Path:
     if not isinstance(path, str | os.PathLike):
         raise ValueError(f"path must be the workdir of a run of train.py, got {path!r}")
     return pathlib.Path(os.path.expanduser(path)).resolve()
-
-
-def _find_run(path: pathlib.Path, which: str) -> tuple[pathlib.Path, str]:
-    """The workdir, and which checkpoint in it."""
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder; give the workdir of a run of train.py")
-    if path.parent.name == "checkpoints" and path.name.isdigit():
-        path, which = path.parent.parent, path.name
-    elif path.name == "checkpoints":
-        path = path.parent
-    if not (path / "config.json").is_file() or not (path / "checkpoints").is_dir():
-        raise ValueError(
-            f"{path} is not the workdir of a run of train.py: it has to have config.json and "
-            "checkpoints/ in it"
-        )
-    return path, which
 
 
 def _items(images: Images) -> list[_Item]:

@@ -58,12 +58,14 @@ def read(path):
 
 def test_help_does_not_wait_for_jax():
     code = (
-        "import sys; from resfu_jax.cli import main; main(['--help']);"
+        "import sys; from resfu_jax.cli import main; main(['--help']); main(['--version']);"
         "sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result
     assert all(name in result.stdout for name in COMMANDS)
+    versions = rf"resfu_jax {resfu_jax.__version__}, jax {jax.__version__}, flax [0-9.]+, Python 3"
+    assert re.match(versions, result.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -73,6 +75,18 @@ def test_commands_have_help_with_examples(capsys, name):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert f"usage: resfu {name}" in text and re.search(rf"^resfu {name} ?", text, re.M)
+
+
+def test_train_is_the_script(tmp_path):
+    """Also in a wheel, which follows the link."""
+    assert (ROOT / "resfu_jax" / "train.py").samefile(ROOT / "train.py")
+    command = [sys.executable, "-m", "resfu_jax", "train", "--config", "configs/mine.py"]
+    command += ["--workdir", "x"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(
+        "error: --config=configs/mine.py does not exist; copy one of https://"
+    )
 
 
 def test_predict_writes_labels_and_overlays(run, photos, tmp_path, capsys):

@@ -108,6 +108,27 @@ def test_state_restores_the_exact_position(steps):
     _assert_equal(expected, _take(resumed, 5))
 
 
+def test_batches_of_another_size_go_on_with_the_next_example():
+    iterator, (*_, last) = _train(), _take(_train(batch_size=1), 6 + 8)
+    next(iterator), next(iterator)
+    resumed = _train(batch_size=4)
+    resumed.set_state(iterator.get_state())
+    iterator.close()
+    (*_, second) = _take(resumed, 2)
+    _assert_equal([{key: value[-1:] for key, value in second.items()}], [last])
+    assert resumed.get_state() == {"examples": 14}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"next_index": 3}, {"iterators_in_use_states": [{"next_index": 2}, {"next_index": 1}]}],
+)
+def test_positions_of_older_versions(state):
+    resumed = _train()
+    resumed.set_state(state)
+    _assert_equal(_take(_train(), 5)[3:], _take(resumed, 2))
+
+
 @pytest.mark.slow
 def test_worker_processes_change_nothing():
     expected = _take(_train(), 6)
@@ -115,7 +136,7 @@ def test_worker_processes_change_nothing():
     first = [next(iterator) for _ in range(3)]
     state = iterator.get_state()
     _assert_equal(expected, first + _take(iterator, 3))
-    resumed = _train(num_workers=2)
+    resumed = _train()
     resumed.set_state(state)
     _assert_equal(expected[3:], _take(resumed, 3))
 

@@ -88,7 +88,7 @@ def test_without_the_package(monkeypatch):
     with pytest.raises(FileNotFoundError) as error:
         load_pretrained("owner/net@v2:a.safetensors", resnet())
     for part in (
-        "'owner/net' is no path here",
+        "owner/net does not exist here",
         "pip install 'resfu_jax[hub]'",
         "https://huggingface.co/owner/net/resolve/v2/a.safetensors",
     ):
@@ -98,6 +98,7 @@ def test_without_the_package(monkeypatch):
 def test_unknown_repository_or_offline(hub):
     with pytest.raises(FileNotFoundError) as error:
         load_pretrained("owner/nte", resnet())
+    assert str(error.value).startswith("owner/nte does not exist here;")
     for part in (
         "OSError: 404 Client Error",
         "HF_HUB_OFFLINE=1",

@@ -1,17 +1,22 @@
 import json
 import logging
+import sys
+import types
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from resfu_jax.training import Reporter, print_table, read_metrics
+from resfu_jax.training import Config, ConfigError, Reporter, print_table, read_metrics, validate
 
+CONFIG = Config(steps=10, batch_size=2)
 SCORES = {"miou": 0.5, "boundary_iou": 0.4, "pixel_accuracy": 0.9, "iou/a": 0.5}
 
 
 def report(workdir, steps, start=0):
-    reporter = Reporter(workdir, steps=10, batch_size=2, start=start)
+    reporter = Reporter(workdir, CONFIG, start=start)
     for step in steps:
-        reporter.advance(step)
+        reporter.advance(step, None)
         reporter.train(step, {"loss": 1.0 / step})
     reporter.evaluation(step, SCORES)
     reporter.close()
@@ -40,18 +45,18 @@ def test_lines_after_the_restored_step_are_replaced(tmp_path):
 
 
 def test_utilisation_is_the_rate_of_steps_over_that_of_the_peak(tmp_path, capsys):
-    reporter = Reporter(tmp_path, steps=10, batch_size=4, utilisation=0.5)
+    reporter = Reporter(tmp_path, CONFIG, utilisation=0.5)
     reporter.train(2, {"loss": 1.0})
     reporter.close()
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
-    assert line["mfu"] == pytest.approx(0.5 * line["images_per_second"] / 4)
+    assert line["mfu"] == pytest.approx(0.5 * line["images_per_second"] / 2)
     assert "MFU" in capsys.readouterr().err
 
 
 def test_silent(tmp_path, capsys):
-    reporter = Reporter(tmp_path / "absent", steps=10, batch_size=2, silent=True)
+    reporter = Reporter(tmp_path / "absent", CONFIG, silent=True)
     reporter.message("text")
-    reporter.advance(1)
+    reporter.advance(1, None)
     reporter.train(1, {"loss": 1.0})
     reporter.evaluation(1, SCORES)
     reporter.close()
@@ -70,6 +75,77 @@ def test_table(capsys, missing):
     printed = capsys.readouterr().out
     assert "title" in printed and "0.5000" in printed and "parameters: 1,234" in printed
     assert ("│ b " in printed) == missing
+
+
+def test_compilation_is_announced_once_for_each_size(tmp_path, capsys):
+    reporter = Reporter(tmp_path, CONFIG)
+    step = reporter.announced("training step", jax.jit(lambda state, batch: state + batch["image"]))
+    for size in (8, 8, 16):
+        step(jnp.ones(()), {"image": jnp.ones((2, size, 32, 3))})
+    reporter.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[::2] == [
+        f"compiling the training step for 2 x {n} x 32 pixels ..." for n in (8, 16)
+    ]
+    assert all(line.startswith("compiled the training step in ") for line in lines[1::2])
+
+
+def test_the_tenth_step_tells_the_time_left(tmp_path, capsys):
+    reporter = Reporter(tmp_path, Config(steps=100))
+    for step in range(1, 13):
+        reporter.advance(step, None)
+    reporter.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("step 10/100  ") and line.endswith(" left")
+
+
+# ------------------------------------------------------------------------------------------ W&B
+@pytest.fixture
+def wandb(monkeypatch):
+    """A module `wandb` that keeps what it is told."""
+    fake = types.ModuleType("wandb")
+    fake.calls = []
+
+    class Run:
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: fake.calls.append((name, *args, kwargs))
+
+    def init(**options):
+        fake.calls.append(("init", options))
+        return Run()
+
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_weights_and_biases_gets_the_same_numbers_in_one_run(tmp_path, wandb):
+    config = Config(steps=10, batch_size=2, wandb="upsampling")
+    validate(config)
+    for start in (0, 1):
+        reporter = Reporter(tmp_path, config, start=start)
+        reporter.train(start + 1, {"loss": 0.5})
+        reporter.evaluation(start + 1, SCORES)
+        reporter.close()
+    inits = [call[1] for call in wandb.calls if call[0] == "init"]
+    assert inits[0] == inits[1] and inits[0]["id"] == (tmp_path / "wandb_id").read_text()
+    assert inits[0]["project"] == "upsampling" and inits[0]["config"]["wandb"] == "upsampling"
+    logged = [call[1] for call in wandb.calls if call[0] == "log"]
+    assert logged == read_metrics(tmp_path / "metrics.jsonl")
+    assert [call[0] for call in wandb.calls].count("finish") == 2
+
+
+def test_weights_and_biases_that_refuses_or_is_not_there(tmp_path, wandb, monkeypatch):
+    def init(**_):
+        raise RuntimeError("api_key not configured")
+
+    wandb.init = init
+    config = Config(wandb="upsampling")
+    with pytest.raises(ConfigError, match="config.wandb is 'upsampling'.*api_key.*WANDB_MODE"):
+        Reporter(tmp_path, config)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"config.wandb .*pip install 'resfu_jax\[wandb\]'"):
+        validate(config)
 
 
 # ------------------------------------------------------------------------------------------ damage
@@ -102,7 +178,7 @@ def test_whole_lines_are_kept_and_the_rest_moved_aside(
     assert (f"{damaged} damaged lines are left out" in caplog.text) == (damaged > 0)
     assert path.read_bytes() == content  # reading changes nothing
 
-    Reporter(tmp_path, steps=10, batch_size=2, start=2).close()
+    Reporter(tmp_path, CONFIG, start=2).close()
     assert path.read_bytes() == b"".join(line + b"\n" for line in WHOLE)
     aside = tmp_path / "metrics.jsonl.damaged"
     said = f"metrics.jsonl had {damaged} damaged lines; they are in {aside}"
@@ -115,7 +191,7 @@ def test_whole_lines_are_kept_and_the_rest_moved_aside(
 
 def test_a_line_behind_zeros_is_whole(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(WHOLE[0] + b"\n\0\0\0" + WHOLE[1])
-    Reporter(tmp_path, steps=10, batch_size=2, start=2).close()
+    Reporter(tmp_path, CONFIG, start=2).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == WHOLE[0] + b"\n" + WHOLE[1] + b"\n"
     assert not (tmp_path / "metrics.jsonl.damaged").exists()
 

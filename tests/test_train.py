@@ -235,7 +235,7 @@ def answer(data_dir, monkeypatch):
 
     def answer(workdir, *, mode="train", checkpoint="best"):
         given = dict(CONFIG=config, WORKDIR=str(workdir), MODE=mode, CHECKPOINT=checkpoint)
-        given |= dict(DRY_RUN=False, DISTRIBUTED=False)
+        given |= dict(DRY_RUN=False, DISTRIBUTED=False, WITH_CHANGES=False)
         given |= dict(COORDINATOR=None, NUM_PROCESSES=None, PROCESS_ID=None)
         for name, value in given.items():
             monkeypatch.setattr(train, name, types.SimpleNamespace(value=value))

@@ -176,14 +176,14 @@ def lines(workdir, *names):
 
 @pytest.mark.slow
 def test_an_evaluation_that_fails_or_is_stopped_costs_no_step(
-    stop, data_dir, tmp_path, monkeypatch, programs_are_kept
+    stop, data_dir, tmp_path, monkeypatch, programs_are_kept, capfd
 ):
-    def run(workdir):
-        config = config_of(data_dir, steps=4)
+    def run(workdir, with_changes=False, **fields):
+        config = config_of(data_dir, **fields)
         config.eval.every, config.checkpoint.every = 2, 100
         stop.at_once, stop.received = True, 0
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            train.run(config, workdir, "train", "latest", stop)
+            train.run(config, workdir, "train", "latest", stop, with_changes=with_changes)
 
     def steps(workdir):
         return {int(path.name) for path in (workdir / "checkpoints").iterdir()}
@@ -225,6 +225,40 @@ def test_an_evaluation_that_fails_or_is_stopped_costs_no_step(
     assert checkpoints[0].find("best") == best
     for c in checkpoints:
         c.close()
+
+    # The finished run goes on with other batches and another rate, from the 33rd image.
+    taken = []
+    with monkeypatch.context() as patch:
+        add = training.MetricsWindow.add
+        patch.setattr(
+            training.MetricsWindow,
+            "add",
+            lambda w, s, ids, m: add(w, s, taken.append(ids) or ids, m),
+        )
+        run(whole, steps=6, batch_size=4, with_changes=True)
+    config = json.loads((whole / "config.json").read_text())
+    assert (
+        config["history"][0]["was"] == {"batch_size": 8, "steps": 4} and config["batch_size"] == 4
+    )
+    said = capfd.readouterr().err
+    assert "continuing from step 4, to step 6" in said and "config.batch_size: was 8, is 4" in said
+    batches = training.train_batches(config_of(data_dir, batch_size=4), *source(data_dir))
+    ids = [next(batches)["id"] for _ in range(10)]
+    batches.close()
+    np.testing.assert_array_equal(taken, ids[8:])
+    with pytest.raises(training.CheckpointError, match="there is no checkpoint in"):
+        run(tmp_path / "new", with_changes=True)
+
+    # Another run starts with its weights.
+    run(tmp_path / "new", init_from=str(whole))
+    said = capfd.readouterr().err
+    assert f"starting from checkpoint {best} of {whole}: 135 of 135 arrays" in said
+    assert lines(tmp_path / "new", "step", "loss")[0] != lines(whole, "step", "loss")[0]
+    assert said.index("compiling the training step") < said.index("step 1/4  loss")
+
+
+def source(data_dir):
+    return data.open_source("camvid", "train", data_dir), data.dataset_info("camvid", data_dir)
 
 
 def test_another_dataset_is_refused_before_it_is_built(stop, data_dir, tmp_path):

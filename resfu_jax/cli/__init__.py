@@ -1,24 +1,29 @@
 """The command `resfu`, also `python -m resfu_jax`: a function for each subcommand.
 
 The functions' signatures and docstrings are the command line. Their modules import JAX only inside
-the functions, so that `--help` is there at once.
+the functions, so that `--help` is there at once. `resfu train` alone has the flags of train.py.
 """
 
+import importlib.metadata
+import platform
 import sys
 from collections.abc import Callable, Sequence
 
 import tyro
 
+import resfu_jax
 from resfu_jax._names import lookup
 from resfu_jax.cli.evaluate import evaluate
 from resfu_jax.cli.export import export
 from resfu_jax.cli.predict import predict
 from resfu_jax.cli.prepare import prepare
+from resfu_jax.cli.train import train
 from resfu_jax.cli.upsamplers import benchmark, upsamplers
 from resfu_jax.cli.visualize import visualize
 
 # They return None or the exit status. Wrong input is a ValueError or OSError, shown in one line.
 COMMANDS: dict[str, Callable[..., int | None]] = {
+    "train": train,
     "predict": predict,
     "evaluate": evaluate,
     "visualize": visualize,
@@ -42,8 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print(_overview())
         return 0
+    if name == "--version":
+        print(_versions())
+        return 0
     try:
         command = lookup("command", COMMANDS, name)
+        if command is train:
+            return train(rest) or 0
         return tyro.cli(command, prog=f"resfu {name}", args=rest) or 0
     except (ValueError, OSError, RuntimeError) as error:
         # RuntimeError: a checkpoint that does not fit the model, or a device out of memory.
@@ -54,13 +64,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _versions() -> str:
+    """What a report of a bug needs, as far as it is known without starting JAX."""
+    others = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax"))
+    python = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    return f"resfu_jax {resfu_jax.__version__}, {others}, {python}"
+
+
 def _overview() -> str:
     lines = [f"  {name:12}{(f.__doc__ or '').splitlines()[0]}" for name, f in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: resfu COMMAND ...",
+            "usage: resfu COMMAND ... | resfu --version",
             "",
-            "Feature upsampling and segmentation in JAX. Training: python train.py --help",
+            "Feature upsampling and segmentation in JAX.",
             "",
             *lines,
             "",

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from resfu_jax.convert._download import DamagedDownload, download
 from resfu_jax.convert._npz import is_npz, read_npz
 from resfu_jax.convert._pickle import DTYPES, Stored, read_torch
 from resfu_jax.convert._state import shorten
+from resfu_jax.serving import META, WEIGHTS
 
 _SUFFIXES = (".safetensors", ".json", ".bin", ".pth", ".pt", ".ckpt", ".pkl", ".tar", ".npz")
 _FILES = (  # of a folder or repository, the first that is there
@@ -57,7 +59,8 @@ def read_weights(path_or_repo: str | os.PathLike[str]) -> Any:
         `model.safetensors.index.json`; a folder with `model.safetensors` or its index, or
         `pytorch_model.bin` or its index; a repository of the Hugging Face hub, `"owner/name"`,
         `"owner/name@revision"`, `"owner/name:file"` or `"owner/name@revision:file"`; or the address
-        of a file, `"https://..."`. `~` is the home folder. What a file is, its content says.
+        of a file, `"https://..."`; or a file of `resfu_jax.export`. `~` is the home folder. What a
+        file is, its content says.
 
     Raises:
       FileNotFoundError: no such file, or it could not be fetched; the error says what to do.
@@ -79,6 +82,8 @@ def _read(path: pathlib.Path) -> Any:
         return _safetensors(path)
     if head.startswith(b"PK") and is_npz(path):
         return read_npz(path)
+    if head.startswith(b"PK") and (weights := _exported(path)) is not None:
+        return weights
     if head.startswith((b"PK", b"\x80")) or head[257:262] == b"ustar":
         return read_torch(path)
     if not head:
@@ -120,6 +125,21 @@ def _safetensors(path: pathlib.Path) -> dict[str, Stored]:
         return Stored(tuple(entry["shape"]), dtype, read)
 
     return {name: stored(entry) for name, entry in header.items()}
+
+
+def _exported(path: pathlib.Path) -> dict[str, np.ndarray] | None:
+    """The weights in a file of `resfu_jax.export`; None if it is no such file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if not {META, WEIGHTS} <= set(archive.namelist()):
+                return None
+            content = archive.read(WEIGHTS)
+    except zipfile.BadZipFile:
+        return None  # a file of torch.save has its own messages
+    return {
+        name: np.frombuffer(x["data"], DTYPES[_TYPES[x["dtype"]]]).reshape(x["shape"])
+        for name, x in safetensors.deserialize(content)
+    }
 
 
 def _shards(index: pathlib.Path) -> dict[str, Any]:
@@ -217,7 +237,7 @@ def _fetch(repo: str, revision: str | None, file: str | None) -> pathlib.Path:
         f"Or download {site}/resolve/{revision or 'main'}/{name} by hand and give its path. If "
         f"{site}/tree/{revision or 'main'} has no {name}, name another file as '{repo}:FILE'"
     )
-    what = f"{repo!r} is no path here; {name} of the Hugging Face repository of that name"
+    what = f"{repo} does not exist here; {name} of the Hugging Face repository of that name"
     try:
         import huggingface_hub
     except ImportError as error:

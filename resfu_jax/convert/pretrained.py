@@ -104,6 +104,19 @@ def load_pretrained(
     return sorted([at + name for name in unused] + outside)
 
 
+def read_entries(path_or_repo: str | os.PathLike[str]) -> dict[str, Any]:
+    """The entries of a file of weights, by name; what NumPy makes arrays of.
+
+    Args:
+      path_or_repo: as for `load_pretrained`, or a file of `resfu_jax.export`, whose names are those
+        of our own modules.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_pretrained`.
+    """
+    return entries_of(read_weights(path_or_repo))
+
+
 def _family(model: nnx.Module) -> _Family:
     for family in _FAMILIES:
         if isinstance(model, family.model):
@@ -120,6 +133,10 @@ def _loader(model: nnx.Module) -> Loader:
 
 def _causes(error: Misfit, entries: Mapping[str, Any], model: nnx.Module, source: str) -> list[str]:
     """What the file is, if it is not what the model is."""
+    if any(
+        name.startswith(("backbone.", "head.")) and name.endswith(".kernel") for name in entries
+    ):
+        return ["it holds a model of this library: config.init_from starts a run from it"]
     shapes = {name: shape_of(value) for name, value in entries.items()}
     ours = _family(model).describe(error.wanted)
     tops = sorted({name.partition(".")[0] + "." for name in shapes})

@@ -25,7 +25,13 @@ from resfu_jax.data.load import (
     open_source,
     prepare,
 )
-from resfu_jax.data.pipeline import EvalBatches, eval_batches, skip_corrupt, train_batches
+from resfu_jax.data.pipeline import (
+    EvalBatches,
+    TrainBatches,
+    eval_batches,
+    skip_corrupt,
+    train_batches,
+)
 from resfu_jax.data.statistics import balanced_weights, label_counts
 
 __all__ = [
@@ -36,6 +42,7 @@ __all__ = [
     "EvalBatches",
     "OwnImages",
     "Source",
+    "TrainBatches",
     "balanced_weights",
     "damaged_datasets",
     "dataset_info",

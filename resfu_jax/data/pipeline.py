@@ -38,7 +38,7 @@ def train_batches(
     num_workers: int = 0,
     on_corrupt: OnCorrupt = "raise",
     shard: tuple[int, int] = (0, 1),
-) -> grain.DatasetIterator:
+) -> "TrainBatches":
     """An endless iterator of augmented batches.
 
     Every epoch is shuffled anew; batches run across the ends of epochs. All randomness comes from
@@ -67,7 +67,8 @@ def train_batches(
 
     Returns:
       Iterator over `{"image": uint8 (B, h, w, 3), "label": uint8 (B, h, w), "id": bytes (B,)}`.
-      Its `get_state` and `set_state` save and restore the exact position; `close` it when done.
+      Its `get_state` and `set_state` save and restore the exact position, also where the sizes of
+      batches, workers or shards are others by then; `close` it when done.
 
     Raises:
       ValueError: an argument is out of range.
@@ -95,25 +96,77 @@ def train_batches(
         info.ignore_label,
     )
     index, count = shard
-    dataset = (
+    examples = (
         grain.MapDataset.source(source)
         .seed(seed)
         .shuffle()
         .repeat(None)
         .random_map(functools.partial(_augmented, source=source, info=info, augment=augment))
     )
-    batches = dataset.batch(batch_size, drop_remainder=True, batch_fn=_stack)[index::count]
-    threads = 1 if num_workers else os.cpu_count() or 1
-    iterable = batches.to_iter_dataset(
-        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    )
-    if num_workers:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, even in a notebook
-        iterable = iterable.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
-        ).map(_own)
-    return iter(iterable)
+
+    def batches_from(position: int) -> grain.DatasetIterator:
+        rest = examples[position:].batch(batch_size, drop_remainder=True, batch_fn=_stack)
+        threads = 1 if num_workers else os.cpu_count() or 1
+        iterable = rest[index::count].to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        )
+        if num_workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, even in a notebook
+            iterable = iterable.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+            ).map(_own)
+        return iter(iterable)
+
+    return TrainBatches(batches_from, batch_size * count)
+
+
+class TrainBatches(Iterator[Batch]):
+    """Batches of an endless stream of examples; see `train_batches`.
+
+    Its position is the number of examples that all processes have taken, and says which example
+    comes next, and how it is augmented, whatever the size of the batches and who reads them.
+
+    Args:
+      batches_from: makes the iterator of the batches that follow so many examples.
+      examples: in each batch, over all processes.
+    """
+
+    def __init__(self, batches_from: Callable[[int], grain.DatasetIterator], examples: int):
+        self._batches_from, self._examples = batches_from, examples
+        self._position = 0
+        self._batches: grain.DatasetIterator | None = None
+
+    def __next__(self) -> Batch:
+        self.start_prefetch()
+        batch = next(self._batches)
+        self._position += self._examples
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, for JSON."""
+        return {"examples": self._position}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position. Older versions saved grain's own: batches, of each worker if any."""
+        self.close()
+        if "examples" in state:
+            self._position = state["examples"]
+        else:
+            workers = state.get("iterators_in_use_states", [state])
+            self._position = sum(w["next_index"] for w in workers) * self._examples
+
+    def start_prefetch(self) -> None:
+        """Begins to read, if it has not."""
+        if self._batches is None:
+            self._batches = self._batches_from(self._position)
+            self._batches.start_prefetch()
+
+    def close(self) -> None:
+        """Stops reading; the position stays."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
 
 @dataclass(frozen=True)

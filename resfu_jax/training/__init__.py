@@ -37,7 +37,7 @@ from resfu_jax.training.devices import (
     peak_memory,
 )
 from resfu_jax.training.dry_run import dry_run
-from resfu_jax.training.evaluation import Pictures, evaluate_batch
+from resfu_jax.training.evaluation import Pictures, evaluate_batch, evaluation_steps
 from resfu_jax.training.feature_cache import FeatureCache, feature_lookup
 from resfu_jax.training.flops import count_flops, count_step_flops
 from resfu_jax.training.input import (
@@ -54,7 +54,7 @@ from resfu_jax.training.optimizer import (
     create_schedule,
     update_ema,
 )
-from resfu_jax.training.pretrained import pretrained_backbone
+from resfu_jax.training.pretrained import initial_weights, pretrained_backbone
 from resfu_jax.training.reporting import (
     MetricsWindow,
     NonFiniteError,
@@ -71,8 +71,15 @@ from resfu_jax.training.state import (
     merge_model,
     split_model,
 )
+from resfu_jax.training.timing import Stopwatch
 from resfu_jax.training.validation import validate
-from resfu_jax.training.workdir import check_same_run, find_workdir, read_config, write_config
+from resfu_jax.training.workdir import (
+    check_same_run,
+    find_run,
+    find_workdir,
+    read_config,
+    write_config,
+)
 
 __all__ = [
     "BackboneConfig",
@@ -100,6 +107,7 @@ __all__ = [
     "State",
     "StopSignals",
     "Stopped",
+    "Stopwatch",
     "abstract_state",
     "accumulate_gradients",
     "agreed_stop",
@@ -122,7 +130,10 @@ __all__ = [
     "dry_run",
     "eval_batches",
     "evaluate_batch",
+    "evaluation_steps",
+    "find_run",
     "find_workdir",
+    "initial_weights",
     "initialize_distributed",
     "is_main_process",
     "load_config",

@@ -228,16 +228,42 @@ class Checkpoints:
             params = "ema" if "ema" in saved else "params"
             wanted = {params: weights["params"], "rest": weights["rest"]}
             self._compare(step, {name: saved.get(name, {}) for name in wanted}, wanted)
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                restored = checkpointer.restore(
-                    self._alias / str(step) / "state",
-                    args=ocp.args.PyTreeRestore(
-                        item=wanted,
-                        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                        partial_restore=True,
-                    ),
-                )
+            restored = self._restore_part(
+                step, wanted, ocp.checkpoint_utils.construct_restore_args(wanted)
+            )
             return {"params": restored[params], "rest": restored["rest"]}
+
+    def read_weights(self, step: int) -> dict[str, np.ndarray]:
+        """Weights and statistics of whatever model it is, by name: `"backbone.norm.scale"`.
+
+        They are averaged if the run kept averages, as in `restore_weights`.
+
+        Args:
+          step: one that `find` returned.
+
+        Raises:
+          CheckpointError: it is damaged, as `restore`.
+        """
+        with self._reading(step):
+            saved = self._manager.item_metadata(step)["state"]
+            params = "ema" if "ema" in saved else "params"
+            wanted = {name: saved[name] for name in (params, "rest") if name in saved}
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            restored = self._restore_part(step, wanted, as_numpy)
+        arrays = {}
+        for path, leaf in jax.tree_util.tree_flatten_with_path(restored)[0]:
+            if jax.numpy.issubdtype(leaf.dtype, np.floating):  # the others are of random numbers
+                arrays[".".join(_keys(path)[1:])] = leaf
+        return arrays
+
+    def _restore_part(self, step: int, wanted: Any, restore_args: Any) -> Any:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(
+                self._alias / str(step) / "state",
+                args=ocp.args.PyTreeRestore(
+                    item=wanted, restore_args=restore_args, partial_restore=True
+                ),
+            )
 
     def close(self) -> None:
         """Waits until everything is on disk.
@@ -465,8 +491,12 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Path -> shape of all arrays; paths are spelled the same for saved and live trees."""
     shapes = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        keys = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", None))) for k in path)
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.eval_shape(jax.random.key_data, leaf)  # Keys are saved as plain integers.
-        shapes["/".join(map(str, keys))] = tuple(leaf.shape)
+        shapes["/".join(_keys(path))] = tuple(leaf.shape)
     return shapes
+
+
+def _keys(path: tuple) -> list[str]:
+    """Steps of a path into a pytree, as text."""
+    return [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", None)))) for k in path]

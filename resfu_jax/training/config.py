@@ -258,6 +258,15 @@ class Config:
     """Seeds initialisation, dropout, shuffling and augmentation."""
     log_every: int = 20
     """Steps between lines in metrics.jsonl."""
+    init_from: str | None = None
+    """Weights to start from, of backbone and head, instead of `model.backbone.pretrained`: a
+    workdir (its best checkpoint), WORKDIR/checkpoints/STEP, a file of `resfu export`, or what
+    `pretrained` takes."""
+    init_skip: tuple[str, ...] = ()
+    """Parts and parameters that are not taken from there but initialised: "head.classify",
+    "head.upsample.*.kernel"."""
+    wandb: str | None = None
+    """Project of Weights & Biases that the metrics go to as well; needs the extra `[wandb]`."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -272,6 +281,7 @@ class ConfigError(ValueError):
     """A config that cannot be run. The message names every field that is wrong."""
 
 
+_CONFIGS = "https://github.com/resfu-jax/resfu_jax/tree/main/configs"  # a wheel has none
 _DICTIONARIES = ("model.head.upsampler_options", "model.backbone.options")
 
 
@@ -396,9 +406,10 @@ def load_config(argument: str) -> Config:
         if not file.is_file():
             folder = file if file.is_dir() else file.parent
             files = sorted(map(str, folder.glob("*.py")))[:30]
+            near = did_you_mean(path, files) if files else "copy one of " + _CONFIGS
             raise ConfigError(
                 f"--config={argument} {'is a folder' if file.is_dir() else 'does not exist'}"
-                f"{'; ' + did_you_mean(path, files) if files else ''}"
+                f"; {near}"
             )
         get_config = runpy.run_path(path).get("get_config")
         if not callable(get_config):

@@ -1,5 +1,6 @@
 """What `train.py` and `resfu evaluate` do with a batch of an evaluation."""
 
+import math
 import pathlib
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, UInt8
 
-from resfu_jax.data import DatasetInfo
+from resfu_jax.data import DatasetInfo, EvalBatches
 from resfu_jax.inference import Inference
+from resfu_jax.training.config import Config
 from resfu_jax.training.devices import local_rows
 from resfu_jax.training.metrics import SegmentationCounts, count
 from resfu_jax.visualize import save_png, side_by_side
@@ -47,6 +49,22 @@ def evaluate_batch(
         sizes=batch["size"],
     )
     return counts, predictions
+
+
+def evaluation_steps(config: Config, batches: EvalBatches) -> float:
+    """How many training steps an evaluation takes, roughly: by its pixels, without backward pass.
+
+    Args:
+      config: of the run.
+      batches: of the whole validation split.
+    """
+    protocol = config.eval
+    pixels = sum(height * width for _, (height, width) in batches.slots)
+    views = sum(scale**2 for scale in protocol.scales) * (1 + protocol.flip)
+    if protocol.mode == "slide" and protocol.crop and protocol.stride:
+        views *= math.prod(protocol.crop) / math.prod(protocol.stride)  # how windows overlap
+    of_a_step = config.batch_size * math.prod(config.data.crop_size)
+    return pixels * views / of_a_step / 3
 
 
 class Pictures:

@@ -1,12 +1,13 @@
-"""What a person sees of a run: progress, `metrics.jsonl`, TensorBoard events, the final table."""
+"""What a person sees of a run: progress, metrics in files and on servers, the final table."""
 
+import contextlib
 import json
 import os
 import pathlib
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -19,66 +20,166 @@ from rich.text import Text
 
 from resfu_jax._files import write_whole
 from resfu_jax.training.checkpoint import Checkpoints
+from resfu_jax.training.config import Config, ConfigError, to_dict
+from resfu_jax.training.timing import Stopwatch
 
 Path = str | os.PathLike[str]
 
 
+class Writer(Protocol):
+    """A place where the metrics of a run go."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds metrics of a step."""
+
+    def close(self) -> None:
+        """Nothing comes any more."""
+
+
+class JsonLines:
+    """`metrics.jsonl`: one JSON object a line, with the step.
+
+    Lines of steps that will be done again are removed. What a process or machine that stopped has
+    left beside whole lines (a cut line, NUL bytes) moves to `metrics.jsonl.damaged`.
+
+    Args:
+      workdir: directory of the run.
+      start: step that the run continues from.
+      say: called with a text for the person.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start: int, say: Callable[[str], None]):
+        path = workdir / "metrics.jsonl"
+        lines, damaged = _lines(path)
+        if damaged:
+            aside = path.with_name("metrics.jsonl.damaged")
+            with aside.open("ab") as file:
+                file.writelines(line + b"\n" for line in damaged)
+            say(f"metrics.jsonl had {len(damaged)} damaged lines; they are in {aside}")
+        write_whole(path, "".join(text + "\n" for text, x in lines if x["step"] <= start))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A line, on disk when this returns."""
+        self._file.write(json.dumps({"step": step} | dict(metrics)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """TensorBoard's events, which hide those of steps that will be done again.
+
+    Args:
+      workdir: directory of the run.
+      start: step that the run continues from.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start: int):
+        self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A scalar for each."""
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._events.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases; the same one when the run continues (`wandb_id` in the workdir).
+
+    Args:
+      workdir: directory of the run.
+      config: what is shown as the run's config; `config.wandb` names the project.
+
+    Raises:
+      ConfigError: W&B refuses: no key, no connection.
+    """
+
+    def __init__(self, workdir: pathlib.Path, config: Config):
+        import wandb  # `validate` has said what to install
+
+        path = workdir / "wandb_id"
+        if not path.exists():
+            write_whole(path, uuid.uuid4().hex)
+        try:
+            self._run = wandb.init(
+                project=config.wandb,
+                name=workdir.name,
+                dir=str(workdir),
+                id=path.read_text(),
+                resume="allow",
+                config=to_dict(config),
+            )
+        except Exception as error:  # of W&B's own classes
+            raise ConfigError(
+                f"config.wandb is {config.wandb!r}, and Weights & Biases refuses: {error}. Log in "
+                "with wandb login, or set WANDB_MODE=offline"
+            ) from error
+        # W&B's own count of steps never goes back, as a run that continues may.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Sends them."""
+        self._run.log({"step": step} | dict(metrics))
+
+    def close(self) -> None:
+        """Waits until all is sent."""
+        self._run.finish()
+
+
 class Reporter:
-    """Writes the metrics of a run to `metrics.jsonl`, to TensorBoard, and to stderr.
+    """Tells a person on stderr how a run goes, and sends its metrics to the writers.
 
     On a terminal there is a progress bar with loss, images per second and remaining time;
     elsewhere (a log file) each report is one line.
 
-    What a process or machine that stopped has left in `metrics.jsonl` beside whole lines (a cut
-    line, NUL bytes) moves to `metrics.jsonl.damaged`.
-
     Args:
       workdir: directory of the run.
-      steps: total number of steps.
-      batch_size: images per step, for the images per second.
-      start: step that the run continues from. Later lines of `metrics.jsonl` are of steps that
-        will be done again, so they are removed.
+      config: of the run.
+      start: step that the run continues from.
       utilisation: share of the devices' peak that one step per second would be; with it the
         metrics have `mfu`, the model flop/s over the peak flop/s.
+      evaluation_steps: of `Stopwatch`.
       silent: report nothing, as all processes of a run but one do.
     """
 
     def __init__(
         self,
         workdir: Path,
+        config: Config,
         *,
-        steps: int,
-        batch_size: int,
         start: int = 0,
         utilisation: float | None = None,
+        evaluation_steps: float = 0.0,
         silent: bool = False,
     ):
-        self._silent = silent
+        self._config, self._start, self._silent = config, start, silent
+        self._watch = Stopwatch(config, start=start, evaluation_steps=evaluation_steps)
         if silent:
             return
         self._utilisation = utilisation
-        self._path = pathlib.Path(workdir) / "metrics.jsonl"
-        lines, damaged = _lines(self._path)
-        if damaged:
-            aside = self._path.with_name("metrics.jsonl.damaged")
-            with aside.open("ab") as file:
-                file.writelines(line + b"\n" for line in damaged)
-        write_whole(self._path, "".join(text + "\n" for text, x in lines if x["step"] <= start))
-        self._file = self._path.open("a", encoding="utf-8")
-        self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1)
-        self._steps, self._batch_size = steps, batch_size
-        self._step, self._time = start, time.perf_counter()
-        self._start = (start, time.perf_counter())
+        self._reported = (start, 0.0)  # step, and seconds of all steps until then
+        self._shown = ""
         self._bar = tqdm.tqdm(
-            total=steps,
+            total=config.steps,
             initial=start,
-            unit="step",
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
-            smoothing=0.1,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )
-        if damaged:
-            self.message(f"metrics.jsonl had {len(damaged)} damaged lines; they are in {aside}")
+        workdir = pathlib.Path(workdir)
+        self._writers: list[Writer] = [
+            JsonLines(workdir, start, self.message),
+            TensorBoard(workdir, start),
+        ]
+        if config.wandb is not None:
+            self._writers.append(WeightsAndBiases(workdir, config))
 
     def message(self, text: str) -> None:
         """A line for the person, above the bar if there is one."""
@@ -86,34 +187,62 @@ class Reporter:
             return
         self._bar.write(text, file=sys.stderr)
 
-    def advance(self, step: int) -> None:
-        """Moves the bar; metrics come with `train`."""
+    def aside(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """What runs in it is a "checkpoint" or an "evaluation", and no part of the steps."""
+        return self._watch.aside(what)
+
+    def announced(self, what: str, function: Any) -> Callable[[Any, dict[str, Any]], Any]:
+        """The jitted function of a state and a batch, which says when it is compiled."""
+        programs: dict[Any, Any] = {}
+
+        def call(state: Any, batch: dict[str, Any]) -> Any:
+            shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+            if shapes not in programs:
+                size = " x ".join(map(str, batch["image"].shape[:3]))
+                self.message(f"compiling the {what} for {size} pixels ...")
+                with self._watch.aside("compilation"):
+                    programs[shapes] = function.lower(state, batch).compile()
+                self.message(f"compiled the {what} in {self._watch.last('compilation'):.1f} s")
+            return programs[shapes](state, batch)
+
+        return call
+
+    def advance(self, step: int, metrics: Any) -> None:
+        """Moves the bar; what `metrics` are comes with `train`.
+
+        It waits for the first step and the tenth, from which it is known what a step takes.
+        """
         if self._silent:
             return
-        self._bar.update(step - self._bar.n)
+        done = step - self._start
+        if done in (1, 10):
+            jax.block_until_ready(metrics)
+            self._watch.mark(step, first=done == 1)
+            if done == 10 and self._bar.disable and step % self._config.log_every:
+                self.message(f"step {step}/{self._config.steps}  {self._left(step)}")
+        if not self._bar.disable:
+            self._bar.set_postfix_str(
+                ", ".join(filter(None, [self._left(step), self._shown])), refresh=False
+            )
+            self._bar.update(step - self._bar.n)
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Reports training metrics, with `loss`, of the steps since the last report."""
         if self._silent:
             return
-        now = time.perf_counter()
-        seconds = max(now - self._time, 1e-9)
-        rate = (step - self._step) * self._batch_size / seconds
+        self._watch.mark(step)
+        before, since = self._reported
+        self._reported = step, self._watch.seconds
+        seconds = max(self._reported[1] - since, 1e-9)
+        rate = (step - before) * self._config.batch_size / seconds
         speed = {"images_per_second": rate, "seconds": seconds}
-        shown = f"{rate:.1f} images/s"
+        self._shown = f"loss {metrics['loss']:.4f}  {rate:.1f} images/s"
         if self._utilisation is not None:
-            speed["mfu"] = (step - self._step) / seconds * self._utilisation
-            shown += f"  MFU {speed['mfu']:.1%}"
-        self._step, self._time = step, now
+            speed["mfu"] = (step - before) / seconds * self._utilisation
+            self._shown += f"  MFU {speed['mfu']:.1%}"
         self._write(step, dict(metrics) | speed)
-        self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {shown}")
         if self._bar.disable:
-            first, since = self._start
-            left = (now - since) / max(step - first, 1) * (self._steps - step)
-            self.message(
-                f"step {step}/{self._steps}  loss {metrics['loss']:.4f}  "
-                f"{shown}  {_duration(left)} left"
-            )
+            self.message(f"step {step}/{self._config.steps}  {self._shown}  {self._left(step)}")
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Reports validation metrics under `val/`."""
@@ -121,25 +250,25 @@ class Reporter:
             return
         self._write(step, {f"val/{name}": value for name, value in metrics.items()})
         self.message(
-            f"step {step}/{self._steps}  validation: mIoU {metrics['miou']:.4f}  "
+            f"step {step}/{self._config.steps}  validation: mIoU {metrics['miou']:.4f}  "
             f"boundary IoU {metrics['boundary_iou']:.4f}  "
             f"pixel accuracy {metrics['pixel_accuracy']:.4f}"
         )
-        self._time = time.perf_counter()  # Evaluation does not count in the images per second.
 
     def close(self) -> None:
         """Ends the bar and closes the files."""
         if self._silent:
             return
         self._bar.close()
-        self._file.close()
-        self._events.close()
+        for writer in self._writers:
+            writer.close()
+
+    def _left(self, step: int) -> str:
+        return f"{_duration(self._watch.left(step))} left"
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step} | dict(metrics)) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
+        for writer in self._writers:
+            writer.write(step, metrics)
 
 
 class NonFiniteError(RuntimeError):

@@ -34,7 +34,7 @@ def create_state(
     config: Config,
     num_classes: int,
     optimizer: optax.GradientTransformation,
-    pretrained: dict[str, Any] | None = None,
+    weights: Any = None,
 ) -> tuple[nnx.GraphDef, State]:
     """The model without its arrays, and the state that a run starts from.
 
@@ -42,21 +42,21 @@ def create_state(
       config: an experiment.
       num_classes: of its dataset.
       optimizer: of `create_optimizer`.
-      pretrained: weights of the backbone, see `pretrained_backbone`.
+      weights: of `initial_weights`.
     """
     model = create_model(
         **model_arguments(config.model), num_classes=num_classes, rngs=nnx.Rngs(config.seed)
     )
-    if pretrained is not None:
-        nnx.update(model.backbone, pretrained)
-    graphdef, weights = split_model(model)
+    if weights is not None:
+        nnx.update(model, weights)
+    graphdef, arrays = split_model(model)
     state = {
         "step": jnp.zeros((), jnp.int32),
-        **weights,
-        "optimizer": optimizer.init(weights["params"]),
+        **arrays,
+        "optimizer": optimizer.init(arrays["params"]),
     }
     if config.optimizer.ema_decay is not None:
-        state["ema"] = jax.tree.map(jnp.copy, weights["params"])
+        state["ema"] = jax.tree.map(jnp.copy, arrays["params"])
     return graphdef, state
 
 

@@ -1,6 +1,7 @@
 """What is wrong with a config, before data are read or a program is compiled."""
 
 import dataclasses
+import importlib
 import json
 import types
 import typing
@@ -155,6 +156,19 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         lambda v: v is None or all(w >= 0 for w in v) and any(v),
         "weights of 0 or more, not all 0, or None",
     )
+    require("init_from", lambda v: v != "", "a path or a repository, or None")
+    require(
+        "init_skip",
+        lambda v: not v or bool(config.init_from),
+        "empty unless config.init_from is given",
+    )
+    require("wandb", lambda v: v != "", "the name of a project, or None")
+    if config.wandb:
+        try:
+            importlib.import_module("wandb")
+        except ImportError:
+            need = "None unless Weights & Biases is installed: pip install 'resfu_jax[wandb]'"
+            require("wandb", lambda _: False, need)
     require("eval.dilation_ratio", lambda v: 0 < v < 1, "between 0 and 1")
     try:
         create_inference(config)

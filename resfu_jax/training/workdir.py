@@ -1,6 +1,7 @@
 """The directory of a run, and the config in it."""
 
 import dataclasses
+import datetime
 import difflib
 import functools
 import json
@@ -30,53 +31,131 @@ def find_workdir(path: str, *, new: bool) -> pathlib.Path:
     return workdir
 
 
+def find_run(path: pathlib.Path, which: str = "best") -> tuple[pathlib.Path, str]:
+    """The workdir of a run, and which checkpoint in it.
+
+    Args:
+      path: the workdir, its `checkpoints/`, or one checkpoint in that.
+      which: for a workdir.
+
+    Raises:
+      ConfigError: it is none of these.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not a folder; give the workdir of a run of train.py")
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        path, which = path.parent.parent, path.name
+    elif path.name == "checkpoints":
+        path = path.parent
+    if not (path / "config.json").is_file() or not (path / "checkpoints").is_dir():
+        raise ConfigError(
+            f"{path} is not the workdir of a run of train.py: it has to have config.json and "
+            "checkpoints/ in it"
+        )
+    return path, which
+
+
 # What may change between a run and its continuation: its length, and what no number depends on.
 _FREE_TO_CHANGE = (
-    *("steps", "log_every", "eval.", "checkpoint.", "data.dir"),
-    *("parallel.", "profile."),
+    *("steps", "log_every", "eval.", "checkpoint.", "data.dir", "data.num_workers"),
+    *("parallel.", "profile.", "wandb"),
 )
+# What no continuation can change, and why; of the rest the person has to say that it is meant.
+_NEVER_CHANGES = {
+    "init_": "the run has started",
+    "seed": "the order of the images follows from it",
+    "data.name": "the checkpoint is of those classes and images",
+    "optimizer.name": "the checkpoint has the other one's averages",
+    "model.backbone.pretrained": "the run has started",
+    "model.": "the checkpoint is of that model",
+}
+_BUT = ("model.dtype", "model.remat", "model.backbone.cache_features")  # the same arrays
 
 # What a config.json without the field was trained with, where that is not the field's default now.
 # Whoever adds a field whose default changes what a run computes, or changes a default, adds a line.
 _IN_EFFECT_BEFORE: dict[str, Any] = {}
 
 
-def check_same_run(workdir: pathlib.Path, config: Config, *, only: str = "") -> None:
+def check_same_run(
+    workdir: pathlib.Path, config: Config, *, only: str = "", with_changes: bool = False
+) -> list[str]:
     """Checks a config against the one that the checkpoints of a workdir were made with.
+
+    The number of steps may differ (the learning rate then follows the new schedule from here on),
+    and how often things are logged, evaluated and saved, where the dataset lies, and how the
+    devices are used. Fields that were added since count as `read_config` has them.
 
     Args:
       workdir: directory of the run.
       config: the present config.
       only: compare fields whose dotted path starts with this.
+      with_changes: other fields may differ, too, but for those that the checkpoints depend on.
+
+    Returns:
+      A line for each field that differs.
 
     Raises:
-      ConfigError: naming every field that differs, or a `config.json` that cannot be read. The
-        number of steps may differ (the learning rate then follows the new schedule from here
-        on), and how often things are logged, evaluated and saved, where the dataset lies, and
-        how the devices are used. Fields that were added since count as `read_config` has them.
+      ConfigError: naming every field that may not differ, or a `config.json` that cannot be read.
     """
     if not (workdir / "config.json").exists():
-        return
-    before = flatten(to_dict(read_config(workdir)))
-    now = flatten(to_dict(config))
-    lines = [
-        f"  config.{field}: was {before.get(field)!r}, is {now.get(field)!r}"
-        for field in sorted(before.keys() | now.keys())
-        if field.startswith(only)
-        and not field.startswith(_FREE_TO_CHANGE)
-        and before.get(field) != now.get(field)
-    ]
-    if lines:
-        raise ConfigError(
-            f"the checkpoints in {workdir} are of another config:\n"
-            + "\n".join(lines)
-            + "\nuse that config, or another --workdir"
-        )
+        return []
+    before, now = flatten(to_dict(read_config(workdir))), flatten(to_dict(config))
+    differ, wrong, fixed = [], [], False
+    for field in sorted(before.keys() | now.keys()):
+        if not field.startswith(only) or before.get(field) == now.get(field):
+            continue
+        line = f"  config.{field}: was {before.get(field)!r}, is {now.get(field)!r}"
+        differ.append(line)
+        reason = _why_not(field, before.get(field), now.get(field))
+        if reason or not (with_changes or field.startswith(_FREE_TO_CHANGE)):
+            wrong.append(f"{line}; that cannot change: {reason}" if reason else line)
+            fixed |= bool(reason)
+    if not wrong:
+        return differ
+    advice = "use that config, or another --workdir"
+    if fixed:
+        advice += f" (--config.init_from={workdir} starts there with the weights of this run)"
+    elif not only:
+        advice += ", or continue with these changes: --resume_with_changes"
+    raise ConfigError(
+        "\n".join([f"the checkpoints in {workdir} are of another config:", *wrong, advice])
+    )
 
 
-def write_config(workdir: pathlib.Path, config: Config) -> None:
-    """Writes `config.json`."""
-    write_whole(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+def _why_not(field: str, before: Any, now: Any) -> str:
+    """Why a field cannot change; "" if it can."""
+    if field == "optimizer.ema_decay" and None in (before, now):
+        return f"the checkpoint has {'no' if before is None else 'the'} averaged parameters"
+    if field in _BUT:
+        return ""
+    return next((why for start, why in _NEVER_CHANGES.items() if field.startswith(start)), "")
+
+
+def write_config(workdir: pathlib.Path, config: Config, *, step: int = 0) -> None:
+    """Writes `config.json`.
+
+    Where it replaces that of a run which continues with another config, its `history` says since
+    which step, from when, and what the fields were before.
+
+    Args:
+      workdir: directory of the run.
+      config: the present config.
+      step: that the run continues from; 0 starts anew.
+    """
+    path, now = workdir / "config.json", to_dict(config)
+    history: list[dict[str, Any]] = []
+    if step and path.exists():
+        before, after = flatten(to_dict(read_config(workdir))), flatten(now)
+        fields = sorted(before.keys() | after.keys())
+        was = {f: before.get(f) for f in fields if before.get(f) != after.get(f)}
+        date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        history = json.loads(path.read_bytes()).get(_HISTORY, [])
+        history += [{"step": step, "date": date, "was": was}] * bool(was)
+    tree = now | ({_HISTORY: history} if history else {})
+    write_whole(path, json.dumps(tree, indent=2) + "\n")
+
+
+_HISTORY = "history"  # beside the fields in config.json
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -100,6 +179,8 @@ def read_config(workdir: pathlib.Path) -> Config:
     except (ValueError, RecursionError) as error:
         what = f"not JSON: {error}" if content.strip(b"\0 \r\n") else "it is empty"
         raise ConfigError(f"{path} cannot be read ({what}): {advice}") from error
+    if isinstance(tree, dict):
+        tree.pop(_HISTORY, None)
     unknown: list[str] = []
     wrong: list[str] = []
     config = _filled(_config_of_before(), tree, "", unknown, wrong)
