@@ -62,13 +62,6 @@ def test_the_api_reference_is_up_to_date():
     )
 
 
-def test_first_example_of_the_readme():
-    names = {}
-    exec(blocks(ROOT / "README.md", "python")[0], names)
-    assert names["y"].shape == (1, 120, 164, 384)
-    assert names["smooth"].shape == (1, 100, 90, 384)
-
-
 def test_backbone_of_extending():
     def logits():
         names = {}

@@ -2,6 +2,10 @@
 
 import ast
 import pathlib
+import re
+import sys
+import tomllib
+from importlib import metadata
 
 import pytest
 
@@ -9,6 +13,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "resfu_jax"
 OPS = PACKAGE / "ops"
 FILES = sorted(PACKAGE.rglob("*.py"))
+# What the extra `train` is for.
+NEED_TRAIN = ("data", "training", "cli")
+NEED_TRAIN_FILES = ("images", "predictor", "export", "visualize", "self_supervised")
 # What users copy from, and so has to do with public names.
 USERS = [
     ROOT / "train.py",
@@ -86,3 +93,25 @@ def test_the_backend_is_never_asked():
             for n in ast.walk(ast.parse(path.read_text()))
         )
         assert "default_backend" not in names, path
+
+
+def test_the_package_imports_what_it_declares():
+    """`pip install resfu_jax` brings five libraries, of which upsampling has enough."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def names(requirements):
+        return {re.match(r"[\w-]+", text)[0].replace("_", "-").lower() for text in requirements}
+
+    bare = names(project["dependencies"])
+    assert bare == {"flax", "jax", "jaxtyping", "numpy", "safetensors"}
+    extras = project["optional-dependencies"]
+    train = names(sum((extras[name] for name in extras.keys() - {"dev", "bench", "notebooks"}), []))
+    late = {"_download": {"tqdm"}, "_files": {"huggingface-hub"}, "serving": {"pillow"}}
+    with_train = [*of(*NEED_TRAIN), *(PACKAGE / f"{name}.py" for name in NEED_TRAIN_FILES)]
+    owners = metadata.packages_distributions()
+    for path in FILES:
+        for module in {name.partition(".")[0] for name in imports(path)}:
+            if module == "resfu_jax" or module in sys.stdlib_module_names:
+                continue
+            allowed = bare | (train if path in with_train else late.get(path.stem, set()))
+            assert names(owners.get(module, [module])) & allowed, f"{path.relative_to(ROOT)}: {module}"
