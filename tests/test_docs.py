@@ -15,7 +15,7 @@ from scripts import api_reference
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def blocks(page: pathlib.Path, language: str) -> list[str]:
@@ -48,6 +48,16 @@ def test_files_and_tests_that_are_named_exist(page):
         assert (ROOT / path).exists(), path
     for name in re.findall(r"`(test_\w+)`", text):
         assert f"def {name}(" in TESTS, name
+
+
+def test_every_page_is_in_the_table():
+    linked = set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs/README.md").read_text()))
+    assert linked == {page.name for page in PAGES[1:]} - {"README.md"}
+
+
+def test_pages_that_are_read_first_are_short():
+    for name, lines in {"README": 40, "performance": 120}.items():
+        assert len((ROOT / "docs" / f"{name}.md").read_text().splitlines()) <= lines
 
 
 @every_page
