@@ -33,7 +33,10 @@ import jax
 import optax
 from absl import app, flags, logging
 
-from resfu_jax import data, training
+try:
+    from resfu_jax import data, training
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}")
 from resfu_jax.model import evaluating
 
 CONFIG = training.define_config()

@@ -13,7 +13,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8, UInt32
-from PIL import Image
+
+from resfu_jax._extras import extra
+
+with extra("train"):
+    from PIL import Image
 
 # What is read: no format of these runs another program or can hold a drawing.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")

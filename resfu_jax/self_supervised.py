@@ -35,16 +35,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Array, Float, Num
-from PIL import Image
 
 from resfu_jax._checks import need
+from resfu_jax._extras import extra
 from resfu_jax.heads.linear import ImageStem
 from resfu_jax.model import IMAGENET_MEAN, IMAGENET_STD, evaluating, normalise
 from resfu_jax.ops.resize import resize
 from resfu_jax.upsamplers import create_upsampler, pixel_weights
+
+with extra("train"):
+    import optax
+    from PIL import Image
 
 Extract = Callable[[Num[np.ndarray | Array, "b H W 3"]], Float[Array, "b h w c"]]
 

@@ -3,9 +3,9 @@
     model = load_exported("model.zip")
     labels = model(images)
 
-It needs jax, numpy and safetensors, nothing else of this package, and no Flax: copy it next to a
-server, or import it as `resfu_jax.serving`. (Pillow, too, for models whose images are resized.) The
-files are written by `resfu_jax.export`:
+It needs jax, numpy, safetensors and flatbuffers, nothing else of this package, and no Flax: copy it
+next to a server, or import it as `resfu_jax.serving`. (Pillow, too, for models whose images are
+resized.) The files are written by `resfu_jax.export`:
 
     model.stablehlo      f(weights, *inputs), serialised by `jax.export`
     weights.safetensors  the weights by name
@@ -356,6 +356,8 @@ def load_exported(
         raise ValueError(f"{path} is not a file of resfu_jax.export: {error}") from error
     try:
         exported = jax.export.deserialize(program)
+    except ImportError as error:
+        raise ModuleNotFoundError(f"{path} is not read without: pip install flatbuffers") from error
     except Exception as error:  # flatbuffers and MLIR raise their own
         raise ValueError(
             f"{path} was exported with JAX {meta['jax']}, which JAX {jax.__version__} here does "

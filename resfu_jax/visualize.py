@@ -11,7 +11,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
-from PIL import Image, ImageDraw, ImageFont
+
+from resfu_jax._extras import extra
+
+with extra("train"):
+    from PIL import Image, ImageDraw, ImageFont
 
 Path = str | os.PathLike[str]
 Panel = tuple[str, UInt8[np.ndarray, "_h _w 3"]]  # title and picture
@@ -97,7 +101,8 @@ def save_grid(
       space: between panels, in inches.
       dpi: pixels of an inch.
     """
-    from matplotlib.figure import Figure
+    with extra("train"):
+        from matplotlib.figure import Figure
 
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     height = width * panels[0][1].shape[0] / panels[0][1].shape[1]

@@ -92,7 +92,9 @@ def _find(module: Any, name: str) -> ast.stmt | None:
 def _definitions(module: str) -> dict[str, Any]:
     """What stands at a module's top level, by name; for an import, where it comes from."""
     found: dict[str, Any] = {}
-    for node in ast.parse(_source(module).read_text()).body:
+    body = ast.parse(_source(module).read_text()).body
+    # Imports of libraries of an extra, and of modules that need them, stand in a `with`.
+    for node in (n for top in body for n in (top.body if isinstance(top, ast.With) else [top])):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found[node.name] = node
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):

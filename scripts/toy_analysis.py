@@ -1,4 +1,4 @@
-"""All upsamplers on frozen features of one tiny encoder, with the same budget each.
+"""Upsamplers on frozen features of one tiny encoder, with the same budget each.
 
     python scripts/toy_analysis.py --workdir runs/toy            # half an hour on two CPU cores
     python scripts/toy_analysis.py --workdir runs/toy --members fade resfu --seeds 0
@@ -55,7 +55,9 @@ STEPS, BATCH, RATE = 300, 16, 4e-3
 SCALE, WIDTH = 4, 64
 PICTURE = 7  # validation image of the figure
 
-TEXT = """# All upsamplers on one frozen encoder
+TEXT = """# Nineteen upsamplers on one frozen encoder
+
+Those that the image guides, and FreqFusion, came later and are not in it.
 
 The stride-16 features (64 channels, 8 x 8) of the MiT of `configs/shapes_bilinear.py`, trained on
 `shapes` and frozen, go x4 to stride 4; guided upsamplers see its stride-4 features through a

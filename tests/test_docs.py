@@ -15,7 +15,7 @@ from scripts import api_reference
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def blocks(page: pathlib.Path, language: str) -> list[str]:
@@ -50,6 +50,16 @@ def test_files_and_tests_that_are_named_exist(page):
         assert f"def {name}(" in TESTS, name
 
 
+def test_every_page_is_in_the_table():
+    linked = set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs/README.md").read_text()))
+    assert linked == {page.name for page in PAGES[1:]} - {"README.md"}
+
+
+def test_pages_that_are_read_first_are_short():
+    for name, lines in {"README": 40, "performance": 120}.items():
+        assert len((ROOT / "docs" / f"{name}.md").read_text().splitlines()) <= lines
+
+
 @every_page
 def test_code_is_python(page):
     for code in blocks(page, "python"):
@@ -60,13 +70,6 @@ def test_the_api_reference_is_up_to_date():
     assert api_reference.PAGE.read_text() == api_reference.reference(), (
         "python -m scripts.api_reference writes it anew"
     )
-
-
-def test_first_example_of_the_readme():
-    names = {}
-    exec(blocks(ROOT / "README.md", "python")[0], names)
-    assert names["y"].shape == (1, 120, 164, 384)
-    assert names["smooth"].shape == (1, 100, 90, 384)
 
 
 def test_backbone_of_extending():

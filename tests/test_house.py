@@ -2,6 +2,10 @@
 
 import ast
 import pathlib
+import re
+import sys
+import tomllib
+from importlib import metadata
 
 import pytest
 
@@ -9,6 +13,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "resfu_jax"
 OPS = PACKAGE / "ops"
 FILES = sorted(PACKAGE.rglob("*.py"))
+# What `pip install resfu_jax` promises; the rest of the package needs an extra.
+BARE = ("ops", "upsamplers", "backbones", "heads", "convert")
+BARE_FILES = ("inference", "model", "preprocess", "serving")  # and those that begin with _
 # What users copy from, and so has to do with public names.
 USERS = [
     ROOT / "train.py",
@@ -86,3 +93,29 @@ def test_the_backend_is_never_asked():
             for n in ast.walk(ast.parse(path.read_text()))
         )
         assert "default_backend" not in names, path
+
+
+def test_the_package_imports_what_it_declares():
+    """`pip install resfu_jax` brings five libraries, and upsampling imports no other."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def names(requirements):
+        return {re.match(r"[\w-]+", text)[0].replace("_", "-").lower() for text in requirements}
+
+    bare = names(project["dependencies"])
+    assert bare == {"flax", "jax", "jaxtyping", "numpy", "safetensors"}
+    extras = project["optional-dependencies"]
+    users = extras.keys() - {"bench", "dev", "notebooks", "targets"}
+    everything = bare.union(*(names(extras[name]) for name in users))
+    # Imported where they are used, and done without, or named in an error.
+    late = {"_download": {"tqdm"}, "_files": {"huggingface-hub"}, "serving": {"pillow"}}
+    owners = metadata.packages_distributions()
+    for path in FILES:
+        top = path.parent == PACKAGE and (path.stem.startswith("_") or path.stem in BARE_FILES)
+        promised = top or path in of(*BARE)
+        for module in {name.partition(".")[0] for name in imports(path)}:
+            if module == "resfu_jax" or module in sys.stdlib_module_names:
+                continue
+            allowed = bare | late.get(path.stem, set()) if promised else everything
+            wrong = f"{path.relative_to(ROOT)} imports {module}"
+            assert names(owners.get(module, [module])) & allowed, wrong

@@ -4,18 +4,19 @@ They are kept in `$RESFU_WEIGHTS_DIR`, else in `resfu_jax/weights` below `$XDG_C
 `~/.cache`.
 """
 
+import contextlib
 import hashlib
 import http.client
 import os
 import pathlib
 import re
+import sys
 import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable, Iterator
 from typing import Any
-
-from tqdm import tqdm
 
 _SECONDS = 30  # without a byte, after which a connection is given up
 
@@ -76,16 +77,13 @@ def _fetch(url: str, path: pathlib.Path, sha256: str | None) -> None:
     try:
         with _open(url) as response, part.open("wb") as file:
             size = int(response.headers.get("Content-Length") or 0)
-            # `disable=None`: no bar where nobody looks, in a log.
-            with tqdm(
-                desc=path.name, total=size or None, unit="B", unit_scale=True, disable=None
-            ) as bar:
+            with _progress(path.name, size) as advance:
                 while chunk := response.read(1 << 20):
                     if not file.tell() and chunk.lstrip()[:1] == b"<":
                         raise OSError("it is a web page")
                     file.write(chunk)
                     sum_.update(chunk)
-                    bar.update(len(chunk))
+                    advance(len(chunk))
             if size and file.tell() != size:
                 raise OSError(f"the connection ended after {file.tell()} of {size} bytes")
             file.flush()
@@ -98,6 +96,20 @@ def _fetch(url: str, path: pathlib.Path, sha256: str | None) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _progress(name: str, size: int) -> Iterator[Callable[[int], Any]]:
+    """A bar that the function given advances by a number of bytes; one line where tqdm is not."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        print(f"fetching {name}, {size / 1e6:.1f} MB", file=sys.stderr)
+        yield lambda _: None
+    else:
+        # `disable=None`: no bar where nobody looks, in a log.
+        with tqdm(desc=name, total=size or None, unit="B", unit_scale=True, disable=None) as bar:
+            yield bar.update
 
 
 def _open(url: str) -> Any:

@@ -26,7 +26,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # with which the stream begins
@@ -55,7 +55,7 @@ DTYPES = {
     name: np.dtype(name)
     for name in [*_STORAGES.values(), "uint16", "uint32", "uint64"]
     if name not in _EXTENSIONS
-} | {name: np.dtype(getattr(ml_dtypes, name)) for name in _EXTENSIONS}
+} | {name: np.dtype(getattr(jnp, name)) for name in _EXTENSIONS}
 
 # What trainers keep beside the weights. Such objects become placeholders without content, so that
 # the weights beside them can be read; the list decides about convenience, not about safety.

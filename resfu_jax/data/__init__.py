@@ -7,32 +7,35 @@ batches = train_batches(open_source("shapes", "train"), info, batch_size=16,
 batch = next(batches)                              # image, label, id
 """
 
-from resfu_jax.data.image_folder import OwnImages
-from resfu_jax.data.info import (
-    CorruptExampleError,
-    DataError,
-    DatasetInfo,
-    DatasetNotPrepared,
-)
-from resfu_jax.data.load import (
-    Source,
-    damaged_datasets,
-    dataset_info,
-    default_data_dir,
-    is_prepared,
-    label_pixels,
-    list_datasets,
-    open_source,
-    prepare,
-)
-from resfu_jax.data.pipeline import (
-    EvalBatches,
-    TrainBatches,
-    eval_batches,
-    skip_corrupt,
-    train_batches,
-)
-from resfu_jax.data.statistics import balanced_weights, label_counts
+from resfu_jax._extras import extra
+
+with extra("train"):
+    from resfu_jax.data.image_folder import OwnImages
+    from resfu_jax.data.info import (
+        CorruptExampleError,
+        DataError,
+        DatasetInfo,
+        DatasetNotPrepared,
+    )
+    from resfu_jax.data.load import (
+        Source,
+        damaged_datasets,
+        dataset_info,
+        default_data_dir,
+        is_prepared,
+        label_pixels,
+        list_datasets,
+        open_source,
+        prepare,
+    )
+    from resfu_jax.data.pipeline import (
+        EvalBatches,
+        TrainBatches,
+        eval_batches,
+        skip_corrupt,
+        train_batches,
+    )
+    from resfu_jax.data.statistics import balanced_weights, label_counts
 
 __all__ = [
     "CorruptExampleError",
