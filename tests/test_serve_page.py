@@ -16,7 +16,7 @@ from resfu_jax.serving import load_exported
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 NAMES = ("red", "green", "</script><b>blue")
 
-# Of CI, .ci/run says that there is one, or installs it.
+# In CI there is one: .ci/run installs it.
 pytestmark = pytest.mark.skipif(not CHROMIUM and "CI" not in os.environ, reason="needs Chromium")
 
 
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(not CHROMIUM and "CI" not in os.environ, reason=
 def browser():
     from selenium import webdriver
 
+    assert CHROMIUM, "apt-get install chromium chromium-driver, as .ci/run does"
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=390,844"):
@@ -61,10 +62,12 @@ def page(browser, tmp_path_factory):
 def shown(browser):
     """The pixels of the photo and of the labels on it, and the rectangles where they are."""
     return browser.execute_script("""
-        const photo = document.querySelector("canvas"), labels = document.querySelector("figure img");
-        const copy = new OffscreenCanvas(labels.naturalWidth, labels.naturalHeight).getContext("2d");
+        const photo = document.querySelector("canvas");
+        const labels = document.querySelector("figure img");
+        const [width, height] = [labels.naturalWidth, labels.naturalHeight];
+        const copy = new OffscreenCanvas(width, height).getContext("2d");
         copy.drawImage(labels, 0, 0);
-        const pixels = (context) => [...context.getImageData(0, 0, photo.width, photo.height).data];
+        const pixels = (context) => [...context.getImageData(0, 0, width, height).data];
         const place = (element) => Object.values(element.getBoundingClientRect().toJSON());
         return {
             size: [photo.height, photo.width],
