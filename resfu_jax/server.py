@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
@@ -94,7 +94,12 @@ class Decoder:
           kind: the body's Content-Type.
         """
         late = threading.Event()
-        timer = threading.Timer(DECODE_SECONDS, lambda: (late.set(), self.process.kill()))
+
+        def end() -> None:
+            late.set()
+            self.process.kill()
+
+        timer = threading.Timer(DECODE_SECONDS, end)
         timer.start()
         broken = False
         try:
@@ -176,7 +181,7 @@ def file_of_form(form: bytes, kind: str) -> bytes:
     """The file `image` of a form of this Content-Type. There must be nothing else in it."""
     try:
         message = email.message_from_bytes(f"Content-Type: {kind}\r\n\r\n".encode() + form)
-        parts = message.get_payload() if message.is_multipart() else []
+        parts: list[Any] = message.get_payload() if message.is_multipart() else []
         names = [part.get_param("name", header="Content-Disposition") for part in parts]
         content = parts[0].get_payload(decode=True) if names == ["image"] else None
     except Exception as error:  # memory; parts within parts within parts
@@ -347,6 +352,7 @@ class Until(io.RawIOBase):
 class Handler(BaseHTTPRequestHandler):
     """Answers one request; nothing that a client sends ends the server."""
 
+    server: Server
     protocol_version = "HTTP/1.1"
 
     def setup(self):
