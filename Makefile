@@ -30,7 +30,7 @@ test: $(VENV)/installed-targets  ## run all tests (CPU)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 notebooks: install  ## write colab/*.ipynb from colab/*.py, executed (CPU)
-	$(BIN)/python -m scripts.notebooks
+	JAX_PLATFORMS=cpu $(BIN)/python -m scripts.notebooks
 
 dry-run: install  ## two steps of every config, on made-up data (CPU)
 	JAX_PLATFORMS=cpu $(BIN)/python -m scripts.dry_run

@@ -48,6 +48,9 @@ def main() -> None:
         notebook.metadata = {
             "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
         }
+        for cell in notebook.cells:
+            if cell.cell_type == "code":  # without progress bars, and what XLA says of its hurry
+                cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         nbformat.write(notebook, COLAB / f"{name}.ipynb")
         print(name)
 

@@ -51,6 +51,9 @@ def test_is_stored_with_what_it_shows(name):
     """At full size, by `make notebooks`; nothing of the machine on which that was."""
     notebook = read(name)
     figures(notebook)
+    assert not [
+        o for cell in notebook.cells for o in cell.get("outputs", ()) if o.get("name") == "stderr"
+    ]
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     for cell in code:
