@@ -181,7 +181,7 @@ def file_of_form(form: bytes, kind: str) -> bytes:
     """The file `image` of a form of this Content-Type. There must be nothing else in it."""
     try:
         message = email.message_from_bytes(f"Content-Type: {kind}\r\n\r\n".encode() + form)
-        parts: list[Any] = message.get_payload() if message.is_multipart() else []
+        parts: Any = message.get_payload() if message.is_multipart() else []
         names = [part.get_param("name", header="Content-Disposition") for part in parts]
         content = parts[0].get_payload(decode=True) if names == ["image"] else None
     except Exception as error:  # memory; parts within parts within parts
