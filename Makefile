@@ -29,10 +29,8 @@ train: install  ## train ReSFU on the embedded dataset `shapes` (two CPU cores: 
 test: $(VENV)/installed-targets  ## run all tests (CPU)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-notebooks: install  ## write colab/*.ipynb from colab/*.py and execute them, into runs/notebooks
-	$(BIN)/jupytext --to ipynb --update colab/*.py
-	mkdir -p runs/notebooks
-	$(BIN)/jupyter execute colab/*.ipynb --output='../runs/notebooks/{notebook_name}'
+notebooks: install  ## write colab/*.ipynb from colab/*.py, executed (CPU)
+	JAX_PLATFORMS=cpu $(BIN)/python -m scripts.notebooks
 
 dry-run: install  ## two steps of every config, on made-up data (CPU)
 	JAX_PLATFORMS=cpu $(BIN)/python -m scripts.dry_run

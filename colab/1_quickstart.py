@@ -1,23 +1,35 @@
 # %% [markdown]
 # # Drop an upsampler into a JAX model
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/resfu-jax/resfu_jax/blob/main/colab/1_quickstart.ipynb)
-#
 # Make any upsampler by name, train it inside a Flax model, and use the same module from Linen, Equinox
 # and plain JAX.
 #
 # **Run time**: about 4 minutes on two CPU cores (7 minutes of processor time), after the installation. No GPU is needed.
 
 # %% tags=["active-ipynb"]
-# # Install. Where resfu_jax is there already, this does nothing.
-# from importlib.util import find_spec
+# # Install. Where resfu_jax is there already, this only says so.
+# SOURCE = ""  # a clone, a wheel, or "git+https://..."; empty: what is installed, or beside this notebook
 #
-# if find_spec("resfu_jax") is None:
+# from importlib.metadata import version
+# from importlib.util import find_spec
+# from pathlib import Path
+#
+# package = find_spec("resfu_jax")
+# wheels = sorted(Path().glob("resfu_jax*.whl"), reverse=True)
+# folders = [*Path().glob("resfu_jax*"), Path("..")]
+# clones = [folder for folder in folders if (folder / "resfu_jax" / "__init__.py").is_file()]
+# if not SOURCE and package and package.origin:  # a clone's folder is a package of no origin
+#     found = "installed"
+# elif not (found := SOURCE or next(iter(wheels + clones), "")):
+#     raise FileNotFoundError("no resfu_jax: put a clone or a wheel of it beside this notebook, or name one in SOURCE")
+# else:
 #     # This Colab's JAX may be too old. Keep its kind of accelerator when it is replaced.
 #     plugins = {"jax_cuda13_plugin": "cuda13", "jax_cuda12_plugin": "cuda12", "libtpu": "tpu"}
 #     accelerator = next((extra for name, extra in plugins.items() if find_spec(name)), "")
-#     %pip install --quiet "jax[{accelerator}]>=0.10" equinox "resfu_jax @ git+https://github.com/resfu-jax/resfu_jax"
+#     address = Path(found).resolve().as_uri() if Path(found).exists() else found
+#     %pip install --quiet "jax[{accelerator}]>=0.10" "resfu_jax[notebooks] @ {address}"
 #     # If Colab then asks to restart the session: do so, and go on with the next cell.
+# print(f"resfu_jax {version('resfu_jax')}: {found}")
 
 # %%
 import os
@@ -341,6 +353,6 @@ for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# On: [train a segmentation network](https://colab.research.google.com/github/resfu-jax/resfu_jax/blob/main/colab/2_train.ipynb),
-# [features of a frozen ViT](https://colab.research.google.com/github/resfu-jax/resfu_jax/blob/main/colab/3_vit_features.ipynb),
-# [official checkpoints](https://colab.research.google.com/github/resfu-jax/resfu_jax/blob/main/colab/4_official_checkpoints.ipynb).
+# On: [train a segmentation network](2_train.ipynb),
+# [features of a frozen ViT](3_vit_features.ipynb),
+# [official checkpoints](4_official_checkpoints.ipynb).

@@ -1,24 +1,35 @@
 # %% [markdown]
 # # Train a segmentation network, then on your own images
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/resfu-jax/resfu_jax/blob/main/colab/2_train.ipynb)
-#
 # The same small network with bilinear upsampling and with ReSFU, on the dataset `shapes`, which is drawn on
 # the spot; then a folder of your own images and label maps.
 #
 # **Run time**: about 9 minutes on two CPU cores (18 minutes of processor time), after the installation.
 
 # %% tags=["active-ipynb"]
-# # Install. Where resfu_jax is there already, this does nothing.
-# from importlib.util import find_spec
+# # Install. Where resfu_jax is there already, this only says so.
+# SOURCE = ""  # a clone, a wheel, or "git+https://..."; empty: what is installed, or beside this notebook
 #
-# if find_spec("resfu_jax") is None:
-#     !git clone --quiet --depth 1 https://github.com/resfu-jax/resfu_jax repository
+# from importlib.metadata import version
+# from importlib.util import find_spec
+# from pathlib import Path
+#
+# package = find_spec("resfu_jax")
+# wheels = sorted(Path().glob("resfu_jax*.whl"), reverse=True)
+# folders = [*Path().glob("resfu_jax*"), Path("..")]
+# clones = [folder for folder in folders if (folder / "resfu_jax" / "__init__.py").is_file()]
+# if not SOURCE and package and package.origin:  # a clone's folder is a package of no origin
+#     found = "installed"
+# elif not (found := SOURCE or next(iter(wheels + clones), "")):
+#     raise FileNotFoundError("no resfu_jax: put a clone or a wheel of it beside this notebook, or name one in SOURCE")
+# else:
 #     # This Colab's JAX may be too old. Keep its kind of accelerator when it is replaced.
 #     plugins = {"jax_cuda13_plugin": "cuda13", "jax_cuda12_plugin": "cuda12", "libtpu": "tpu"}
 #     accelerator = next((extra for name, extra in plugins.items() if find_spec(name)), "")
-#     %pip install --quiet "jax[{accelerator}]>=0.10" ./repository
+#     address = Path(found).resolve().as_uri() if Path(found).exists() else found
+#     %pip install --quiet "jax[{accelerator}]>=0.10" "resfu_jax[notebooks] @ {address}"
 #     # If Colab then asks to restart the session: do so, and go on with the next cell.
+# print(f"resfu_jax {version('resfu_jax')}: {found}")
 
 # %%
 import os
@@ -36,11 +47,15 @@ from resfu_jax.training import read_metrics
 from resfu_jax.visualize import colorize, overlay
 
 SMALL = "RESFU_NOTEBOOK_SMALL" in os.environ  # a test of this notebook: a few steps only
-REPOSITORY = pathlib.Path(resfu_jax.__file__).parents[1]
-if not (
-    REPOSITORY / "train.py"
-).is_file():  # not an editable installation: what the first cell cloned
-    REPOSITORY = pathlib.Path("repository")
+# train.py and configs/ are no part of the installed package.
+places = [
+    pathlib.Path(resfu_jax.__file__).parents[1],
+    *pathlib.Path().glob("resfu_jax*"),
+    pathlib.Path(".."),
+]
+REPOSITORY = next((place for place in places if (place / "train.py").is_file()), None)
+if REPOSITORY is None:
+    raise FileNotFoundError("no train.py: put a clone of the repository beside this notebook")
 RUNS = pathlib.Path("runs").resolve()
 
 # %% [markdown]
@@ -259,6 +274,6 @@ plt.show()
 
 # %% [markdown]
 # In a shell: `resfu predict photos/ --checkpoint runs/village --out results`. More:
-# [datasets](https://github.com/resfu-jax/resfu_jax/blob/main/docs/datasets.md),
-# [training](https://github.com/resfu-jax/resfu_jax/blob/main/docs/training.md),
-# [inference](https://github.com/resfu-jax/resfu_jax/blob/main/docs/inference.md).
+# [datasets](../docs/datasets.md),
+# [training](../docs/training.md),
+# [inference](../docs/inference.md).

@@ -1,23 +1,35 @@
 # %% [markdown]
 # # Features of a frozen ViT, upsampled by every member
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/resfu-jax/resfu_jax/blob/main/colab/3_vit_features.ipynb)
-#
 # A Vision Transformer sees your photo in patches of 16 x 16 pixels. Every upsampler of the library is fitted to
 # this one photo, without labels, and brings its features to four times their resolution.
 #
 # **Run time**: 5 minutes on two CPU cores, after the installation; most of it is the fits.
 
 # %% tags=["active-ipynb"]
-# # Install. Where resfu_jax is there already, this does nothing.
-# from importlib.util import find_spec
+# # Install. Where resfu_jax is there already, this only says so.
+# SOURCE = ""  # a clone, a wheel, or "git+https://..."; empty: what is installed, or beside this notebook
 #
-# if find_spec("resfu_jax") is None:
+# from importlib.metadata import version
+# from importlib.util import find_spec
+# from pathlib import Path
+#
+# package = find_spec("resfu_jax")
+# wheels = sorted(Path().glob("resfu_jax*.whl"), reverse=True)
+# folders = [*Path().glob("resfu_jax*"), Path("..")]
+# clones = [folder for folder in folders if (folder / "resfu_jax" / "__init__.py").is_file()]
+# if not SOURCE and package and package.origin:  # a clone's folder is a package of no origin
+#     found = "installed"
+# elif not (found := SOURCE or next(iter(wheels + clones), "")):
+#     raise FileNotFoundError("no resfu_jax: put a clone or a wheel of it beside this notebook, or name one in SOURCE")
+# else:
 #     # This Colab's JAX may be too old. Keep its kind of accelerator when it is replaced.
 #     plugins = {"jax_cuda13_plugin": "cuda13", "jax_cuda12_plugin": "cuda12", "libtpu": "tpu"}
 #     accelerator = next((extra for name, extra in plugins.items() if find_spec(name)), "")
-#     %pip install --quiet "jax[{accelerator}]>=0.10" "resfu_jax[hub] @ git+https://github.com/resfu-jax/resfu_jax"
+#     address = Path(found).resolve().as_uri() if Path(found).exists() else found
+#     %pip install --quiet "jax[{accelerator}]>=0.10" "resfu_jax[notebooks] @ {address}"
 #     # If Colab then asks to restart the session: do so, and go on with the next cell.
+# print(f"resfu_jax {version('resfu_jax')}: {found}")
 
 # %%
 import os
@@ -173,4 +185,4 @@ plt.show()
 
 # %% [markdown]
 # For a network that is trained with labels behind such features, see `configs/camvid_vit_frozen.py` and
-# [the results](https://github.com/resfu-jax/resfu_jax/blob/main/docs/results.md).
+# [the results](../docs/results.md).

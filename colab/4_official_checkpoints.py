@@ -1,24 +1,35 @@
 # %% [markdown]
 # # Official PyTorch checkpoints: load, check, export
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/resfu-jax/resfu_jax/blob/main/colab/4_official_checkpoints.ipynb)
-#
 # Weights of the official modules go into the JAX ones, whose values and gradients are then compared with
 # what the official modules gave. After that: your own `.pth`, and one file that runs without this library.
 #
 # **Run time**: about 2 minutes on two CPU cores (2.3 minutes of processor time), after the installation. No GPU is needed.
 
 # %% tags=["active-ipynb"]
-# # Install. Where resfu_jax is there already, this does nothing.
-# from importlib.util import find_spec
+# # Install. Where resfu_jax is there already, this only says so.
+# SOURCE = ""  # a clone, a wheel, or "git+https://..."; empty: what is installed, or beside this notebook
 #
-# if find_spec("resfu_jax") is None:
-#     !git clone --quiet --depth 1 https://github.com/resfu-jax/resfu_jax repository
+# from importlib.metadata import version
+# from importlib.util import find_spec
+# from pathlib import Path
+#
+# package = find_spec("resfu_jax")
+# wheels = sorted(Path().glob("resfu_jax*.whl"), reverse=True)
+# folders = [*Path().glob("resfu_jax*"), Path("..")]
+# clones = [folder for folder in folders if (folder / "resfu_jax" / "__init__.py").is_file()]
+# if not SOURCE and package and package.origin:  # a clone's folder is a package of no origin
+#     found = "installed"
+# elif not (found := SOURCE or next(iter(wheels + clones), "")):
+#     raise FileNotFoundError("no resfu_jax: put a clone or a wheel of it beside this notebook, or name one in SOURCE")
+# else:
 #     # This Colab's JAX may be too old. Keep its kind of accelerator when it is replaced.
 #     plugins = {"jax_cuda13_plugin": "cuda13", "jax_cuda12_plugin": "cuda12", "libtpu": "tpu"}
 #     accelerator = next((extra for name, extra in plugins.items() if find_spec(name)), "")
-#     %pip install --quiet "jax[{accelerator}]>=0.10" ./repository
+#     address = Path(found).resolve().as_uri() if Path(found).exists() else found
+#     %pip install --quiet "jax[{accelerator}]>=0.10" "resfu_jax[notebooks] @ {address}"
 #     # If Colab then asks to restart the session: do so, and go on with the next cell.
+# print(f"resfu_jax {version('resfu_jax')}: {found}")
 
 # %%
 import json
@@ -39,9 +50,15 @@ from resfu_jax.export import export_module
 from resfu_jax.serving import load_exported
 
 SMALL = "RESFU_NOTEBOOK_SMALL" in os.environ  # a test of this notebook: fewer members
-REPOSITORY = pathlib.Path(resfu_jax.__file__).parents[1]
-if not (REPOSITORY / "tests").is_dir():  # not an editable installation: what the first cell cloned
-    REPOSITORY = pathlib.Path("repository")
+# tests/goldens is no part of the installed package.
+places = [
+    pathlib.Path(resfu_jax.__file__).parents[1],
+    *pathlib.Path().glob("resfu_jax*"),
+    pathlib.Path(".."),
+]
+REPOSITORY = next((place for place in places if (place / "tests" / "goldens").is_dir()), None)
+if REPOSITORY is None:
+    raise FileNotFoundError("no tests/goldens: put a clone of the repository beside this notebook")
 print("JAX", jax.__version__, "on", jax.devices())
 
 # The comparison is one of float32: without this, GPUs and TPUs round the inputs of products.
@@ -268,4 +285,4 @@ print(float(total), "=", float(np.sum(expected["y0"])))
 
 # %% [markdown]
 # Whole networks: `export_model`, or `resfu export` with a trained checkpoint. The file's format, servers, ONNX:
-# [docs/export.md](https://github.com/resfu-jax/resfu_jax/blob/main/docs/export.md).
+# [docs/export.md](../docs/export.md).

@@ -66,6 +66,17 @@ def test_code_is_python(page):
         compile(code, page.name, "exec")
 
 
+def test_no_address_is_invented():
+    """Of this project's own, none is known."""
+    kinds = {".py", ".md", ".ipynb", ".html", ".toml", ".txt", ""}
+    folders = "benchmarks colab configs docs examples resfu_jax scripts tests .ci".split()
+    files = [*ROOT.iterdir(), *(file for name in folders for file in (ROOT / name).rglob("*"))]
+    ours = re.compile(r"://[^\s\"')>]*resfu[-_]?jax|colab\.research\.google\.com", re.I)
+    for file in files:
+        if file.is_file() and file.suffix in kinds and not file.name.startswith(".git"):
+            assert not (found := ours.search(file.read_text(errors="replace"))), (file, found)
+
+
 def test_the_api_reference_is_up_to_date():
     assert api_reference.PAGE.read_text() == api_reference.reference(), (
         "python -m scripts.api_reference writes it anew"

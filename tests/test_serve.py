@@ -1,12 +1,14 @@
-"""The HTTP example, on loopback: right answers to many at once, clean errors to bad requests."""
+"""The HTTP server, on loopback: right answers to many at once, clean errors to bad requests."""
 
 import contextlib
 import http.client
-import importlib.util
 import io
+import json
 import math
 import os
 import pathlib
+import re
+import shutil
 import signal
 import socket
 import struct
@@ -22,6 +24,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from resfu_jax import server as serve
 from resfu_jax.export import export_model
 from resfu_jax.model import SegmentationModel
 from resfu_jax.serving import load_exported
@@ -53,14 +56,6 @@ def path(tmp_path_factory):
     return export_model(model, path, class_names=("r", "g", "b"), palette=PALETTE)
 
 
-@pytest.fixture(scope="module")
-def serve():
-    spec = importlib.util.spec_from_file_location("serve", ROOT / "examples" / "serve.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @contextlib.contextmanager
 def serving(server):
     with server:
@@ -74,13 +69,13 @@ def serving(server):
 
 
 @pytest.fixture(scope="module")
-def server(serve, path):
+def server(path):
     with serving(serve.Server(("127.0.0.1", 0), load_exported(path, multiple=32))) as server:
         yield server
 
 
 @pytest.fixture
-def limits(serve, monkeypatch):
+def limits(monkeypatch):
     """Limits that tests can reach."""
     monkeypatch.setattr(serve, "MAX_BYTES", 100_000)
     monkeypatch.setattr(serve, "MAX_PIXELS", 1000)
@@ -193,7 +188,7 @@ def test_sizes_are_refused_before_there_is_anything_to_decode(server, size):
     assert_answers(server)
 
 
-def test_padding_counts(serve, server, path, monkeypatch):
+def test_padding_counts(server, path, monkeypatch):
     monkeypatch.setattr(serve, "MAX_PADDED", 3000)
     assert_answers(server)  # 24 x 40 are 32 x 64
     status, _, reason = post(server, encoded(picture(0, 40, 60)))
@@ -202,7 +197,7 @@ def test_padding_counts(serve, server, path, monkeypatch):
         serve.Server(("127.0.0.1", 0), load_exported(path, multiple=64))
 
 
-def test_a_model_of_a_fixed_size_refuses_larger_images(serve, tmp_path):
+def test_a_model_of_a_fixed_size_refuses_larger_images(tmp_path):
     model = SegmentationModel(Pixels(), Brightest(), mean=(0, 0, 0), std=(1, 1, 1))
     options = dict(size=(32, 48), batch=1, platforms=("cpu",), palette=PALETTE)
     path = export_model(model, tmp_path / "m.zip", **options)
@@ -212,7 +207,7 @@ def test_a_model_of_a_fixed_size_refuses_larger_images(serve, tmp_path):
         assert status == 413 and b"or smaller images, got 33x40" in reason
 
 
-def test_decoding_has_a_limit_of_time(serve, server, monkeypatch):
+def test_decoding_has_a_limit_of_time(server, monkeypatch):
     body = of_scans(5000)
     assert len(body) < 250_000
     monkeypatch.setattr(serve, "DECODE_SECONDS", 0.3)
@@ -228,7 +223,8 @@ def test_decoding_has_a_limit_of_time(serve, server, monkeypatch):
     assert post(server, of_scans(10))[0] == 200
 
 
-def test_decoding_has_a_limit_of_memory(serve):
+def test_decoding_has_a_limit_of_memory(monkeypatch):
+    monkeypatch.setattr(serve, "DECODE_SECONDS", 60)
     decoder = serve.Decoder()
     with contextlib.closing(decoder):
         with pytest.raises(serve.Refused) as refused:
@@ -238,7 +234,7 @@ def test_decoding_has_a_limit_of_memory(serve):
         np.testing.assert_array_equal(decoder(encoded(image), lambda *_: None), image)
 
 
-def test_a_decoder_that_dies_is_replaced(serve):
+def test_a_decoder_that_dies_is_replaced():
     decoder = serve.Decoder()
     with contextlib.closing(decoder):
         decoder.process.kill()
@@ -290,7 +286,7 @@ def test_slow_requests_are_cut_off_whatever_is_slow(server, limits, first, piece
     assert_answers(server)
 
 
-def test_tiny_chunks_cost_what_they_take(serve, server, monkeypatch):
+def test_tiny_chunks_cost_what_they_take(server, monkeypatch):
     monkeypatch.setattr(serve, "MAX_BYTES", 1000)
     status, _, reason = post(server, iter([b"x"] * 200), encode_chunked=True)
     assert (status, reason) == (413, b"a body may have 1000 bytes\n")
@@ -307,7 +303,7 @@ def test_fifty_clients_at_once_are_answered(server):
         list(pool.map(client, range(50)))
 
 
-def test_too_many_connections_are_told_to_come_back(serve, path, monkeypatch):
+def test_too_many_connections_are_told_to_come_back(path, monkeypatch):
     monkeypatch.setattr(serve, "CONNECTIONS", 2)
     with serving(serve.Server(("127.0.0.1", 0), load_exported(path))) as server:
         assert server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
@@ -338,9 +334,10 @@ def test_the_server_says_no_versions(server):
         b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body),
         b"POST / HTTP/1.1\r\n\r\n",
         b"GET / HTTP/1.1\r\n\r\n",
+        b"GET /robots.txt HTTP/1.1\r\n\r\n",
         b"nonsense\r\n\r\n",
     )
-    for request, status in zip(requests, (200, 400, 501, 400), strict=True):
+    for request, status in zip(requests, (200, 400, 200, 404, 400), strict=True):
         answer = raw(server, request)
         head = answer.partition(b"\r\n\r\n")[0]
         assert head.startswith(b"HTTP/1.1 %d " % status), head
@@ -415,31 +412,108 @@ def test_a_client_that_goes_away_does_no_harm(server):
     assert_answers(server)
 
 
-def test_other_models_are_refused(serve, path, tmp_path):
+def test_other_models_are_refused(path, tmp_path):
     model = SegmentationModel(Pixels(), Brightest())
     other = export_model(model, tmp_path / "m.zip", output="logits", platforms=("cpu",))
     with pytest.raises(ValueError, match="must be exported with output='labels'"):
         serve.Server(("127.0.0.1", 0), load_exported(other))
 
 
+def form(content, name="image", more=b""):
+    """A body and its Content-Type, as `curl -F image=@photo.jpg` sends them."""
+    part = (
+        b'--Xy\r\nContent-Disposition: form-data; name="%b"; filename="a.jpg"\r\n' % name.encode()
+    )
+    body = more + part + b"Content-Type: image/jpeg\r\n\r\n" + content + b"\r\n--Xy--\r\n"
+    return body, {"Content-Type": "multipart/form-data; boundary=Xy"}
+
+
+def test_forms(server, tmp_path):
+    image = picture(7)
+    for content in (encoded(image), encoded(image, "BMP"), encoded(image, "TIFF")):
+        body, headers = form(content)
+        status, kind, png = post(server, body, headers=headers)
+        assert (status, kind) == (200, "image/png")
+        np.testing.assert_array_equal(labels(png), image.argmax(axis=-1))
+    if curl := shutil.which("curl"):
+        (tmp_path / "photo.png").write_bytes(encoded(image))
+        command = [curl, "-sS", "-F", "image=@photo.png", f"http://localhost:{server.server_port}"]
+        png = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True).stdout
+        np.testing.assert_array_equal(labels(png), image.argmax(axis=-1))
+
+
+OTHER = b'--Xy\r\nContent-Disposition: form-data; name="overlay"\r\n\r\n0.5\r\n'
+NESTED = b"".join(
+    b"--%d\r\nContent-Type: multipart/mixed; boundary=%d\r\n\r\n" % (i, i + 1) for i in range(1500)
+)
+
+
+@pytest.mark.parametrize(
+    "body, kind, status, reason",
+    [
+        (*form(encoded(picture(0)), "photo"), 400, "the form must have one file, image, got photo"),
+        (*form(encoded(picture(0)), more=OTHER), 400, "the form must have one file, image, got ov"),
+        (*form(b"no image"), 415, "the image: cannot be read"),
+        (b"no form", {"Content-Type": "multipart/form-data; boundary=Xy"}, 400, "the form must"),
+        (b"no form", {"Content-Type": "multipart/form-data"}, 400, "the form must have one file"),
+        (NESTED, {"Content-Type": "multipart/mixed; boundary=0"}, 400, "the form cannot be read"),
+        (*form(BIG), 413, "a body may have 100000 bytes"),
+    ],
+)
+def test_bad_forms_are_refused(server, limits, body, kind, status, reason):
+    got, kind, answer = post(server, body, headers=kind)
+    assert (got, kind) == (status, "text/plain")
+    assert answer.decode().startswith(reason), answer
+    assert_answers(server)
+
+
+def test_shares_of_the_classes(server):
+    image = np.zeros((4, 8, 3), np.uint8)
+    image[:, :6, 2] = 9
+    connection = http.client.HTTPConnection(*server.server_address, timeout=20)
+    with contextlib.closing(connection):
+        connection.request("POST", "/", encoded(image))
+        shares = json.loads(connection.getresponse().headers["Classes"])
+    assert shares == {"0": 0.25, "2": 0.75}
+
+
+def test_models_without_colours_get_some(tmp_path):
+    """And a program of a fixed size says to the page how large a photo may be."""
+    model = SegmentationModel(Pixels(), Brightest(), mean=(0, 0, 0), std=(1, 1, 1))
+    path = export_model(model, tmp_path / "m.zip", size=(32, 48), batch=1, platforms=("cpu",))
+    with serving(serve.Server(("127.0.0.1", 0), load_exported(path))) as server:
+        png = post(server, encoded(picture(0)))[2]
+        with Image.open(io.BytesIO(png)) as image:
+            colors = image.getpalette()
+        assert len({tuple(colors[3 * i : 3 * i + 3]) for i in range(256)}) == 256
+        assert b'["class 2", "rgb%b"]' % str(tuple(colors[6:9])).encode() in server.page
+        assert b'"sides": [32, 48]' in server.page
+
+
+def test_a_port_that_is_taken_is_said_before_xla_compiles(server, path, monkeypatch):
+    monkeypatch.setattr("resfu_jax.serving.Exported.__call__", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(
+        OSError, match=f"cannot listen on 127.0.0.1:{server.server_port}: .* in use"
+    ):
+        serve.serve(path, "127.0.0.1", server.server_port)
+    with pytest.raises(ValueError, match="port must be 0 .. 65535, got 70000"):
+        serve.serve(path, "127.0.0.1", 70_000)
+
+
 def test_the_command_serves_and_ends_cleanly(path):
     command = [sys.executable, "examples/serve.py", "--model", str(path), "--port", "0"]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
         try:
-            port = int(process.stdout.readline().rpartition(":")[2])
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            line = process.stdout.readline()
+            address = re.fullmatch(rf"serving {path} on http://127\.0\.0\.1:(\d+)\n", line)
+            connection = http.client.HTTPConnection("127.0.0.1", int(address[1]), timeout=60)
             with contextlib.closing(connection):
                 connection.request("POST", "/", encoded(picture(4)))
                 assert (labels(connection.getresponse().read()) == picture(4).argmax(axis=-1)).all()
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=30) == 0
+            assert process.stderr.readline() == f"loading and compiling {path}\n"
         finally:
             process.kill()

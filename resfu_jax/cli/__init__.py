@@ -17,6 +17,7 @@ from resfu_jax.cli.evaluate import evaluate
 from resfu_jax.cli.export import export
 from resfu_jax.cli.predict import predict
 from resfu_jax.cli.prepare import prepare
+from resfu_jax.cli.serve import serve
 from resfu_jax.cli.train import train
 from resfu_jax.cli.upsamplers import benchmark, upsamplers
 from resfu_jax.cli.visualize import visualize
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "evaluate": evaluate,
     "visualize": visualize,
     "export": export,
+    "serve": serve,
     "upsamplers": upsamplers,
     "benchmark": benchmark,
     "prepare": prepare,
