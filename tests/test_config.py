@@ -534,6 +534,8 @@ def changed(field):
     """Another value for a field."""
     value = dict(leaf[::2] for leaf in leaves(Config()))[field]
     others = {"optimizer.ema_decay": 0.5, "init_from": "runs/a", "init_skip": ("head",)}
+    if isinstance(value, dict):
+        return {"x": 1}
     return others.get(field, not value if isinstance(value, bool) else "x" if value is None else (
         value + type(value)(1) if isinstance(value, int | float) else value * 2))  # fmt: skip
 

@@ -225,7 +225,7 @@ def test_decoding_has_a_limit_of_time(server, monkeypatch):
 
 def test_decoding_has_a_limit_of_memory(monkeypatch):
     monkeypatch.setattr(serve, "DECODE_SECONDS", 60)
-    decoder = serve.Decoder()
+    decoder = serve.Decoder(orientation=True)
     with contextlib.closing(decoder):
         with pytest.raises(serve.Refused) as refused:
             decoder(of_size(40_000, 40_000), lambda height, width: None)
@@ -235,7 +235,7 @@ def test_decoding_has_a_limit_of_memory(monkeypatch):
 
 
 def test_a_decoder_that_dies_is_replaced():
-    decoder = serve.Decoder()
+    decoder = serve.Decoder(orientation=True)
     with contextlib.closing(decoder):
         decoder.process.kill()
         decoder.process.wait()
@@ -344,7 +344,7 @@ def test_the_server_says_no_versions(server):
         assert b"\r\nServer: resfu\r\n" in head and b"Python" not in answer
 
 
-def test_a_photo_is_turned_as_viewers_show_it(serve, server):
+def test_a_photo_is_turned_as_viewers_show_it(server):
     image = picture(6)
     exif = Image.Exif()
     exif[0x0112] = 6

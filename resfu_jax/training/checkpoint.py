@@ -34,6 +34,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from resfu_jax._files import local_path, write_whole
+from resfu_jax.data import TrainBatches
 from resfu_jax.training.devices import is_main_process
 
 Path = str | os.PathLike[str]
@@ -137,7 +138,7 @@ class Checkpoints:
         self,
         step: int,
         state: Any,
-        data: grain.DatasetIterator,
+        data: grain.DatasetIterator | TrainBatches,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Starts to save in the background; an existing checkpoint of the same step stays.
@@ -187,7 +188,9 @@ class Checkpoints:
             for old in sorted(set(steps) - self._kept(steps)):
                 self._manager.delete(old)
 
-    def restore(self, step: int, state: Any, data: grain.DatasetIterator | None = None) -> Any:
+    def restore(
+        self, step: int, state: Any, data: grain.DatasetIterator | TrainBatches | None = None
+    ) -> Any:
         """Reads a checkpoint.
 
         Args:

@@ -174,12 +174,10 @@ class Reporter:
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )
         workdir = pathlib.Path(workdir)
-        self._writers: list[Writer] = [
-            JsonLines(workdir, start, self.message),
-            TensorBoard(workdir, start),
-        ]
-        if config.wandb is not None:
+        self._writers: list[Writer] = []
+        if config.wandb is not None:  # first, as it may refuse
             self._writers.append(WeightsAndBiases(workdir, config))
+        self._writers += [JsonLines(workdir, start, self.message), TensorBoard(workdir, start)]
 
     def message(self, text: str) -> None:
         """A line for the person, above the bar if there is one."""
