@@ -60,6 +60,13 @@ def test_equal_features_get_equal_colours():
     assert abs(np.corrcoef(red, features[..., 2].ravel())[0, 1]) > 0.95
 
 
+def test_a_border_unlike_the_rest_does_not_rule_the_colours():
+    features = np.random.default_rng(0).normal(size=(16, 12, 6))
+    framed = np.pad(features, ((1, 1), (1, 1), (0, 0)), constant_values=1000.0)
+    picture = PCA.fit(framed)(framed)[1:-1, 1:-1]
+    assert picture.reshape(-1, 3).std(axis=0).min() > 40
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 5), (4, 4, 2)])
 def test_maps_with_fewer_than_three_directions(shape):
     features = np.random.default_rng(0).normal(size=shape)

@@ -107,7 +107,7 @@ def predict(
             visualize.save_png(out / "overlays" / name, picture)
             now, total = time.perf_counter(), sum(predictor.compile_seconds)
             seconds, last, compiled = now - last - (total - compiled), now, total
-            shares = ", ".join(f"{names[i]} {share:.1%}" for i, share in result.shares.items())
+            shares = ", ".join(f"{names[i]} {_percent(x)}" for i, x in result.shares.items())
             size = f"{image.shape[1]}x{image.shape[0]}"
             bar.write(f"{result.path}: {size}, {shares}; {seconds:.2f} s")
     print(
@@ -116,6 +116,10 @@ def predict(
         f"{len(predictor.compiled_shapes)} sizes"
     )
     return 1 if failed else 0
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.001 else "<0.1%"
 
 
 def _windows_for_large(predictor: "Predictor", run: Run) -> "Inference":
