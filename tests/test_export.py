@@ -368,6 +368,10 @@ def test_wrong_files_and_inputs(path, loaded, tmp_path, monkeypatch):
             loaded(x)
     with pytest.raises(ValueError, match="multiple must be a multiple of 16, got 40"):
         load_exported(path, multiple=40)
+    with monkeypatch.context() as patch:  # flatbuffers is what it imports
+        patch.setitem(sys.modules, "jax._src.export.serialization", None)
+        with pytest.raises(ModuleNotFoundError, match="pip install flatbuffers"):
+            load_exported(path)
     monkeypatch.setattr(jax.export, "default_export_platform", lambda: "rocm")
     with pytest.raises(ValueError, match="exported for cpu, cuda, tpu, and JAX runs on rocm"):
         load_exported(path)

@@ -304,6 +304,13 @@ def test_progress_is_shown_to_a_terminal_only(site, monkeypatch):
         path.unlink()
 
 
+def test_without_tqdm_a_line_tells_of_a_download(site, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    site.files["/a.pth"] = bytes(10**6)
+    assert _download.download("https://example.org/a.pth").stat().st_size == 10**6
+    assert capsys.readouterr().err == "fetching a.pth, 1.0 MB\n"
+
+
 def test_released_files_of_the_hub(releases, content, tmp_path, monkeypatch):
     releases["carafe_small"] = release(weights="owner/carafe:w.bin")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
