@@ -3,7 +3,8 @@
     python -m scripts.notebooks                # all of them: 20 minutes on two CPU cores
     python -m scripts.notebooks 1_quickstart
 
-Each runs in an empty folder. `RESFU_VIT_WEIGHTS` may name a file for 3_vit_features, in place of a download.
+Each runs in an empty folder. `RESFU_VIT_WEIGHTS` may name a file for 3_vit_features, in place of a
+download.
 """
 
 import base64
