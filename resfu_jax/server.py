@@ -237,7 +237,7 @@ class Server(ThreadingHTTPServer):
         names = self.model.meta["class_names"] or [f"class {i}" for i in range(256)]
         facts = {
             "classes": [[n, f"rgb{tuple(c)}"] for n, c in zip(names, self.palette, strict=False)],
-            "sides": [
+            "sides": [  # the longest that fit
                 bisect.bisect_left(lengths, True, key=lambda n: not fits(n, 1)),
                 bisect.bisect_left(lengths, True, key=lambda n: not fits(1, n)),
             ],
