@@ -90,6 +90,7 @@ if SMALL:
     flags += ["--config.data.resize_scale=0.25", "--config.data.crop_size=(32, 32)"]
     upsamplers = ["bilinear"]
 
+data.prepare("shapes")  # draws it, once
 for name in upsamplers:
     train(f"configs/shapes_direct.py:{name}", RUNS / f"shapes_{name}", *flags)
 

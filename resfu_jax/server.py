@@ -9,6 +9,7 @@ the answer is a PNG of its size: labels as palette indices, or the classes' colo
 Nothing that a client sends takes more than the limits below: docs/export.md.
 """
 
+import bisect
 import collections
 import colorsys
 import contextlib
@@ -228,13 +229,20 @@ class Server(ThreadingHTTPServer):
 
     def make_page(self) -> bytes:
         """server.html with the model's classes, and the largest photo that it sends."""
-        assert self.model.preprocess
-        scale = self.model.preprocess.scale
-        sides = self.model.exported.in_avals[-1].shape[1:3]
+
+        def fits(height: int, width: int) -> bool:
+            with contextlib.suppress(ValueError):  # a model of a fixed size
+                return bool(self.model.padded_size(height, width))
+            return False
+
+        lengths = range(1, PAGE_SIDE + 1)
         names = self.model.meta["class_names"] or [f"class {i}" for i in range(256)]
         facts = {
             "classes": [[n, f"rgb{tuple(c)}"] for n, c in zip(names, self.palette, strict=False)],
-            "sides": [int(n / scale) if isinstance(n, int) else PAGE_SIDE for n in sides],
+            "sides": [  # the longest that fit
+                bisect.bisect_left(lengths, True, key=lambda n: not fits(n, 1)),
+                bisect.bisect_left(lengths, True, key=lambda n: not fits(1, n)),
+            ],
         }
         html = pathlib.Path(__file__).with_suffix(".html").read_text("utf-8")
         # No name ends the script that it is in.
