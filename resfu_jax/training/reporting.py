@@ -174,12 +174,11 @@ class Reporter:
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )
         workdir = pathlib.Path(workdir)
-        self._writers: list[Writer] = [
-            JsonLines(workdir, start, self.message),
-            TensorBoard(workdir, start),
-        ]
+        self._writers: list[Writer] = []
         if config.wandb is not None:
             self._writers.append(WeightsAndBiases(workdir, config))
+        self._writers.append(JsonLines(workdir, start, self.message))
+        self._writers.append(TensorBoard(workdir, start))
 
     def message(self, text: str) -> None:
         """A line for the person, above the bar if there is one."""
