@@ -87,10 +87,7 @@ def test_a_workdir_a_checkpoint_and_an_exported_file_give_all_that_evaluation_us
         ((), 5, {}, ["in 2 of 135", "head.classify.kernel: there (8, 8), here (8, 5)"]),
         ((), CLASSES, {"upsampler": "dysample"}, ["head.upsample.0.offset.bias: there nothing"]),
         ((), 5, {}, ["--config.init_skip=\"('head.classify',)\""]),
-        (
-            *((), CLASSES, {"width": 16}),
-            ["  and 6 more", "'head.classify', 'head.fuse', 'head.project'"],
-        ),
+        ((), CLASSES, {"width": 16}, ["  and 6 more", "'head.fuse', 'head.project'"]),
         (("head.clasify",), 5, {}, ["does not have: head.clasify; it has backbone.stages, head."]),
         (("head.classify.kernel",), 5, {}, ["in 1 of 135 arrays", "head.classify.bias"]),
     ],

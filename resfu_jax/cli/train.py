@@ -21,6 +21,6 @@ def train(arguments: Sequence[str]) -> None:
         print("usage: resfu train --config FILE --workdir DIR [--config.FIELD=VALUE ...]\n")
         print(f"{inspect.getdoc(train)}\n\n{ast.get_docstring(ast.parse(script.read_text()))}\n")
         print("resfu train --helpshort lists the flags; resfu_jax/training/config.py the fields.")
-        sys.exit()
+        sys.exit(0)
     sys.argv[1:] = arguments
     runpy.run_module("resfu_jax.train", run_name="__main__", alter_sys=True)

@@ -24,9 +24,8 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -34,7 +33,6 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from resfu_jax._files import local_path, write_whole
-from resfu_jax.data import TrainBatches
 from resfu_jax.training.devices import is_main_process
 
 Path = str | os.PathLike[str]
@@ -48,6 +46,20 @@ logging.get_absl_logger().addFilter(lambda r: "directory is read only" not in st
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is damaged, does not fit the model, or cannot be written; it says which."""
+
+
+@runtime_checkable
+class Positioned(Protocol):
+    """An iterator whose position can be kept, as that of `resfu_jax.data.train_batches`."""
+
+    def get_state(self) -> Any:
+        """The position, for JSON."""
+
+    def set_state(self, state: Any) -> None:
+        """Goes there."""
+
+    def start_prefetch(self) -> None:
+        """Begins to read."""
 
 
 class Checkpoints:
@@ -138,7 +150,7 @@ class Checkpoints:
         self,
         step: int,
         state: Any,
-        data: grain.DatasetIterator | TrainBatches,
+        data: Positioned,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Starts to save in the background; an existing checkpoint of the same step stays.
@@ -188,9 +200,7 @@ class Checkpoints:
             for old in sorted(set(steps) - self._kept(steps)):
                 self._manager.delete(old)
 
-    def restore(
-        self, step: int, state: Any, data: grain.DatasetIterator | TrainBatches | None = None
-    ) -> Any:
+    def restore(self, step: int, state: Any, data: Positioned | None = None) -> Any:
         """Reads a checkpoint.
 
         Args:

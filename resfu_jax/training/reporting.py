@@ -175,9 +175,10 @@ class Reporter:
         )
         workdir = pathlib.Path(workdir)
         self._writers: list[Writer] = []
-        if config.wandb is not None:  # first, as it may refuse
+        if config.wandb is not None:
             self._writers.append(WeightsAndBiases(workdir, config))
-        self._writers += [JsonLines(workdir, start, self.message), TensorBoard(workdir, start)]
+        self._writers.append(JsonLines(workdir, start, self.message))
+        self._writers.append(TensorBoard(workdir, start))
 
     def message(self, text: str) -> None:
         """A line for the person, above the bar if there is one."""
