@@ -71,8 +71,8 @@ class Stopwatch:
         """Seconds until the run has ended, after a step and before it is saved or evaluated.
 
         The rest of the steps, of the checkpoints and of the evaluations take what those so far have
-        taken in the mean. The first evaluation, if it is to come, is thought to compile for a quarter
-        of the time of the training step: it has no backward pass.
+        taken in the mean. The first evaluation, if it is to come, is thought to compile for a
+        quarter of the training step's time: it has no backward pass.
         """
         (first, since), (last, until) = self._marks[0], self._marks[-1]
         a_step = (until - since) / max(last - first, 1)
