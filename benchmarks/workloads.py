@@ -41,6 +41,7 @@ WORKLOADS = {
     "segformer_x4": Workload(256, (32, 32), 4, 256),
     "segformer_x8": Workload(256, (16, 16), 8, 256),
     "segmenter": Workload(384, (32, 32), 4, 32),
+    "dino_small": Workload(384, (14, 14), 16, 32),
     "dino": Workload(384, (28, 28), 16, 32),
     "dino_base": Workload(768, (28, 28), 16, 32),
     "dino_hd": Workload(768, (64, 64), 16, 32),
