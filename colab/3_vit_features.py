@@ -1,8 +1,9 @@
 # %% [markdown]
-# # Features of a frozen ViT, upsampled by every member
+# # Features of a frozen ViT, upsampled
 #
-# A Vision Transformer sees your photo in patches of 16 x 16 pixels. Every upsampler of the library is fitted to
-# this one photo, without labels, and brings its features to four times their resolution.
+# A Vision Transformer sees your photo in patches of 16 x 16 pixels. The upsamplers that are part of a
+# network are fitted to this one photo, without labels, and bring its features to four times their resolution. (Those
+# that come trained for frozen encoders, such as `anyup`, are in docs/upsamplers.md.)
 #
 # **Run time**: 5 minutes on two CPU cores, after the installation; most of it is the fits.
 
@@ -46,6 +47,7 @@ import resfu_jax
 from resfu_jax.backbones import ViT
 from resfu_jax.convert import load_pretrained
 from resfu_jax.self_supervised import GuidedUpsampler, extractor, fit, fitted
+from resfu_jax.upsamplers import upsampler_entry
 from resfu_jax.visualize import PCA
 
 SMALL = "RESFU_NOTEBOOK_SMALL" in os.environ  # a test of this notebook: three members, two steps
@@ -95,9 +97,10 @@ print("features", features.shape)
 
 # %%
 names = ["nearest", "bilinear", "bicubic"]
-for name in resfu_jax.list_upsamplers():  # the others of ReSFU are settings of a few of its options
-    if name not in (*names, "resfu_segformer", "resfu_segmenter"):
-        names.append(name)
+for name in resfu_jax.list_upsamplers():
+    by_image = upsampler_entry(name).cls.guide == "image"  # an encoder of images is long to fit
+    if not by_image and name not in (*names, "resfu_segformer", "resfu_segmenter"):
+        names.append(name)  # the others of ReSFU are settings of a few of its options
 if SMALL:
     names = ["bilinear", "dysample", "sapa"]
 
