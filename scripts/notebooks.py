@@ -3,12 +3,13 @@
     python -m scripts.notebooks                # all of them: 20 minutes on two CPU cores
     python -m scripts.notebooks 1_quickstart
 
-Each runs in an empty folder. `RESFU_VIT_WEIGHTS` may name a file for 3_vit_features, in place of a
-download.
+Each runs in an empty folder, with datasets of its own. `RESFU_VIT_WEIGHTS` may name a file for
+3_vit_features, in place of a download.
 """
 
 import base64
 import io
+import os
 import pathlib
 import sys
 import tempfile
@@ -78,6 +79,7 @@ def main() -> None:
     """Executes and stores the notebooks that are named on the command line, or all."""
     for name in sys.argv[1:] or sorted(path.stem for path in COLAB.glob("*.py")):
         with tempfile.TemporaryDirectory() as folder:
+            os.environ["RESFU_DATA_DIR"] = f"{folder}/datasets"
             notebook = execute(name, pathlib.Path(folder))
         clean(notebook, folder)
         nbformat.write(notebook, COLAB / f"{name}.ipynb")
