@@ -281,7 +281,8 @@ class ConfigError(ValueError):
     """A config that cannot be run. The message names every field that is wrong."""
 
 
-_CONFIGS = "https://github.com/resfu-jax/resfu_jax/tree/main/configs"  # a wheel has none
+# A wheel has none.
+_CONFIGS = "a clone has some in configs/; your own is a file whose get_config() returns a Config"
 _DICTIONARIES = ("model.head.upsampler_options", "model.backbone.options")
 
 
@@ -406,7 +407,7 @@ def load_config(argument: str) -> Config:
         if not file.is_file():
             folder = file if file.is_dir() else file.parent
             files = sorted(map(str, folder.glob("*.py")))[:30]
-            near = did_you_mean(path, files) if files else "copy one of " + _CONFIGS
+            near = did_you_mean(path, files) if files else _CONFIGS
             raise ConfigError(
                 f"--config={argument} {'is a folder' if file.is_dir() else 'does not exist'}"
                 f"; {near}"
