@@ -1,4 +1,4 @@
-"""Train or evaluate a segmentation model.
+"""Train or evaluate a model.
 
     python train.py --config configs/shapes_resfu.py --workdir runs/shapes
     python train.py --config configs/shapes_resfu.py --workdir runs/shapes --mode eval
@@ -13,6 +13,9 @@ A run continues with the config that it began with, but for its length and what 
 
 `--dry_run` instead of `--workdir` tries a config out: two steps, evaluation and checkpoint with a
 made-up dataset, small crops and random weights, in a temporary folder.
+
+What is learned is `config.task`: "segmentation", or "features", an upsampler of a frozen backbone's
+features. A task (`resfu_jax/tasks`) has the model, batches, loss and metrics; the loop is here.
 
 Several hosts run the same command, with `--distributed` on a TPU pod or under Slurm, or else with
 `--coordinator_address`, `--num_processes` and `--process_id`: docs/scaling.md.
@@ -34,7 +37,7 @@ import optax
 from absl import app, flags, logging
 
 try:
-    from resfu_jax import data, training
+    from resfu_jax import data, tasks, training
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}")
 from resfu_jax.model import evaluating
@@ -51,7 +54,6 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "By hand: how many t
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "By hand: which one this is, from 0.")
 
 Arrays = dict[str, jax.Array]
-Sources = tuple[data.Source, data.Source]  # for training, for validation
 
 
 def run(
@@ -84,43 +86,38 @@ def run(
     stop.check()
 
     # --------------------------------------------------------------------------------------- model
-    info = data.dataset_info(config.data.name, config.data.dir)
+    task = tasks.create_task(config)
     schedule = training.create_schedule(config.optimizer, config.steps)
     optimizer = training.create_optimizer(config.optimizer, config.steps)
-    with training.blaming("config.model"):  # options that do not fit
-        graphdef, abstract = training.abstract_state(config, info.num_classes, optimizer)
+    with training.blaming(task.blamed):  # options that do not fit
+        blank = task.draw(training.blank_batch(config), 1)
+        graphdef, abstract = training.abstract_state(
+            config, task.create_model, optimizer, lambda model: task.try_out(model, blank)
+        )
     stop.check()
     weights, origin = None, ""
     if start is None:
-        weights, origin = training.initial_weights(config, info.num_classes)
+        weights, origin = task.initial_weights()
     abstract = layout.abstract(abstract)
     shardings = layout.of(abstract)
     parameters = sum(p.size for p in jax.tree.leaves(abstract["params"]))
 
     # ---------------------------------------------------------------------------------------- data
     stop.check()
-    training.prepare_embedded(config, info)
+    task.prepare()
     stop.check()
-    train_source, val_source = training.open_sources(config, info)
-    val_batches = training.eval_batches(config, val_source, info)
-    class_weights = training.class_weights(config.loss, train_source, info)
+    task.open()
+    val_batches = task.eval_batches()
     stop.check()
 
     # --------------------------------------------------------------------------------- update step
     def train_step(state: training.State, batch: Arrays) -> tuple[training.State, Arrays]:
-        pixels = dict(ignore_label=info.ignore_label, class_weights=class_weights)
         # The parts of an accumulated batch divide by the weight of the whole.
-        normalizer = training.pixel_weights(batch["label"], **pixels).sum()
+        weight = task.weight(batch)
 
         def loss_fn(params: Any, rest: Any, part: Arrays) -> tuple[jax.Array, Any]:
             model = training.merge_model(graphdef, layout.gather(params), rest)
-            loss = training.cross_entropy(
-                model(part["image"], part.get("features")),
-                part["label"],
-                label_smoothing=config.loss.label_smoothing,
-                normalizer=normalizer,
-                **pixels,
-            )
+            loss = task.loss(model, part, weight)
             return loss, training.split_model(model)[1]["rest"]
 
         loss, rest, grads = training.accumulate_gradients(
@@ -151,28 +148,25 @@ def run(
     )
 
     # ---------------------------------------------------------------------------------- evaluation
-    infer = training.create_inference(config)
-
     def eval_step(state: training.State, batch: Arrays) -> tuple[Any, jax.Array]:
         params = layout.gather(state.get("ema", state["params"]))
         model = evaluating(training.merge_model(graphdef, params, state["rest"]))
-        return training.evaluate_batch(
-            model, infer, batch, info, dilation_ratio=config.eval.dilation_ratio
-        )
+        return task.evaluate(model, batch)
 
     eval_step = jax.jit(eval_step, out_shardings=(layout.replicated, layout.over_batch))
 
     def evaluate(step: int, state: training.State) -> dict[str, float]:
-        counts = training.SegmentationCounts.zeros(info.num_classes)
+        counts = task.no_counts()
         drawn = config.eval.pictures if main_process else 0
-        pictures = training.Pictures(workdir / "predictions", step, drawn, info)
+        pictures = tasks.Pictures(workdir / "predictions", step, drawn, task)
         for i, batch in enumerate(val_batches):
             stop.check(ask=i % 10 == 0)
-            inputs = layout.to_devices(with_features(batch) if infer.plain else batch)
+            batch = task.draw_for_evaluation(batch)
+            inputs = layout.to_devices(with_features(batch) if task.sees_whole_images else batch)
             batch_counts, predictions = eval_step(state, inputs)
             counts = counts.merge(batch_counts)
             pictures.draw(batch, predictions)
-        return counts.compute(info.class_names)
+        return task.metrics(counts)
 
     if mode == "eval":
         state = checkpoints.restore(start, abstract)
@@ -182,17 +176,17 @@ def run(
         if main_process:
             text = json.dumps({"step": start} | metrics, indent=2)
             training.write_whole(workdir / f"eval_{start}.json", text)
-            training.print_table(f"checkpoint {start}", metrics, info.class_names, {})
+            task.print_table(f"checkpoint {start}", metrics, {})
         return
 
     # --------------------------------------------------------------------------------------- state
-    train_batches = training.train_batches(config, train_source, info)
+    train_batches = task.train_batches()
     checkpoints.check_space(abstract)
     if start is None:
         start = 0
         stop.check()
         state = jax.jit(
-            lambda weights: training.create_state(config, info.num_classes, optimizer, weights)[1],
+            lambda weights: training.create_state(config, task.create_model, optimizer, weights)[1],
             out_shardings=shardings,
             compiler_options={"xla_backend_optimization_level": 0},  # It runs once.
         )(weights)
@@ -203,7 +197,7 @@ def run(
         training.write_config(workdir, config, step=start)
 
     # ---------------------------------------------------------------------------------------- loop
-    flops, utilisation = training.count_step_flops(train_step, abstract, config, layout)
+    flops, utilisation = training.count_step_flops(train_step, abstract, blank, config, layout)
     reporter = training.Reporter(
         workdir,
         config,
@@ -212,7 +206,7 @@ def run(
         evaluation_steps=training.evaluation_steps(config, val_batches),
         silent=not main_process,
     )
-    reporter.message(opening(config, start, (train_source, val_source), parameters, flops))
+    reporter.message(opening(config, start, task, parameters, flops))
     for text in filter(None, [origin, *changes]):
         reporter.message(text)
     compiled_step = reporter.announced("training step", compiled_step)
@@ -227,19 +221,19 @@ def run(
     def score(step: int) -> None:
         with reporter.aside("evaluation"):
             metrics = evaluate(step, state)
-            checkpoints.score(step, metrics)
-        reporter.evaluation(step, metrics)
+            checkpoints.score(step, task.score(metrics))
+        reporter.evaluation(step, metrics, task.summary)
 
     try:
         stop.at_once = False  # From here on there is something to save.
         lines = training.read_metrics(workdir / "metrics.jsonl")
-        evaluated = {line["step"] for line in lines if "val/miou" in line}
+        evaluated = {line["step"] for line in lines if f"val/{task.metric}" in line}
         if start and evaluation_due(start) and start not in evaluated:
             score(start)  # That evaluation failed, or was stopped.
         for step in range(start + 1, config.steps + 1):
             profile.before(step, state)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                batch = next(train_batches)
+                batch = task.draw(next(train_batches), step)
                 inputs = layout.to_devices(with_features(batch))
                 state, metrics = compiled_step(state, inputs)
             window.add(step, batch["id"], metrics)
@@ -264,17 +258,17 @@ def run(
         reporter.close()
 
     if main_process:
-        print_result(config, workdir, info, (train_source, val_source), parameters)
+        print_result(config, workdir, task, parameters)
 
 
 def opening(
-    config: training.Config, start: int, sources: Sources, parameters: int, flops: float | None
+    config: training.Config, start: int, task: tasks.Task, parameters: int, flops: float | None
 ) -> str:
     """What a person reads first."""
     processes = jax.process_count()
     return (
-        f"{config.data.name}: {len(sources[0])} training and {len(sources[1])} validation "
-        f"images; {parameters:,} parameters; "
+        f"{config.data.name}: {len(task.train_source)} training and {len(task.val_source)} "
+        f"validation images; {parameters:,} parameters; "
         f"{f'{flops / 1e9:,.1f} Gflop a step; ' if flops else ''}"
         f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         f"{f' in {processes} processes' if processes > 1 else ''}; "
@@ -283,25 +277,27 @@ def opening(
 
 
 def print_result(
-    config: training.Config,
-    workdir: pathlib.Path,
-    info: data.DatasetInfo,
-    sources: Sources,
-    parameters: int,
+    config: training.Config, workdir: pathlib.Path, task: tasks.Task, parameters: int
 ) -> None:
     """What a person reads last: the table of the newest evaluation, and the best one."""
     lines = training.read_metrics(workdir / "metrics.jsonl")
-    evaluations = [line for line in lines if "val/miou" in line]
-    best = max(evaluations, key=lambda line: (line["val/miou"], line["step"]))
-    training.print_table(
+    evaluations = [
+        {"step": line["step"]}
+        | {name.removeprefix("val/"): value for name, value in line.items() if "val/" in name}
+        for line in lines
+        if f"val/{task.metric}" in line
+    ]
+    best = max(evaluations, key=lambda line: (task.score(line), line["step"]))
+    task.print_table(
         f"{config.data.name}, {config.model.head.upsampler}, step {config.steps}",
-        {name.removeprefix("val/"): value for name, value in evaluations[-1].items()},
-        info.class_names,
+        evaluations[-1],
         {
-            "best": f"mIoU {best['val/miou']:.4f} at step {best['step']}",
+            "best": f"{task.summary[task.metric]} {best[task.metric]:.4f} at step {best['step']}",
             "training time": f"{sum(line.get('seconds', 0) for line in lines) / 60:.1f} min",
             "parameters": f"{parameters:,}",
-            "corrupt images skipped": str(sum(len(source.skipped) for source in sources)),
+            "corrupt images skipped": str(
+                sum(len(source.skipped) for source in (task.train_source, task.val_source))
+            ),
             "workdir": str(workdir),
         },
     )

@@ -109,16 +109,44 @@ class GuidedUpsampler(nnx.Module):
         self.stem = ImageStem(64, guide_features, (1, 1), **types) if by_map else None
 
     def __call__(
-        self, features: Float[Array, "b h w c"], images: Num[Array, "b H W 3"]
-    ) -> Float[Array, "b sh sw d"]:
-        """Features `(B, h, w, C)` at `scale` times their size.
+        self,
+        features: Float[Array, "b h w c"],
+        images: Num[Array, "b H W 3"],
+        size: tuple[int, int] | None = None,
+        guide_size: tuple[int, int] | None = None,
+    ) -> Float[Array, "b oh ow d"]:
+        """Features `(B, h, w, C)` at a larger size.
 
         Args:
           features: of a backbone.
           images: RGB in 0 .. 255, uint8 or floating point, of any size: they are resized to that of
-            the output. Unguided upsamplers ignore them.
+            the guide. Unguided upsamplers ignore them.
+          size: height and width of the output; None: `scale` times those of the features, the only
+            ones that an upsampler with `needs_whole_scale` can give.
+          guide_size: of the image as the upsampler sees it; None: `size`. Only an upsampler that is
+            guided by the image itself can have another one.
+
+        Raises:
+          ValueError: a size that the upsampler cannot give.
         """
-        return self.upsample(features, *self.guide(features, images))
+        size = self.nearest_size(features, size) if size is None else size
+        need(
+            size == self.nearest_size(features, size),
+            f"size must be {self.nearest_size(features, size)}, {self.scale} times that of the "
+            f"features, for {type(self.upsample).__name__}; got {size}",
+        )
+        guide = self.guide(features, images, size, guide_size)
+        if self.upsample.guide == "features":
+            return self.upsample(features, *guide)
+        return self.upsample(features, *guide, output_size=size)
+
+    def nearest_size(
+        self, features: Float[Array, "b h w c"], size: tuple[int, int] | None
+    ) -> tuple[int, int]:
+        """The size that the upsampler can give where this one is wanted."""
+        if size is None or self.upsample.needs_whole_scale:
+            return self.scale * features.shape[1], self.scale * features.shape[2]
+        return size
 
     def weights(
         self,
@@ -130,15 +158,20 @@ class GuidedUpsampler(nnx.Module):
         return pixel_weights(self.upsample, features, pixel, *self.guide(features, images))
 
     def guide(
-        self, features: Float[Array, "b h w c"], images: Num[Array, "b H W 3"]
-    ) -> tuple[Float[Array, "b sh sw g"], ...]:
-        """What guides the upsampler; nothing for an unguided one."""
+        self,
+        features: Float[Array, "b h w c"],
+        images: Num[Array, "b H W 3"],
+        size: tuple[int, int] | None = None,
+        guide_size: tuple[int, int] | None = None,
+    ) -> tuple[Float[Array, "b gh gw g"], ...]:
+        """What guides the upsampler to the size; nothing for an unguided one."""
         if self.upsample.guide == "none":
             return ()
         unit = self.stem is None and self.upsample.image == "unit"
         mean, std = ((0.0,) * 3, (255.0,) * 3) if unit else (IMAGENET_MEAN, IMAGENET_STD)
-        images = _resized(normalise(images, mean, std), self.scale, features.shape)
-        images = images.astype(features.dtype)
+        size = self.nearest_size(features, size)
+        guide_size = size if guide_size is None or self.stem is not None else guide_size
+        images = _resized(normalise(images, mean, std), guide_size).astype(features.dtype)
         return (images if self.stem is None else self.stem(images),)
 
 
@@ -273,7 +306,7 @@ def training_pairs(
         image = jnp.asarray(image, jnp.float32)[None]
         low = extract(image)
         high = dense_features(extract, image, scale, stride=image.shape[1] / low.shape[1])
-        pairs.append((low, high, _resized(image, scale, low.shape)))
+        pairs.append((low, high, _resized(image, tuple(high.shape[1:3]))))
     return pairs
 
 
@@ -305,8 +338,7 @@ def dense_features(
     return dense.reshape(b, scale * h, scale * w, c)
 
 
-def _resized(images: Array, scale: int, features: tuple[int, ...]) -> Array:
-    """Images at the size of the output."""
-    size = tuple(scale * n for n in features[1:3])
+def _resized(images: Array, size: tuple[int, ...]) -> Array:
+    """Images at this size."""
     smaller = any(n < m for n, m in zip(size, images.shape[1:3], strict=True))
     return resize(images, size, antialias=smaller)

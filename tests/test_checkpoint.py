@@ -80,7 +80,7 @@ def test_state_and_data_position_come_back_exactly(tmp_path):
 def test_newest_and_best_are_kept(tmp_path):
     checkpoints, data = Checkpoints(tmp_path, keep=1), iterator()
     for step, miou in ((1, 10.0), (2, None), (3, 30.0), (4, 20.0), (5, None), (6, 25.0), (7, None)):
-        checkpoints.save(step, make_state(), data, None if miou is None else {"miou": miou})
+        checkpoints.save(step, make_state(), data, miou)
     checkpoints.close()
     again = Checkpoints(tmp_path)
     assert {int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()} == {3, 7}
@@ -185,7 +185,7 @@ def test_a_checkpoint_that_is_evaluated_after_it_was_saved_may_be_the_best(tmp_p
     for step, miou in ((1, 10.0), (2, 30.0), (3, 20.0), (4, float("nan")), (5, None)):
         checkpoints.save(step, make_state(step=step), data)
         if miou is not None:
-            checkpoints.score(step, {"miou": miou})
+            checkpoints.score(step, miou)
         best = 1 if step == 1 else 2
         assert checkpoints.find("best") == best
         if miou is not None:
@@ -199,7 +199,7 @@ def test_a_checkpoint_that_is_evaluated_after_it_was_saved_may_be_the_best(tmp_p
 
 def test_a_checkpoint_whose_evaluation_failed_is_kept_as_the_newest(tmp_path):
     checkpoints, data = Checkpoints(tmp_path), iterator()
-    checkpoints.save(1, make_state(), data, {"miou": 1.0})
+    checkpoints.save(1, make_state(), data, 1.0)
     checkpoints.save(2, make_state(), data)
     checkpoints.close()
     again = Checkpoints(tmp_path)
@@ -211,7 +211,7 @@ def test_a_checkpoint_whose_evaluation_failed_is_kept_as_the_newest(tmp_path):
 def saved(directory, steps=(1, 2)):
     checkpoints = Checkpoints(directory, keep=len(steps))
     for step in steps:
-        checkpoints.save(step, make_state(step=step), iterator(), {"miou": float(step)})
+        checkpoints.save(step, make_state(step=step), iterator(), float(step))
     checkpoints.close()
     return directory
 
@@ -332,8 +332,8 @@ def test_a_damaged_score_counts_as_none(tmp_path, content, caplog):
         checkpoints = Checkpoints(tmp_path)
     assert "has not been evaluated" in caplog.text
     assert (checkpoints.find("best"), checkpoints.find("latest")) == (1, 2)
-    checkpoints.score(2, {"miou": 2.0})
-    assert checkpoints.find("best") == 2 and json.loads(path.read_text()) == {"miou": 2.0}
+    checkpoints.score(2, 2.0)
+    assert checkpoints.find("best") == 2 and json.loads(path.read_text()) == {"score": 2.0}
     checkpoints.close()
 
 

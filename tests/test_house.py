@@ -73,7 +73,8 @@ def test_forms_do_not_know_their_ops():
         ("backbones", ("upsamplers", "heads", "model", "data", "training", "cli", "convert")),
         ("heads", ("model", "data", "training", "cli", "convert")),
         ("data", ("upsamplers", "backbones", "heads", "model", "training", "cli", "convert")),
-        ("training", ("cli",)),
+        ("training", ("tasks", "cli")),
+        ("tasks", ("cli",)),
     ],
 )
 def test_imports_point_down(folder, unknown):

@@ -10,17 +10,26 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tiny_run import make_run, tiny_config_of
 
+from resfu_jax import training
 from resfu_jax.export import export_model
 from resfu_jax.model import create_model
 from resfu_jax.predictor import Predictor
 from resfu_jax.training import (
     CheckpointError,
     ConfigError,
-    initial_weights,
     model_arguments,
 )
 
 CLASSES = 8  # of shapes
+
+
+def initial_weights(config, classes):
+    arguments = model_arguments(config.model)
+    return training.initial_weights(
+        config, classes, lambda n, rngs: create_model(**arguments, num_classes=n, rngs=rngs)
+    )
+
+
 HEAD = ("head.classify.bias", "head.classify.kernel")
 
 

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from resfu_jax.tasks import Segmentation
 from resfu_jax.training import Config, ConfigError, Reporter, print_table, read_metrics, validate
 
 CONFIG = Config(steps=10, batch_size=2)
 SCORES = {"miou": 0.5, "boundary_iou": 0.4, "pixel_accuracy": 0.9, "iou/a": 0.5}
+SUMMARY = Segmentation.summary
 
 
 def report(workdir, steps, start=0):
@@ -18,7 +20,7 @@ def report(workdir, steps, start=0):
     for step in steps:
         reporter.advance(step, None)
         reporter.train(step, {"loss": 1.0 / step})
-    reporter.evaluation(step, SCORES)
+    reporter.evaluation(step, SCORES, SUMMARY)
     reporter.close()
 
 
@@ -58,7 +60,7 @@ def test_silent(tmp_path, capsys):
     reporter.message("text")
     reporter.advance(1, None)
     reporter.train(1, {"loss": 1.0})
-    reporter.evaluation(1, SCORES)
+    reporter.evaluation(1, SCORES, SUMMARY)
     reporter.close()
     assert not (tmp_path / "absent").exists()
     assert capsys.readouterr() == ("", "")
@@ -125,7 +127,7 @@ def test_weights_and_biases_gets_the_same_numbers_in_one_run(tmp_path, wandb):
     for start in (0, 1):
         reporter = Reporter(tmp_path, config, start=start)
         reporter.train(start + 1, {"loss": 0.5})
-        reporter.evaluation(start + 1, SCORES)
+        reporter.evaluation(start + 1, SCORES, SUMMARY)
         reporter.close()
     inits = [call[1] for call in wandb.calls if call[0] == "init"]
     assert inits[0] == inits[1] and inits[0]["id"] == (tmp_path / "wandb_id").read_text()

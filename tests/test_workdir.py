@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_run import make_run
 
 import train
-from resfu_jax import data, training
+from resfu_jax import data, tasks, training
 from resfu_jax._files import local_path, write_whole
 from resfu_jax.training import workdir as workdir_module
 from resfu_jax.training.config import flatten, to_dict
@@ -191,12 +191,12 @@ def test_an_evaluation_that_fails_or_is_stopped_costs_no_step(
 
     whole, workdir = tmp_path / "whole", tmp_path / "[a] b:c"
     run(whole)
-    evaluate = training.evaluate_batch
+    evaluate = tasks.Segmentation.evaluate
 
     def fails(*args, **kwargs):
         raise MemoryError("no memory for the evaluation")
 
-    monkeypatch.setattr(training, "evaluate_batch", fails)
+    monkeypatch.setattr(tasks.Segmentation, "evaluate", fails)
     with pytest.raises(MemoryError):
         run(workdir)
     assert steps(workdir) == {2} and lines(workdir, "val/miou") == []
@@ -205,7 +205,7 @@ def test_an_evaluation_that_fails_or_is_stopped_costs_no_step(
         stop.received = signal.SIGTERM
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(training, "evaluate_batch", stops)
+    monkeypatch.setattr(tasks.Segmentation, "evaluate", stops)
     batches = data.eval_batches
 
     def twice(*args, **options):
@@ -216,7 +216,7 @@ def test_an_evaluation_that_fails_or_is_stopped_costs_no_step(
         patch.setattr(data, "eval_batches", twice)
         run(workdir)
     assert steps(workdir) == {2} and lines(workdir, "val/miou") == []
-    monkeypatch.setattr(training, "evaluate_batch", evaluate)
+    monkeypatch.setattr(tasks.Segmentation, "evaluate", evaluate)
     run(workdir)
     names = ("step", "loss")
     assert lines(workdir, *names) == lines(whole, *names)

@@ -52,5 +52,5 @@ def make_run(workdir: pathlib.Path, config: training.Config, steps: dict[int, fl
             return jnp.asarray(abs(values) if path[0].key == "rest" else values, x.dtype)
 
         state = jax.tree.map_with_path(random, abstract)  # in rest are variances
-        checkpoints.save(step, state, position, None if miou is None else {"miou": miou})
+        checkpoints.save(step, state, position, miou)
     checkpoints.close()

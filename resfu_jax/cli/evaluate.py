@@ -38,7 +38,7 @@ def evaluate(
     from flax import nnx
     from tqdm import tqdm
 
-    from resfu_jax import data, training
+    from resfu_jax import data, tasks, training
 
     config = predictor.config
     name, directory = dataset or config.data.name, run.data_dir or config.data.dir
@@ -69,9 +69,9 @@ def evaluate(
     def step(weights, batch):
         model = nnx.merge(graphdef, weights)
         ratio = config.eval.dilation_ratio
-        return training.evaluate_batch(
-            model, predictor.inference, batch, info, dilation_ratio=ratio
-        )[0]
+        return tasks.evaluate_batch(model, predictor.inference, batch, info, dilation_ratio=ratio)[
+            0
+        ]
 
     step = jax.jit(step, out_shardings=layout.replicated)
     counts = training.SegmentationCounts.zeros(info.num_classes)

@@ -15,6 +15,7 @@ with extra("train"):
         HeadConfig,
         LossConfig,
         ModelConfig,
+        ObjectiveConfig,
         OptimizerConfig,
         ParallelConfig,
         ProfileConfig,
@@ -40,10 +41,10 @@ with extra("train"):
         peak_memory,
     )
     from resfu_jax.training.dry_run import dry_run
-    from resfu_jax.training.evaluation import Pictures, evaluate_batch, evaluation_steps
     from resfu_jax.training.feature_cache import FeatureCache, feature_lookup
     from resfu_jax.training.flops import count_flops, count_step_flops
     from resfu_jax.training.input import (
+        blank_batch,
         eval_batches,
         open_sources,
         prepare_embedded,
@@ -74,7 +75,7 @@ with extra("train"):
         merge_model,
         split_model,
     )
-    from resfu_jax.training.timing import Stopwatch
+    from resfu_jax.training.timing import Stopwatch, evaluation_steps
     from resfu_jax.training.validation import validate
     from resfu_jax.training.workdir import (
         check_same_run,
@@ -100,9 +101,9 @@ __all__ = [
     "MetricsWindow",
     "ModelConfig",
     "NonFiniteError",
+    "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
-    "Pictures",
     "Profile",
     "ProfileConfig",
     "Reporter",
@@ -114,6 +115,7 @@ __all__ = [
     "abstract_state",
     "accumulate_gradients",
     "agreed_stop",
+    "blank_batch",
     "blaming",
     "check_overrides",
     "check_same_run",
@@ -132,7 +134,6 @@ __all__ = [
     "define_config",
     "dry_run",
     "eval_batches",
-    "evaluate_batch",
     "evaluation_steps",
     "find_run",
     "find_workdir",

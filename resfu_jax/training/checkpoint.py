@@ -23,7 +23,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -38,6 +38,7 @@ from resfu_jax.training.devices import is_main_process
 Path = str | os.PathLike[str]
 
 SUMS = "SHA256SUMS"
+_SCORE = "score"  # its name in a file
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
 
 # No reason to warn: being told to read only.
@@ -151,7 +152,7 @@ class Checkpoints:
         step: int,
         state: Any,
         data: Positioned,
-        metrics: Mapping[str, float] | None = None,
+        score: float | None = None,
     ) -> None:
         """Starts to save in the background; an existing checkpoint of the same step stays.
 
@@ -159,7 +160,7 @@ class Checkpoints:
           step: number of steps done.
           state: pytree of arrays. It may be donated as soon as this returns.
           data: iterator whose position belongs to the state.
-          metrics: for `score`, where they are known already.
+          score: for `score`, where it is known already.
 
         Raises:
           CheckpointError: this checkpoint, or the one before it, could not be written.
@@ -173,29 +174,29 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._saving = step
             self._manager.save(step, args=items)
-        if metrics is not None:
-            self.score(step, metrics)
+        if score is not None:
+            self.score(step, score)
 
-    def score(self, step: int, metrics: Mapping[str, float]) -> None:
+    def score(self, step: int, score: float) -> None:
         """Records the evaluation of a checkpoint, which decides whether it is the best.
 
         Checkpoints that are then neither the best nor among the newest are removed.
 
         Args:
           step: of the checkpoint.
-          metrics: with `miou`.
+          score: how good it is; the largest is best.
 
         Raises:
           CheckpointError: it could not be written.
         """
         with self._writing():
             self._manager.wait_until_finished()
-            if math.isfinite(metrics["miou"]):
-                self._scores[step] = float(metrics["miou"])
+            if math.isfinite(score):
+                self._scores[step] = float(score)
                 if is_main_process():
                     path = self._score_file(step)
                     path.parent.mkdir(exist_ok=True)
-                    write_whole(path, json.dumps({"miou": self._scores[step]}))
+                    write_whole(path, json.dumps({_SCORE: self._scores[step]}))
             steps = self._manager.all_steps()
             for old in sorted(set(steps) - self._kept(steps)):
                 self._manager.delete(old)
@@ -309,7 +310,8 @@ class Checkpoints:
         """Of a checkpoint that was evaluated."""
         path = self._score_file(step)
         try:
-            return float(json.loads(path.read_bytes())["miou"])
+            scores = json.loads(path.read_bytes())
+            return float(scores[_SCORE if _SCORE in scores else "miou"])  # older versions
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:

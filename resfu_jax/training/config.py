@@ -55,11 +55,15 @@ class HeadConfig:
     """Arguments of `resfu_jax.heads.create_head`; None keeps the head's own value."""
 
     name: str = "segformer"
-    """Architecture: "segformer", "upernet", "fpn", "linear" or "linear_probe"."""
+    """Architecture: "segformer", "upernet", "fpn", "linear" or "linear_probe". The task "features"
+    has none: of this group it reads upsampler, upsampler_options, pretrained, scale and width."""
     upsampler: str = "resfu"
     """Any of `resfu_jax.list_upsamplers()`."""
     upsampler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options of that upsampler, for instance {"lr_mult": 500.0}."""
+    pretrained: str | None = None
+    """Task "features": weights of that upsampler to start from: a file, or "released" for those
+    that its authors published; see `resfu_jax.load_upsampler`."""
     width: int | None = None
     """Channels of all maps in the head; linear: channels of the guide."""
     dropout: float | None = None
@@ -134,7 +138,8 @@ class OptimizerConfig:
     """AdamW or SGD with linear warm-up and polynomial decay."""
 
     name: str = "adamw"
-    """"adamw", or "sgd": with Nesterov-free momentum `beta1`, and decay added to the gradient."""
+    """"adamw"; "nadam", the same with Nesterov's momentum; or "sgd": with Nesterov-free momentum
+    `beta1`, and decay added to the gradient."""
     learning_rate: float = 6e-5
     """Peak rate of the backbone."""
     final_learning_rate: float = 0.0
@@ -183,6 +188,16 @@ class LossConfig:
 
 
 @dataclasses.dataclass
+class ObjectiveConfig:
+    """What teaches an upsampler without labels, in the task "features"."""
+
+    name: str = "naf"
+    """"naf", "jafar", "anyup", "featup", "loftup" or "stitch": `resfu_jax.tasks.objectives`."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Its options where they are not the published ones, for instance {"ratios": (0.25, 0.5)}."""
+
+
+@dataclasses.dataclass
 class EvalConfig:
     """Evaluation on the whole validation split."""
 
@@ -221,7 +236,7 @@ class CheckpointConfig:
     every: int = 500
     """Steps between checkpoints."""
     keep: int = 1
-    """Newest checkpoints kept, beside the best by mIoU."""
+    """Newest checkpoints kept, beside the best: by mIoU, or the task's own metric."""
 
 
 @dataclasses.dataclass
@@ -250,6 +265,9 @@ class ProfileConfig:
 class Config:
     """One experiment."""
 
+    task: str = "segmentation"
+    """What is learned: "segmentation"; or "features", an upsampler of a frozen backbone's features,
+    without labels."""
     steps: int = 1000
     """Total number of optimizer steps."""
     batch_size: int = 16
@@ -271,6 +289,7 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
@@ -283,7 +302,7 @@ class ConfigError(ValueError):
 
 # A wheel has none.
 _CONFIGS = "a clone has some in configs/; your own is a file whose get_config() returns a Config"
-_DICTIONARIES = ("model.head.upsampler_options", "model.backbone.options")
+_DICTIONARIES = ("model.head.upsampler_options", "model.backbone.options", "objective.options")
 
 
 def define_config(

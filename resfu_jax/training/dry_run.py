@@ -50,7 +50,8 @@ def shrink(config: Config, *, devices: int = 1) -> Config:
 
     small.steps, small.log_every = 2, 1
     small.batch_size = max(2, devices) * config.optimizer.accumulate
-    small.model.backbone.pretrained = small.init_from = small.wandb = None
+    small.model.backbone.pretrained = small.model.head.pretrained = None
+    small.init_from = small.wandb = None
     small.init_skip = ()
     small.data.crop_size = (side, side)
     small.data.num_workers = 0

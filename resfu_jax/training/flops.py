@@ -40,7 +40,7 @@ def count_flops(function: Callable, *args: Any) -> float:
 
 
 def count_step_flops(
-    train_step: Callable, state: Any, config: Config, layout: Layout
+    train_step: Callable, state: Any, batch: dict[str, Any], config: Config, layout: Layout
 ) -> tuple[float | None, float | None]:
     """Operations of a training step, and which share of the devices' peak one a second would be.
 
@@ -50,18 +50,20 @@ def count_step_flops(
     Args:
       train_step: of state and batch.
       state: shapes and types.
-      config: has the size of a batch, and may have the peak.
+      batch: of this process; only its shapes count.
+      config: may have the peak.
       layout: of the batch.
     """
     peak = peak_flops(config.parallel)
     if peak is None:
         return None, None
-    shape = (config.batch_size, *config.data.crop_size)
-    batch = {
-        "image": jax.ShapeDtypeStruct((*shape, 3), jnp.uint8, sharding=layout.over_batch),
-        "label": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=layout.over_batch),
+    whole = {
+        name: jax.ShapeDtypeStruct(
+            (config.batch_size, *x.shape[1:]), x.dtype, sharding=layout.over_batch
+        )
+        for name, x in batch.items()
     }
-    flops = count_flops(train_step, state, batch)
+    flops = count_flops(train_step, state, whole)
     return flops, flops / peak
 
 

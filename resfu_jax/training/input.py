@@ -4,6 +4,7 @@ import sys
 from typing import Any, cast
 
 import jax
+import numpy as np
 
 from resfu_jax import data
 from resfu_jax.training.config import Config, create_preprocess
@@ -49,6 +50,12 @@ def train_batches(config: Config, source: data.Source, info: data.DatasetInfo) -
         num_workers=config.data.num_workers,
         shard=(jax.process_index(), jax.process_count()),
     )
+
+
+def blank_batch(config: Config) -> dict[str, np.ndarray]:
+    """A batch of this process, but for its content."""
+    shape = (config.batch_size // jax.process_count(), *config.data.crop_size)
+    return {"image": np.zeros((*shape, 3), np.uint8), "label": np.zeros(shape, np.uint8)}
 
 
 def eval_batches(config: Config, source: data.Source, info: data.DatasetInfo) -> Any:

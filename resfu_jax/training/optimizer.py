@@ -134,7 +134,8 @@ def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTrans
             optax.sgd(schedule, momentum=config.beta1),
         )
     else:
-        rule = optax.adamw(
+        adam = optax.nadamw if config.name == "nadam" else optax.adamw
+        rule = adam(
             schedule,
             b1=config.beta1,
             b2=config.beta2,

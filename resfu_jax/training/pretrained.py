@@ -3,7 +3,7 @@
 import fnmatch
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,22 +13,27 @@ from flax import nnx
 
 from resfu_jax.backbones import create_backbone
 from resfu_jax.convert import load_pretrained, read_entries
-from resfu_jax.model import create_model
 from resfu_jax.training.checkpoint import CheckpointError, Checkpoints
-from resfu_jax.training.config import BackboneConfig, Config, ConfigError, model_arguments
+from resfu_jax.training.config import BackboneConfig, Config, ConfigError
 from resfu_jax.training.state import blaming
 from resfu_jax.training.workdir import find_run
+
+Create = Callable[[int, nnx.Rngs], Any]
 
 _WEIGHTS = nnx.Any(nnx.Param, nnx.BatchStat)
 _CLASSIFIER = "decode_head.classifier.weight"  # of a published SegFormer: a row for every class
 
 
-def initial_weights(config: Config, num_classes: int) -> tuple[Any, str]:
+def initial_weights(
+    config: Config, num_classes: int, create_model: Create, parts: Mapping[str, Any] | None = None
+) -> tuple[Any, str]:
     """What a new run starts from, by `config.init_from` and `config.model.backbone.pretrained`.
 
     Args:
       config: an experiment.
       num_classes: of its dataset.
+      create_model: of a number of classes.
+      parts: arrays by name that are known already; `init_from` counts for more.
 
     Returns:
       Weights for `nnx.update(model, ...)`, None if there are none; and what to say of `init_from`.
@@ -37,7 +42,7 @@ def initial_weights(config: Config, num_classes: int) -> tuple[Any, str]:
       ConfigError: they are not there, or do not fit the model; names all that differs.
       CheckpointError: a checkpoint cannot be read.
     """
-    model = _abstract_model(config, num_classes)
+    model = _abstract(create_model, num_classes)
     variables = {
         _name(path): (path, v) for path, v in nnx.to_flat_state(nnx.state(model, _WEIGHTS))
     }
@@ -45,7 +50,7 @@ def initial_weights(config: Config, num_classes: int) -> tuple[Any, str]:
     said = ""
     if config.init_from is not None:
         with blaming("config.init_from"):
-            entries, source = _entries(config.init_from, config, num_classes)
+            entries, source = _entries(config.init_from, config, create_model, num_classes)
             shapes = {name: tuple(v.shape) for name, (_, v) in variables.items()}
             found, left = _fitting(entries, shapes, source, config.init_skip)
         said = f"starting from {source}: {len(found)} of {len(variables)} arrays"
@@ -59,6 +64,7 @@ def initial_weights(config: Config, num_classes: int) -> tuple[Any, str]:
         if backbone is not None:
             flat = nnx.to_flat_state(backbone)
             found = {_name(("backbone", *path)): value for path, value in flat} | found
+    found = dict(parts or {}) | found
     if not found:
         return None, said
     kept = [(path, v, found[name]) for name, (path, v) in variables.items() if name in found]
@@ -95,7 +101,9 @@ def _run(path: str) -> tuple[pathlib.Path, str] | None:
         return None
 
 
-def _entries(init_from: str, config: Config, num_classes: int) -> tuple[dict[str, Any], str]:
+def _entries(
+    init_from: str, config: Config, create_model: Create, num_classes: int
+) -> tuple[dict[str, Any], str]:
     """Arrays by the names of our modules, and what they are of."""
     if (run := _run(init_from)) is not None:
         workdir, which = run
@@ -113,11 +121,15 @@ def _entries(init_from: str, config: Config, num_classes: int) -> tuple[dict[str
         raise FileNotFoundError(f"no run of train.py, and no weights: {error}") from error
     if any(name.endswith(".kernel") for name in entries):  # PyTorch's are called weight
         return entries, init_from
-    return _published(init_from, entries, config, num_classes), init_from
+    return _published(init_from, entries, config, create_model, num_classes), init_from
 
 
 def _published(
-    init_from: str, entries: Mapping[str, Any], config: Config, num_classes: int
+    init_from: str,
+    entries: Mapping[str, Any],
+    config: Config,
+    create_model: Create,
+    num_classes: int,
 ) -> dict[str, Any]:
     """What a published file holds, by our names: encoder and decoder of a SegFormer, if the config
     is one with a linear head, else the backbone.
@@ -125,7 +137,7 @@ def _published(
     rows = [np.shape(value)[0] for name, value in entries.items() if name.endswith(_CLASSIFIER)]
     head = config.model.head
     decoder = bool(rows) and (head.name, head.project) == ("segformer", "linear")
-    model = _abstract_model(config, rows[0] if decoder else num_classes)
+    model = _abstract(create_model, rows[0] if decoder else num_classes)
     load_pretrained(init_from, model if decoder else model.backbone)
     flat = nnx.to_flat_state(nnx.state(model, _WEIGHTS))
     return {_name(p): v[...] for p, v in flat if isinstance(v.get_value(), jax.Array)}
@@ -168,12 +180,9 @@ def _fitting(
     )
 
 
-def _abstract_model(config: Config, num_classes: int) -> Any:
+def _abstract(create_model: Create, num_classes: int) -> Any:
     """The model in shapes."""
-    arguments = model_arguments(config.model)
-    return nnx.eval_shape(
-        lambda: create_model(**arguments, num_classes=num_classes, rngs=nnx.Rngs(0))
-    )
+    return nnx.eval_shape(lambda: create_model(num_classes, nnx.Rngs(0)))
 
 
 def _name(path: tuple) -> str:

@@ -243,16 +243,21 @@ class Reporter:
         if self._bar.disable:
             self.message(f"step {step}/{self._config.steps}  {self._shown}  {self._left(step)}")
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Reports validation metrics under `val/`."""
+    def evaluation(
+        self, step: int, metrics: Mapping[str, float], summary: Mapping[str, str]
+    ) -> None:
+        """Reports validation metrics under `val/`.
+
+        Args:
+          step: number of steps done.
+          metrics: all of them.
+          summary: those that are shown, with their names in words.
+        """
         if self._silent:
             return
         self._write(step, {f"val/{name}": value for name, value in metrics.items()})
-        self.message(
-            f"step {step}/{self._config.steps}  validation: mIoU {metrics['miou']:.4f}  "
-            f"boundary IoU {metrics['boundary_iou']:.4f}  "
-            f"pixel accuracy {metrics['pixel_accuracy']:.4f}"
-        )
+        shown = "  ".join(f"{words} {metrics[name]:.4f}" for name, words in summary.items())
+        self.message(f"step {step}/{self._config.steps}  validation: {shown}")
 
     def close(self) -> None:
         """Ends the bar and closes the files."""

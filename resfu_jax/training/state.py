@@ -1,7 +1,7 @@
 """The state of a run: everything that a checkpoint holds, as a pytree of arrays."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from resfu_jax.model import SegmentationModel, create_model
-from resfu_jax.training.config import Config, ConfigError, model_arguments
+from resfu_jax.training.config import Config, ConfigError
 
 State = dict[str, Any]
+Create = Callable[[nnx.Rngs], Any]  # a model with a filter `trainable`
 
 
-def split_model(model: SegmentationModel) -> tuple[nnx.GraphDef, State]:
+def split_model(model: Any) -> tuple[nnx.GraphDef, State]:
     """The model without its arrays, and these.
 
     `params` are those that learn, `rest` the others: batch statistics, dropout, a frozen backbone.
@@ -25,14 +25,14 @@ def split_model(model: SegmentationModel) -> tuple[nnx.GraphDef, State]:
     return graphdef, {"params": params, "rest": rest}
 
 
-def merge_model(graphdef: nnx.GraphDef, params: Any, rest: Any) -> SegmentationModel:
+def merge_model(graphdef: nnx.GraphDef, params: Any, rest: Any) -> Any:
     """The model with these arrays; to run it changes none of them."""
     return nnx.merge(graphdef, params, rest, copy=True)
 
 
 def create_state(
     config: Config,
-    num_classes: int,
+    create_model: Create,
     optimizer: optax.GradientTransformation,
     weights: Any = None,
 ) -> tuple[nnx.GraphDef, State]:
@@ -40,13 +40,11 @@ def create_state(
 
     Args:
       config: an experiment.
-      num_classes: of its dataset.
+      create_model: of its task.
       optimizer: of `create_optimizer`.
       weights: of `initial_weights`.
     """
-    model = create_model(
-        **model_arguments(config.model), num_classes=num_classes, rngs=nnx.Rngs(config.seed)
-    )
+    model = create_model(nnx.Rngs(config.seed))
     if weights is not None:
         nnx.update(model, weights)
     graphdef, arrays = split_model(model)
@@ -61,20 +59,27 @@ def create_state(
 
 
 def abstract_state(
-    config: Config, num_classes: int, optimizer: optax.GradientTransformation
+    config: Config,
+    create_model: Create,
+    optimizer: optax.GradientTransformation,
+    try_out: Callable[[Any], Any],
 ) -> tuple[nnx.GraphDef, State]:
-    """`create_state` in shapes and types only, of a model that takes crops of the config's size.
+    """`create_state` in shapes and types only, of a model that can be used.
+
+    Args:
+      config: an experiment.
+      create_model: of its task.
+      optimizer: of `create_optimizer`.
+      try_out: does with the model what a step does.
 
     Raises:
-      ValueError: options of the model that do not fit together, or not that size.
+      ValueError: options of the model that do not fit together, or not the size of crops.
     """
-    graphdef, state = jax.eval_shape(lambda: create_state(config, num_classes, optimizer))
-    crop = jax.ShapeDtypeStruct((1, *config.data.crop_size, 3), jnp.uint8)
+    graphdef, state = jax.eval_shape(lambda: create_state(config, create_model, optimizer))
     jax.eval_shape(
-        lambda params, rest, x: merge_model(graphdef, params, rest)(x),
+        lambda params, rest: try_out(merge_model(graphdef, params, rest)),
         state["params"],
         state["rest"],
-        crop,
     )
     return graphdef, state
 

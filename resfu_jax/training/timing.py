@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
+from resfu_jax.data import EvalBatches
 from resfu_jax.training.config import Config
 
 
@@ -96,3 +97,19 @@ class Stopwatch:
 def _multiples(first: int, last: int, of: int) -> int:
     """How many there are from the first number to the last."""
     return last // of - (first - 1) // of
+
+
+def evaluation_steps(config: Config, batches: EvalBatches) -> float:
+    """How many training steps an evaluation takes, roughly: by its pixels, without backward pass.
+
+    Args:
+      config: of the run.
+      batches: of the whole validation split.
+    """
+    protocol = config.eval
+    pixels = sum(height * width for _, (height, width) in batches.slots)
+    views = sum(scale**2 for scale in protocol.scales) * (1 + protocol.flip)
+    if protocol.mode == "slide" and protocol.crop and protocol.stride:
+        views *= math.prod(protocol.crop) / math.prod(protocol.stride)  # how windows overlap
+    of_a_step = config.batch_size * math.prod(config.data.crop_size)
+    return pixels * views / of_a_step / 3

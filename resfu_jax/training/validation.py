@@ -15,6 +15,8 @@ from resfu_jax.heads import check_head_options
 from resfu_jax.training.config import (
     Config,
     ConfigError,
+    LossConfig,
+    ObjectiveConfig,
     all_fields,
     create_inference,
     create_preprocess,
@@ -115,7 +117,10 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
     )
     require("data.on_corrupt", lambda v: v in ("raise", "skip"), "'raise' or 'skip'")
     require("model.dtype", lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
-    require("optimizer.name", lambda v: v in ("adamw", "sgd"), "'adamw' or 'sgd'")
+    names = ("adamw", "nadam", "sgd")
+    require("optimizer.name", lambda v: v in names, "'adamw', 'nadam' or 'sgd'")
+    tasks = ("segmentation", "features")
+    require("task", lambda v: v in tasks, "'segmentation' or 'features'")
     require("optimizer.layer_decay", lambda v: 0 < v <= 1, "above 0, at most 1")
     require(
         "optimizer.final_learning_rate",
@@ -190,10 +195,10 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         json.dumps(config.model.head.upsampler_options)
     except (ValueError, TypeError) as error:
         wrong.append(f"config.model.head.upsampler_options: {error}")
-    try:
-        check_head_options(config.model.head.name, given(config.model.head).keys() - {"name"})
-    except ValueError as error:
-        wrong.append(f"config.model.head: {error}")
+    if config.task == "features":
+        wrong += _features(config)
+    else:
+        wrong += _segmentation(config)
     try:
         classes = data.dataset_info(config.data.name, config.data.dir).num_classes
         require(
@@ -205,6 +210,60 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         wrong.append(f"config.data.name: {error}")
     if wrong:
         raise ConfigError("\n".join(wrong))
+
+
+def _segmentation(config: Config) -> list[str]:
+    """What is wrong for this task alone."""
+    wrong = []
+    default = ObjectiveConfig()
+    if config.objective != default:
+        wrong.append(
+            f"config.objective is {config.objective!r}; it has to be {default!r} unless "
+            "config.task is 'features'"
+        )
+    if config.model.head.pretrained is not None:
+        wrong.append(
+            f"config.model.head.pretrained is {config.model.head.pretrained!r}; it has to be None "
+            "unless config.task is 'features' (config.init_from starts from whole models)"
+        )
+    try:
+        options = given(config.model.head).keys() - {"name", "pretrained"}
+        check_head_options(config.model.head.name, options)
+    except ValueError as error:
+        wrong.append(f"config.model.head: {error}")
+    return wrong
+
+
+_OF_FEATURES = ("name", "upsampler", "upsampler_options", "pretrained", "width", "scale")
+
+
+def _features(config: Config) -> list[str]:
+    """Likewise."""
+    wrong = []
+    for name, value in vars(config.model.head).items():
+        if name not in _OF_FEATURES and value is not None:
+            wrong.append(
+                f"config.model.head.{name} is {value!r}; it has to be None where config.task is "
+                "'features', which has no head but the upsampler"
+            )
+    backbone = config.model.backbone
+    for name in ("frozen", "cache_features"):
+        value, needed = getattr(backbone, name), name == "frozen"
+        if value is not needed:
+            wrong.append(
+                f"config.model.backbone.{name} is {value!r}; it has to be {needed!r} where "
+                "config.task is 'features'"
+            )
+    if config.loss != LossConfig():
+        wrong.append(
+            f"config.loss is {config.loss!r}; it has to be {LossConfig()!r} where config.task is "
+            "'features', which has config.objective"
+        )
+    try:
+        json.dumps(config.objective.options)
+    except (ValueError, TypeError) as error:
+        wrong.append(f"config.objective.options: {error}")
+    return wrong
 
 
 def check_types(config: Config) -> None:

@@ -65,8 +65,11 @@ _NEVER_CHANGES = {
     "init_": "the run has started",
     "seed": "the order of the images follows from it",
     "data.name": "the checkpoint is of those classes and images",
+    "task": "the checkpoint is of that task",
+    "objective.name": "the checkpoint has the other one's parts",
     "optimizer.name": "the checkpoint has the other one's averages",
     "model.backbone.pretrained": "the run has started",
+    "model.head.pretrained": "the run has started",
     "model.": "the checkpoint is of that model",
 }
 _BUT = ("model.dtype", "model.remat", "model.backbone.cache_features")  # the same arrays
