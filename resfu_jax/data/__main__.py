@@ -124,7 +124,7 @@ def _print_prepared(name: str, data_dir: str | None) -> None:
     if info.examples not in (None, counts):
         print(f"warning: published are {info.examples[0]} and {info.examples[1]}; files missing?")
     pixels = label_pixels(name, data_dir)
-    if pixels is None:
+    if pixels is None or not info.num_classes:
         return
     classes, ignored = pixels[: info.num_classes], pixels[info.ignore_label]
     shares = classes / max(classes.sum(), 1)

@@ -9,6 +9,9 @@ label maps hold. Folders come from `OwnImages`, or are those of a manual folder 
     DIR/labels.txt              if the numbers in the label maps are not those of the class file:
                                 `255 = road` on each line, or `255 = ignore`
 
+Without label maps (`OwnImages(images=...)` alone), no pixel has a class: such images teach
+upsamplers, the task "features" of train.py.
+
 Without folders for validation or subfolders train and validation, a fifth of the images, at least
 one, is for validation. Which ones follows from checksums of their names, so it is the same on every
 machine.
@@ -103,7 +106,8 @@ class OwnImages:
 
     Attributes:
       images: folder of the images; None: `images` in the manual folder.
-      labels: folder of their label maps; None: `labels` in the manual folder.
+      labels: folder of their label maps; None: `labels` in the manual folder, or, for given
+        `images`, none.
       validation_images: folder of the images for validation. None: subfolders `train` and
         `validation` of the others, or a fifth of them.
       validation_labels: folder of their label maps.
@@ -115,7 +119,8 @@ class OwnImages:
         found classes are an error, which tells them.
 
     Raises:
-      ValueError: a folder without its counterpart, or a number that is none.
+      ValueError: label maps without images, of some images only, or options of label maps without
+        any; or a number that is none.
     """
 
     images: str | os.PathLike | None = None
@@ -131,13 +136,21 @@ class OwnImages:
         for pair in (("images", "labels"), ("validation_images", "validation_labels")):
             given = {name: getattr(self, name) for name in pair if getattr(self, name) is not None}
             for name, folder in given.items():
-                if len(given) == 1:
+                if pair[0] not in given:
                     raise ValueError(f"{' and '.join(pair)} go together, got only {name} {folder}.")
                 object.__setattr__(self, name, local_path(folder, name))
                 if not getattr(self, name).is_dir():
                     raise FileNotFoundError(f"{name} {folder} is not a folder.")
-            if given and getattr(self, pair[0]) == getattr(self, pair[1]):
+            if len(given) == 2 and getattr(self, pair[0]) == getattr(self, pair[1]):
                 raise ValueError(f"{' and '.join(pair)} must be two folders, got {folder} twice.")
+        if self.validation_images is not None and self.images is None:
+            raise ValueError("validation_images must be None unless images are given.")
+        if self.validation_images is not None and (self.labels is None) != (
+            self.validation_labels is None
+        ):
+            raise ValueError("labels and validation_labels must be given both, or neither.")
+        if self.unlabelled and (self.classes is not None or self.ignore_label is not None):
+            raise ValueError("classes and ignore_label must be None without labels.")
         if isinstance(self.classes, str | os.PathLike):
             object.__setattr__(self, "classes", local_path(self.classes, "classes"))
             if not self.classes.is_file():
@@ -148,6 +161,11 @@ class OwnImages:
         number = self.ignore_label
         if number is not None and not (is_integer(number) and 0 <= number <= 255):
             raise ValueError(f"ignore_label must be a number from 0 to 255, got {number!r}.")
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether there are images alone."""
+        return self.images is not None and self.labels is None
 
 
 @dataclass
@@ -210,6 +228,10 @@ or, with folders of any names, and classes that are found in the label maps,
         own, values = self._places(files)
         given = None if own.classes is None else read_classes(own.classes)
         splits, note = self._splits(own, files)
+        if own.unlabelled:
+            notes = [note, "without label maps, to teach upsamplers"]
+            self.info.metadata.update(class_names=[], palette=[], label_values={}, notes=notes)
+            return splits
         contents = _look_at(list(itertools.chain(*splits.values())), own.orientation)
         if given is None:
             given = read_classes(_confirmed(contents, own))
@@ -260,14 +282,16 @@ or, with folders of any names, and classes that are found in the label maps,
             source = f"of {own.validation_images}"
         elif there := [name for name in _SPLITS if (own.images / name).is_dir()]:
             names = {"train": "train", "validation": "val" if "val" in there else "validation"}
-            for name, place in itertools.product(names.values(), (own.images, own.labels)):
+            places = [own.images] if own.unlabelled else [own.images, own.labels]
+            for name, place in itertools.product(names.values(), places):
                 if not (place / name).is_dir():
                     raise self.missing(files, f"folder {place.name}/{name}")
             outside = [p for p in _files(own.images) if _part(p, own.images) not in names.values()]
             folders = " and ".join(str(own.images / name) for name in names.values())
             _tell(outside, f"files outside of {folders}")
             train, validation = (
-                _pairs(own.images / name, own.labels / name) for name in names.values()
+                _pairs(own.images / name, own.labels and own.labels / name)
+                for name in names.values()
             )
             source = f"of {own.images / names['validation']}"
         else:
@@ -386,12 +410,14 @@ def _key(path: PurePath) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _pairs(images: Path, labels: Path) -> list[RawExample]:
-    """Every image with its label map. Files that are neither are named in a warning."""
+def _pairs(images: Path, labels: Path | None) -> list[RawExample]:
+    """Every image with its label map, if any. Files that are neither are named in a warning."""
     found, others = [], []
     for path in _files(images):
         (found if path.suffix.lower() in SUFFIXES else others).append(path)
     _tell(others, f"files of {images} that are no images ({', '.join(SUFFIXES)})")
+    if labels is None:
+        return [RawExample(_key(path.relative_to(images)), path, None) for path in found]
     maps: dict[str, list[Path]] = {}
     for path in _files(labels):
         maps.setdefault(_key(path.relative_to(labels)), []).append(path)

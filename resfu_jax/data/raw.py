@@ -303,11 +303,11 @@ def visible(folder: RawPath) -> list[RawPath]:
 
 
 class RawExample(NamedTuple):
-    """The two files of one example."""
+    """The files of one example; without a label map, none of its pixels has a class."""
 
     id: str
     image: RawPath
-    label: RawPath
+    label: RawPath | None
 
 
 def pair_files(
@@ -332,7 +332,8 @@ def pair_files(
         RawExample(example_id, image, labels / f"{example_id}{label_end}")
         for example_id, image in zip(ids, found, strict=True)
     ]
-    check_files([e.label for e in examples], f"{labels} lacks", f"label maps of images in {images}")
+    paths = [e.label for e in examples if e.label is not None]
+    check_files(paths, f"{labels} lacks", f"label maps of images in {images}")
     return examples
 
 
@@ -528,22 +529,28 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder):
         with ThreadPoolExecutor(workers) as pool:  # PIL leaves Python's lock while it works
             for start in range(0, len(examples), 4 * workers):
                 chunk = examples[start : start + 4 * workers]
-                files = [(e, read_file(e.image), read_file(e.label)) for e in chunk]
+                files = [
+                    (e, read_file(e.image), None if e.label is None else read_file(e.label))
+                    for e in chunk
+                ]
                 for example_id, converted in pool.map(self._convert, files):
                     if converted is not None:
                         yield example_id, converted
 
-    def _convert(self, files: tuple[RawExample, bytes, bytes]) -> tuple[str, dict | None]:
+    def _convert(self, files: tuple[RawExample, bytes, bytes | None]) -> tuple[str, dict | None]:
         """The features of an example; None leaves it out."""
         example, image, label = files
         image = self.read_image(image, example.image)
-        raw = self.read_label(label, example.label)
-        classes = map_label(raw, self.table, example.label, self.TITLE)
         try:
             # All of it: a file that is cut short looks well until its end.
             size = images.open_image(image, f"the image {example.image}").size
         except images.ImageError as error:
             raise DataError(str(error)) from error
+        if label is None or example.label is None:
+            classes = np.full(size[::-1], 255, np.uint8)
+        else:
+            raw = self.read_label(label, example.label)
+            classes = map_label(raw, self.table, example.label, self.TITLE)
         if size != classes.shape[::-1]:
             raise DataError(
                 f"{example.image} and {example.label} "

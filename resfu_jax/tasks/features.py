@@ -39,6 +39,7 @@ class FeatureModel(nnx.Module):
       mean: mean of the three colours, in 0 .. 255.
       std: their standard deviation.
       stride: of the backbone.
+      channel_norm: features are normalised over their channels, without parameters.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class FeatureModel(nnx.Module):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         stride: int,
+        channel_norm: bool = False,
     ):
         self.backbone: Any = backbone
         self.head = head
         self.parts: Any = parts
         self.mean, self.std, self.stride = tuple(mean), tuple(std), stride
+        self.channel_norm = channel_norm
         self.frozen = True
 
     def __call__(self, images: Num[Array, "b H W 3"]) -> Float[Array, "b oh ow c"]:
@@ -68,7 +71,8 @@ class FeatureModel(nnx.Module):
     def features(self, images: Num[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
         """The backbone's last map, in float32."""
         maps = evaluating(self.backbone)(self.normalise(images))
-        return jax.lax.stop_gradient(maps[-1].astype(jnp.float32))
+        x = jax.lax.stop_gradient(maps[-1].astype(jnp.float32))
+        return jax.nn.standardize(x, axis=-1, epsilon=1e-5) if self.channel_norm else x
 
     def normalise(self, images: Num[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
         """(images - mean) / std, float32."""
@@ -143,7 +147,13 @@ class Features(Task):
         upsampler.set_attributes(use_running_average=False, raise_if_not_found=False)
         parts = self._objective.create_parts(width, self._stride, rngs)
         return FeatureModel(
-            backbone, upsampler, parts, mean=given["mean"], std=given["std"], stride=self._stride
+            backbone,
+            upsampler,
+            parts,
+            mean=given["mean"],
+            std=given["std"],
+            stride=self._stride,
+            channel_norm=self._objective.channel_norm,
         )
 
     def initial_weights(self) -> tuple[Any, str]:

@@ -34,6 +34,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from resfu_jax._checks import (
     check_count,
+    check_flag,
     check_not_negative,
     check_rate,
     check_whole,
@@ -47,7 +48,7 @@ from resfu_jax.ops.pool import adaptive_avg_pool
 from resfu_jax.ops.resize import resize
 from resfu_jax.self_supervised import dense_features
 
-Map = Float[Array, "b h w c"]
+Map = Float[Array, "_b _h _w c"]
 Batch = Mapping[str, Any]
 Images = UInt8[np.ndarray, "b H W 3"]
 Upsample = Callable[..., Map]  # as a `GuidedUpsampler` is called
@@ -59,6 +60,9 @@ class Objective(abc.ABC):
     The model has `features(images)`, the backbone's map, without gradient; `stride`; `head`, the
     upsampler; and `parts`, what `create_parts` made.
     """
+
+    channel_norm: bool = False
+    """Whether features are normalised over their channels before all else."""
 
     def create_parts(self, features: int, stride: int, rngs: nnx.Rngs) -> nnx.Module | None:
         """What learns beside the upsampler."""
@@ -383,6 +387,7 @@ class FeatUp(Objective):
       projection: random directions; 0 compares all channels.
       crf: weight of the last term.
       dropout: share of places that pooling does without attention.
+      channel_norm: features are normalised over their channels before all else.
     """
 
     views: int = 5
@@ -391,12 +396,14 @@ class FeatUp(Objective):
     projection: int = 30
     crf: float = 0.001
     dropout: float = 0.2
+    channel_norm: bool = True
 
     def __post_init__(self) -> None:
         check_whole(views=self.views, pad=self.pad)
         check_count(projection=self.projection)
         check_not_negative(zoom=self.zoom, crf=self.crf)
         check_rate(dropout=self.dropout)
+        check_flag(channel_norm=self.channel_norm)
         need(self.zoom >= 1, f"zoom must be at least 1, got {self.zoom}")
 
     def create_parts(self, features: int, stride: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -541,10 +548,10 @@ def jittered(
 def _taken(n: int, pad: int, zoom: Array, start: Array) -> Float[Array, "n n"]:
     """How much of each pixel of an axis is in each pixel of the window."""
     padded = n + 2 * pad
-    source = (start + jnp.arange(n, dtype=jnp.float32) + 0.5) / zoom - 0.5
+    source = ((start + jnp.arange(n)).astype(jnp.float32) + 0.5) / zoom - 0.5
     source = jnp.clip(source, 0, padded - 1)
     # A hat around each place, on the padded axis, folded back to the axis that was reflected.
-    hat = jnp.maximum(1 - jnp.abs(source[:, None] - jnp.arange(padded)[None]), 0)
+    hat = jnp.maximum(1 - jnp.abs(source[:, None] - jnp.arange(padded, dtype=jnp.float32)[None]), 0)
     mirrored = np.pad(np.arange(n), pad, mode="reflect")
     return hat @ np.eye(n, dtype=np.float32)[mirrored]
 

@@ -206,6 +206,11 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
             lambda v: v is None or len(v) == classes,
             f"one weight for each of the {classes} classes of {config.data.name!r}, or None",
         )
+        if not classes and config.task == "segmentation":
+            wrong.append(
+                f"config.data.name is {config.data.name!r}, images without label maps; it has to "
+                "be a dataset with classes, or config.task 'features'"
+            )
     except ValueError as error:
         wrong.append(f"config.data.name: {error}")
     if wrong:
