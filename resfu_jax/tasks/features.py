@@ -1,5 +1,6 @@
 """Learned upsampling of a frozen backbone's features, without labels."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -118,7 +119,7 @@ class Features(Task):
     """
 
     metric = "error"
-    blamed = "config.model.head or config.objective"
+    blamed = "config.model or config.objective"
     summary = dict(error="error", bilinear_error="of bilinear", cosine="cosine")
 
     def __init__(self, config: Config):
@@ -256,12 +257,15 @@ class Features(Task):
 
     def metrics(self, counts: ErrorSums) -> dict[str, float]:
         """Shares of the variance, and the mean cosine."""
-        sums: Any = jax.tree.map(lambda x: np.asarray(x, np.float64), counts)
-        variance = np.maximum(sums.squares - sums.target**2 / sums.places, 1e-12)
+        places, target, squares, errors, bilinear, cosine = (
+            np.asarray(getattr(counts, field.name), np.float64)
+            for field in dataclasses.fields(counts)
+        )
+        variance = np.maximum(squares - target**2 / places, 1e-12)
         return {
-            "error": float((sums.errors / variance).mean()),
-            "bilinear_error": float((sums.bilinear / variance).mean()),
-            "cosine": float(sums.cosine / sums.places),
+            "error": float((errors / variance).mean()),
+            "bilinear_error": float((bilinear / variance).mean()),
+            "cosine": float(cosine / places),
         }
 
     def draw_pictures(self, batch: Batch, drawn: Any, most: int) -> list[np.ndarray]:
