@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +125,7 @@ class Inference:
         views = [(s, mirrored) for s in self.scales for mirrored in (False, True)[: 1 + self.flip]]
         if len(views) == 1:
             return self._view(apply, images, sizes, preprocess, *views[0])
-        total = None
+        total: Any = None
         for view in views:
             logits = self._view(apply, images, sizes, preprocess, *view)
             if logits.shape[3] < 2:
@@ -149,6 +149,7 @@ class Inference:
                 ratio = [jnp.array(n, sizes.dtype)[None, :] for n in (scaled, size)]
                 scaled_sizes = -(-sizes * ratio[0] // ratio[1])
         if self.in_windows(*images.shape[1:3]):
+            assert self.crop is not None and self.stride is not None  # as they were checked
             logits = slide(
                 apply,
                 images,
@@ -229,7 +230,7 @@ def slide(
     _check_logits(logits, windows.shape)
     dtype = at_least_float32(logits.dtype)
 
-    def step(total: Array, window: tuple[Array, Array, Array]) -> tuple[Array, None]:
+    def step(total: Array, window: tuple[Any, Any, Any]) -> tuple[Array, Any]:
         row, column, exists = window
         tops, lefts = jnp.take(y, row, axis=1), jnp.take(x, column, axis=1)
         used = jnp.take(y_used, row, axis=1) & jnp.take(x_used, column, axis=1) & exists[None, :]
@@ -279,7 +280,7 @@ def _cut(image: Array, top: Array, left: Array, crop: tuple[int, int]) -> Array:
 
 def _add(total: Array, window: Array, top: Array, left: Array) -> Array:
     """`total` with `window` added at (top, left)."""
-    there = _cut(total, top, left, window.shape[:2])
+    there = _cut(total, top, left, (window.shape[0], window.shape[1]))
     return jax.lax.dynamic_update_slice(total, there + window, (top, left, jnp.zeros_like(top)))
 
 
