@@ -243,7 +243,8 @@ class Exported:
           ValueError: inputs of another number, type or shape.
         """
         if len(inputs) != len(self._inputs):
-            raise ValueError(f"the model takes {self._takes()}; it was given {len(inputs)}")
+            given = f"{len(inputs)} array{'s' * (len(inputs) != 1)}"
+            raise ValueError(f"the model takes {self._takes()}, got {given}")
         inputs = [x if isinstance(x, jax.Array) else np.asarray(x) for x in inputs]
         for x, aval in zip(inputs, self._inputs, strict=True):
             fixed = [(i, n) for i, n in enumerate(aval.shape) if isinstance(n, int)]

@@ -115,6 +115,24 @@ def test_an_image_in_a_padded_batch_gets_its_own_windows():
             np.testing.assert_allclose(result[:h, :w], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("n, expected", [(1, 3), (2, 2), (8, 1)])
+def test_windows_of_the_padding_alone_take_no_time(n, expected):
+    """Of 2 x 4 in the array, the images have 1 x 3 and 2 x 1."""
+    seen = []
+
+    def apply(images):
+        jax.debug.callback(lambda: seen.append(images.shape[0]))
+        return per_window(images)
+
+    sizes = jnp.array([[8, 24], [16, 8]])
+    run = jax.jit(
+        lambda x, s: slide(apply, x, crop=(8, 8), stride=(8, 8), sizes=s, windows_per_step=n)
+    )
+    jax.block_until_ready(run(draw((2, 16, 32)), sizes))
+    jax.effects_barrier()
+    assert seen == [2 * n] * expected
+
+
 @pytest.mark.parametrize("sizes", [None, [[13, 17], [9, 8]]])
 def test_slide_under_x64(sizes):
     """Where a literal is an int64."""
