@@ -53,7 +53,8 @@ COORDINATOR = flags.DEFINE_string("coordinator_address", None, "By hand: host:po
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "By hand: how many there are.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "By hand: which one this is, from 0.")
 
-Arrays = dict[str, jax.Array]
+Batch = dict[str, Any]  # arrays; `features`, where they are cached, is a tuple of them
+Metrics = dict[str, jax.Array]
 
 
 def run(
@@ -111,11 +112,11 @@ def run(
     stop.check()
 
     # --------------------------------------------------------------------------------- update step
-    def train_step(state: training.State, batch: Arrays) -> tuple[training.State, Arrays]:
+    def train_step(state: training.State, batch: Batch) -> tuple[training.State, Metrics]:
         # The parts of an accumulated batch divide by the weight of the whole.
         weight = task.weight(batch)
 
-        def loss_fn(params: Any, rest: Any, part: Arrays) -> tuple[jax.Array, Any]:
+        def loss_fn(params: Any, rest: Any, part: Batch) -> tuple[jax.Array, Any]:
             model = training.merge_model(graphdef, layout.gather(params), rest)
             loss = task.loss(model, part, weight)
             return loss, training.split_model(model)[1]["rest"]
@@ -135,12 +136,11 @@ def run(
             "learning_rate": schedule(state["step"]),
         }
         new = {"step": state["step"] + 1, "params": params, "rest": rest, "optimizer": moments}
-        if "ema" in state:
-            decay = config.optimizer.ema_decay
+        if (decay := config.optimizer.ema_decay) is not None:
             new["ema"] = training.update_ema(state["ema"], params, state["step"], decay)
         return new, metrics
 
-    compiled_step = jax.jit(
+    compiled_step: Any = jax.jit(
         train_step,
         in_shardings=(shardings, layout.over_batch),
         out_shardings=(shardings, layout.replicated),
@@ -148,12 +148,12 @@ def run(
     )
 
     # ---------------------------------------------------------------------------------- evaluation
-    def eval_step(state: training.State, batch: Arrays) -> tuple[Any, jax.Array]:
+    def eval_step(state: training.State, batch: Batch) -> tuple[Any, Any]:
         params = layout.gather(state.get("ema", state["params"]))
         model = evaluating(training.merge_model(graphdef, params, state["rest"]))
         return task.evaluate(model, batch)
 
-    eval_step = jax.jit(eval_step, out_shardings=(layout.replicated, layout.over_batch))
+    compiled_eval: Any = jax.jit(eval_step, out_shardings=(layout.replicated, layout.over_batch))
 
     def evaluate(step: int, state: training.State) -> dict[str, float]:
         counts = task.no_counts()
@@ -163,12 +163,13 @@ def run(
             stop.check(ask=i % 10 == 0)
             batch = task.draw_for_evaluation(batch)
             inputs = layout.to_devices(with_features(batch) if task.sees_whole_images else batch)
-            batch_counts, predictions = eval_step(state, inputs)
+            batch_counts, predictions = compiled_eval(state, inputs)
             counts = counts.merge(batch_counts)
             pictures.draw(batch, predictions)
         return task.metrics(counts)
 
     if mode == "eval":
+        assert start is not None  # as above
         state = checkpoints.restore(start, abstract)
         with_features = training.feature_lookup(config, layout, graphdef, state)
         metrics = evaluate(start, state)
@@ -210,7 +211,7 @@ def run(
     for text in filter(None, [origin, *changes]):
         reporter.message(text)
     compiled_step = reporter.announced("training step", compiled_step)
-    eval_step = reporter.announced("evaluation", eval_step)
+    compiled_eval = reporter.announced("evaluation", compiled_eval)
     stop.check()
     profile = training.Profile(config.profile, workdir / "profile")
     window = training.MetricsWindow(checkpoints)
@@ -329,6 +330,7 @@ def main(argv: list[str]) -> None:
             with training.dry_run(CONFIG.value) as (config, workdir):
                 run(config, workdir, "train", "latest", stop)
         else:
+            assert WORKDIR.value is not None  # see the validator
             workdir = training.find_workdir(WORKDIR.value, new=MODE.value == "train")
             changes = WITH_CHANGES.value
             run(CONFIG.value, workdir, MODE.value, CHECKPOINT.value, stop, with_changes=changes)
@@ -336,6 +338,8 @@ def main(argv: list[str]) -> None:
         if training.is_main_process():
             print(f"{stopped}; the same command continues", file=sys.stderr)
         sys.exit(128 + stopped.number)
+    except BrokenPipeError:
+        raise  # `readers_may_leave` answers it
     except (
         training.ConfigError,
         training.CheckpointError,
@@ -354,4 +358,5 @@ if __name__ == "__main__":
         lambda given: given["workdir"] or given["dry_run"],
         message="--workdir has to name a directory, unless there is --dry_run.",
     )
-    app.run(main, flags_parser=parse_flags)
+    with training.readers_may_leave():
+        app.run(main, flags_parser=parse_flags)

@@ -41,11 +41,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from flax import nnx
 from matplotlib.cbook import get_sample_data
-from PIL import Image, ImageOps
 
 import resfu_jax
 from resfu_jax.backbones import ViT
 from resfu_jax.convert import load_pretrained
+from resfu_jax.images import read_image
 from resfu_jax.self_supervised import GuidedUpsampler, extractor, fit, fitted
 from resfu_jax.upsamplers import upsampler_entry
 from resfu_jax.visualize import PCA
@@ -57,17 +57,18 @@ print("JAX", jax.__version__, "on", jax.devices())
 # ## The photo
 #
 # Name a file, or write `"upload"` on Colab. The default is a photo that comes with matplotlib. Its sides become
-# multiples of 16, the patches.
+# multiples of 16, the patches. It is turned as its EXIF data say, so as viewers show it, unless `ORIENTATION` is False.
 
 # %%
 PHOTO = ""
+ORIENTATION = True
 
 if PHOTO == "upload":
     from google.colab import files
 
     PHOTO = next(iter(files.upload()))
-with Image.open(PHOTO or get_sample_data("grace_hopper.jpg")) as file:
-    photo = np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+default = get_sample_data("grace_hopper.jpg", asfileobj=False)
+photo = read_image(PHOTO or default, orientation=ORIENTATION)
 image = fitted(photo, side=128 if SMALL else 320, multiple=16)
 print(photo.shape, "->", image.shape)
 

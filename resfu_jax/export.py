@@ -98,7 +98,7 @@ def export_model(
         )
     size = windows["crop"] if windows else size
     check_classes(class_names, palette)
-    changes = {} if multiple is None else {"multiple": multiple}
+    changes: dict[str, Any] = {} if multiple is None else {"multiple": multiple}
     if preprocess is None:
         preprocess = preprocess_of(model, **changes)
     elif not isinstance(preprocess, Preprocess):
@@ -165,7 +165,9 @@ def export_module(
     Raises:
       ValueError: an argument is wrong, or the module cannot be traced for such sizes.
     """
-    meta = {"output": None, "preprocess": None, "windows": None, "class_names": [], "palette": []}
+    meta: dict[str, Any] = dict(
+        output=None, preprocess=None, windows=None, class_names=[], palette=[]
+    )
     return _write(module, lambda y: y, _checked_path(path), inputs, constraints, platforms, meta)
 
 
@@ -198,7 +200,8 @@ def _write(
         raise ValueError(f"platforms must be of cpu, cuda, rocm and tpu, got {platforms!r}")
     specs = _specs(inputs, constraints)
     # Evaluation draws no random numbers: the shapes of the random state are enough.
-    graphdef, state, random = nnx.split(evaluating(module), nnx.Not(nnx.RngState), ...)
+    graphdef, *states = nnx.split(evaluating(module), nnx.Not(nnx.RngState), ...)
+    state, random = states
     random = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random)
     variables = {".".join(map(str, path)): (path, v) for path, v in nnx.to_flat_state(state)}
     weights = {name: np.asarray(v[...]) for name, (_, v) in variables.items()}

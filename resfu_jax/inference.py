@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +125,7 @@ class Inference:
         views = [(s, mirrored) for s in self.scales for mirrored in (False, True)[: 1 + self.flip]]
         if len(views) == 1:
             return self._view(apply, images, sizes, preprocess, *views[0])
-        total = None
+        total: Any = None
         for view in views:
             logits = self._view(apply, images, sizes, preprocess, *view)
             if logits.shape[3] < 2:
@@ -149,6 +149,7 @@ class Inference:
                 ratio = [jnp.array(n, sizes.dtype)[None, :] for n in (scaled, size)]
                 scaled_sizes = -(-sizes * ratio[0] // ratio[1])
         if self.in_windows(*images.shape[1:3]):
+            assert self.crop is not None and self.stride is not None  # as they were checked
             logits = slide(
                 apply,
                 images,
@@ -182,8 +183,9 @@ def slide(
     0, stride, 2 stride, ..., the last moved back to end at the border, as in MMSegmentation. An
     image smaller than the window is padded at the bottom and right with the mean colour.
 
-    `apply` is compiled once, for `b * windows_per_step` windows; a scan takes it over the image.
-    The mean is computed in float32 at least.
+    `apply` is compiled once, for `b * windows_per_step` windows; a loop takes it over the images,
+    until the one with most windows has had its last: those of the padding alone take no time. The
+    mean is computed in float32 at least.
 
     Args:
       apply: images `(n, *crop, 3)` to logits `(n, *crop, k)`: a model, set to evaluation, or a
@@ -193,7 +195,8 @@ def slide(
       stride: pixels between windows, down and across; at most `crop`.
       windows_per_step: windows of each image that pass through `apply` at once.
       sizes: height and width of each image before it was padded at the bottom and right: each has
-        windows of its own, and padding beyond all of them gets zeros. None: no padding.
+        windows of its own, and padding beyond all of them gets zeros. None: no padding. (If they
+        are traced, there are forward derivatives only.)
       preprocess: has the mean colour. None: that of the model `apply`, see `preprocess_of`.
 
     Raises:
@@ -202,7 +205,7 @@ def slide(
     color = (preprocess or preprocess_of(apply)).pad_color
     if isinstance(apply, nnx.Module):
         # Modules are bound to the trace they are in: `nnx.remat` updates them, and could not in a
-        # scan. So a copy is made there.
+        # loop. So a copy is made there.
         graphdef, state = nnx.split(apply)
         apply = lambda images: nnx.merge(graphdef, state, copy=True)(images)  # noqa: E731
     _check_images(images, sizes)
@@ -210,6 +213,7 @@ def slide(
     _check_pair("stride", stride, crop)
     _check_count("windows_per_step", windows_per_step)
     batch, height, width, _ = images.shape
+    padded = sizes is not None
     if sizes is None:
         sizes = jnp.broadcast_to(jnp.array([[height, width]]), (batch, 2))
     images = _pad(images, crop, color)
@@ -217,22 +221,24 @@ def slide(
         _starts(sizes[:, a], images.shape[a + 1], crop[a], stride[a]) for a in (0, 1)
     )
 
-    # The grid of windows in equal steps; numbers beyond the grid repeat its last window, unused.
-    grid = y.shape[1] * x.shape[1]
-    steps = -(-grid // windows_per_step)
-    n = -(-grid // steps)
-    numbers = np.arange(steps * n, dtype=np.int32).reshape(steps, n)
-    rows, columns = np.divmod(np.minimum(numbers, grid - 1), np.int32(x.shape[1]))
+    # The windows of each image row by row, in equal steps of n.
+    rows, columns = (used.sum(axis=1, dtype=jnp.int32)[:, None] for used in (y_used, x_used))
+    steps = -(-y.shape[1] * x.shape[1] // windows_per_step)
+    n = -(-y.shape[1] * x.shape[1] // steps)
+    if padded:
+        steps = -(-jnp.max(rows * columns) // n)
 
     windows = jax.ShapeDtypeStruct((batch * n, *crop, 3), images.dtype)
     logits = jax.eval_shape(apply, windows)
     _check_logits(logits, windows.shape)
     dtype = at_least_float32(logits.dtype)
 
-    def step(total: Array, window: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        row, column, exists = window
-        tops, lefts = jnp.take(y, row, axis=1), jnp.take(x, column, axis=1)
-        used = jnp.take(y_used, row, axis=1) & jnp.take(x_used, column, axis=1) & exists[None, :]
+    def step(i: Array, total: Array) -> Array:
+        numbers = i.astype(jnp.int32) * n + jnp.arange(n, dtype=jnp.int32)[None, :]
+        row, column = jnp.divmod(numbers, columns)
+        used = row < rows  # those beyond repeat windows
+        tops = jnp.take_along_axis(y, row, axis=1, mode="clip")
+        lefts = jnp.take_along_axis(x, column, axis=1)
         of_image = jax.vmap(_cut, in_axes=(None, 0, 0, None))
         cut = jax.vmap(of_image, in_axes=(0, 0, 0, None))(images, tops, lefts, crop)
         logits = apply(cut.reshape(windows.shape)).astype(dtype)
@@ -243,10 +249,10 @@ def slide(
             take = lambda values: jax.lax.dynamic_index_in_dim(values, i, 1, keepdims=False)  # noqa: E731
             return jax.vmap(_add)(total, take(logits), take(tops), take(lefts))
 
-        return jax.lax.fori_loop(0, n, add, total), None
+        return jax.lax.fori_loop(0, n, add, total)
 
     total = jnp.zeros((*images.shape[:3], logits.shape[3]), dtype)
-    total, _ = jax.lax.scan(step, total, (rows, columns, numbers < grid))
+    total = jax.lax.fori_loop(0, steps, step, total)
     down = _coverage(y, y_used, crop[0], images.shape[1])
     across = _coverage(x, x_used, crop[1], images.shape[2])
     windows_there = (down[:, :, None] * across[:, None, :])[..., None]
@@ -279,7 +285,7 @@ def _cut(image: Array, top: Array, left: Array, crop: tuple[int, int]) -> Array:
 
 def _add(total: Array, window: Array, top: Array, left: Array) -> Array:
     """`total` with `window` added at (top, left)."""
-    there = _cut(total, top, left, window.shape[:2])
+    there = _cut(total, top, left, (window.shape[0], window.shape[1]))
     return jax.lax.dynamic_update_slice(total, there + window, (top, left, jnp.zeros_like(top)))
 
 

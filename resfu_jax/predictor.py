@@ -92,7 +92,7 @@ class _Item:
     index: int
     id: str
     path: pathlib.Path | None
-    pixels: np.ndarray | None = None
+    pixels: Any = None  # uint8 array (h, w, 3), once it is read
     error: ImageError | None = None
     size: tuple[int, int] = (0, 0)  # before scaling
 
@@ -311,7 +311,10 @@ class Predictor:
         results: dict[int, Prediction] = {}
         errors: dict[int, ImageError] = {}
         for index, result in self._stream(images, probabilities, features):
-            (errors if isinstance(result, ImageError) else results)[index] = result
+            if isinstance(result, ImageError):
+                errors[index] = result
+            else:
+                results[index] = result
         if errors and (alone or not results and isinstance(images, str | os.PathLike)):
             raise errors[min(errors)]
         return Predictions(
@@ -528,7 +531,9 @@ def _floating(dtype: Any) -> str:
         name = jnp.dtype(dtype).name
     except TypeError:
         name = repr(dtype)
-    known = ("float32", "bfloat16", "float16", *["float64"] * jax.config.jax_enable_x64)
+    known = ("float32", "bfloat16", "float16")
+    if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        known += ("float64",)
     if name not in known:
         raise ValueError(f"dtype must be one of {', '.join(known)}, or None, got {name}")
     return name

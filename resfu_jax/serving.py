@@ -122,7 +122,8 @@ class Preprocess:
     @property
     def pad_color(self) -> tuple[int, int, int]:
         """The mean colour, rounded: about zero once it is normalised."""
-        return tuple(round(value) for value in self.mean)
+        red, green, blue = map(round, self.mean)
+        return red, green, blue
 
     @property
     def resizes(self) -> bool:
@@ -242,7 +243,8 @@ class Exported:
           ValueError: inputs of another number, type or shape.
         """
         if len(inputs) != len(self._inputs):
-            raise ValueError(f"the model takes {self._takes()}, got {len(inputs)} arrays")
+            given = f"{len(inputs)} array{'s' * (len(inputs) != 1)}"
+            raise ValueError(f"the model takes {self._takes()}, got {given}")
         inputs = [x if isinstance(x, jax.Array) else np.asarray(x) for x in inputs]
         for x, aval in zip(inputs, self._inputs, strict=True):
             fixed = [(i, n) for i, n in enumerate(aval.shape) if isinstance(n, int)]
@@ -288,7 +290,8 @@ class Exported:
                 images.shape[1:3], crop, self._windows["stride"], strict=True
             )
         ]
-        total, count = 0.0, np.zeros((*images.shape[1:3], 1), np.float32)
+        total: Any = 0.0  # until the number of classes is known
+        count = np.zeros((*images.shape[1:3], 1), np.float32)
         for top, left in itertools.product(*starts):
             window = np.s_[:, top : top + height, left : left + width]
             logits = np.asarray(self.call(images[window]))
@@ -314,7 +317,8 @@ class Exported:
                     f"the model takes {self._takes()}, or smaller images, got {height}x{width}"
                 )
             wanted.append(side if isinstance(side, int) else self.preprocess.padded_side(n))
-        return tuple(wanted)
+        height, width = wanted
+        return height, width
 
     def _takes(self) -> str:
         return " and ".join(f"{name} {spec}" for name, spec in self.meta["inputs"].items())
@@ -415,7 +419,8 @@ def _check_meta(meta: Any) -> None:
 
     def windows(value: Any) -> bool:
         """Whether they are of pixels, and no stride leaves any out."""
-        sides = [value.get(name) for name in ("crop", "stride")] if isinstance(value, dict) else []
+        names = ("crop", "stride") if isinstance(value, dict) else ()
+        sides: list[Any] = [value.get(name) for name in names]
         pairs = [isinstance(pair, list) and len(pair) == 2 for pair in sides]
         return (
             bool(sides)
@@ -490,7 +495,7 @@ def _check_program(exported: jax.export.Exported, meta: dict[str, Any]) -> None:
     weights, *inputs = jax.tree.unflatten(exported.in_tree, exported.in_avals)[0]
     if len(inputs) != len(meta["inputs"]):
         raise ValueError(
-            f"{META} names {len(meta['inputs'])} inputs, the program has {len(inputs)}"
+            f"{META}: inputs has length {len(meta['inputs'])}, the program takes {len(inputs)}"
         )
     if meta["preprocess"] is None:
         return
@@ -511,4 +516,4 @@ def _check_program(exported: jax.export.Exported, meta: dict[str, Any]) -> None:
     classes = output.shape[3] if len(output.shape) == 4 else None
     for name in ("class_names", "palette"):
         if classes and len(meta[name]) not in (0, classes):
-            raise ValueError(f"{META}: {name} has {len(meta[name])} entries for {classes} classes")
+            raise ValueError(f"{META}: {name} has length {len(meta[name])}, not {classes}")

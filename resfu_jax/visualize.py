@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
@@ -28,8 +29,8 @@ def colorize(
     ignore_label: int = 255,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The colour of each pixel's class; ignored pixels are hatched in white and dark grey."""
-    y, x = np.indices(labels.shape)
-    hatch = np.where(((y + x) // 3 % 2)[..., None], 255, 64).astype(np.uint8)
+    diagonal = np.indices(labels.shape).sum(axis=0)
+    hatch = np.where(diagonal // 3 % 2, 255, 64).astype(np.uint8)[..., None]
     ignored = labels == ignore_label
     colors = np.asarray(palette, np.uint8)[np.where(ignored, 0, labels)]
     return np.where(ignored[..., None], hatch, colors)
@@ -55,7 +56,7 @@ def side_by_side(
 
 
 def compare_predictions(
-    path: Path, pictures: Mapping[str, Sequence[Path]], *, gap: int = 4, **layout: float
+    path: Path, pictures: Mapping[str, Sequence[Path]], *, gap: int = 4, **layout: Any
 ) -> None:
     """Image | label | prediction of each model, a row for every image.
 
@@ -117,7 +118,8 @@ def save_grid(
         top += title_height + height
         for i, (title, picture) in enumerate(row):
             box = (i * (width + space), whole[1] - top, width, height)
-            axes = figure.add_axes([a / b for a, b in zip(box, whole * 2, strict=True)])
+            left, bottom, across, up = (a / b for a, b in zip(box, whole * 2, strict=True))
+            axes = figure.add_axes((left, bottom, across, up))
             axes.imshow(picture, aspect="auto")
             axes.axis("off")
             axes.set_title(title, fontsize=9, pad=3, parse_math=False)
@@ -247,14 +249,14 @@ class Window:
           features: height and width of the features.
           rows: at most.
         """
-        cell = tuple(n // m for n, m in zip(image, features, strict=True))
+        cell = image[0] // features[0], image[1] // features[1]
         count = min(rows, features[0])
         counts = (count, min(features[1], max(1, round(count * features[1] / features[0]))))
         spans = []
         for p, n, size, side in zip(pixel, counts, features, cell, strict=True):
             first = min(max(p // side - n // 2, 0), size - n)
             spans.append((first, first + n))
-        return cls(tuple(pixel), cell, *spans)
+        return cls((pixel[0], pixel[1]), cell, *spans)
 
     def show(
         self,

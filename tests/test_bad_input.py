@@ -464,7 +464,7 @@ DATA: list[Bad] = [
     Bad("prepare", "manual_dir", "/no/such", from_manual_dir, "is not a folder", OSError),
     Bad("prepare", "manual_dir", "s3://b/x", from_manual_dir, "of this machine"),
     # One's own images.
-    own("classes.txt", b"a\n", "1 classes; it needs 2"),
+    own("classes.txt", b"a\n", "1 class; it needs 2"),
     own("classes.txt", "Stra\xdfe\nb\n".encode("latin-1"), "line 1: this is not UTF-8"),
     own("classes.txt", "a\nb\n".encode("utf-16-be"), "null characters"),
     own("classes.txt", b"a\na\n", "line 2: the class 'a' is there twice"),
@@ -497,7 +497,7 @@ DATA: list[Bad] = [
     Bad(
         *("prepare", "labels", turned()),
         lambda value, tmp_path: prepare_own_images(tmp_path, **{"images/4.png": value}),
-        *("lacks 1 label maps of images.*4.png", FileNotFoundError),
+        *("lacks 1 label map of images.*4.png", FileNotFoundError),
     ),
     # Single images.
     Bad("read_image", "source", None, READ, "path or the bytes of a file, got NoneType"),

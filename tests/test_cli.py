@@ -77,6 +77,42 @@ def test_commands_have_help_with_examples(capsys, name):
     assert f"usage: resfu {name}" in text and re.search(rf"^resfu {name} ?", text, re.M)
 
 
+@pytest.mark.parametrize(
+    ("command", "both"),
+    [
+        ("resfu_jax --help", False),
+        ("resfu_jax --version", True),
+        ("resfu_jax upsamplers --help", False),
+        ("resfu_jax train --helpshort", False),
+        ("resfu_jax.train --helpshort", False),
+        ("resfu_jax.data --data-dir HERE list", False),
+    ],
+)
+def test_a_reader_that_leaves_ends_a_command_quietly(command, both, tmp_path):
+    """As in `resfu --help | true`; with both, stderr goes there too."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        result = subprocess.run(
+            [sys.executable, "-m", *command.replace("HERE", str(tmp_path)).split()],
+            cwd=ROOT,
+            stdout=closed,
+            stderr=closed if both else subprocess.PIPE,
+            text=True,
+        )
+    assert result.returncode == 1
+    assert not result.stderr
+
+
+def test_other_broken_pipes_are_told(monkeypatch, capfd):
+    def of_a_worker(*_, **__):
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setattr("tyro.cli", of_a_worker)
+    assert main(["upsamplers"]) == 1
+    assert capfd.readouterr().err == "error: of a worker\n"
+
+
 def test_train_is_the_script(monkeypatch):
     """Also in a wheel, which has the file that the link in the package leads to."""
     assert (ROOT / "resfu_jax" / "train.py").samefile(ROOT / "train.py")
@@ -93,7 +129,7 @@ def test_predict_writes_labels_and_overlays(run, photos, tmp_path, capsys):
     status = main(["predict", str(photos), "--checkpoint", str(run), "--out", str(out)])
     output = capsys.readouterr()
     assert status == 0, output
-    assert "3 images in" in output.out and "compiling 2 sizes" in output.out
+    assert "3 images in" in output.out and "for compiling 2 sizes" in output.out
     assert re.search("^compiling for 32x32 pixels$", output.err, re.M)
     assert "96x128 pixels, seen in windows of 32x32 as in training; --mode whole" in output.err
     predictor = Predictor.from_checkpoint(run)
@@ -332,7 +368,7 @@ def test_a_real_process(run, photos, tmp_path):
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    assert "1 images in" in result.stdout and "Traceback" not in result.stderr
+    assert "1 image in" in result.stdout and "Traceback" not in result.stderr
     (expected,) = Predictor.from_checkpoint(run, devices=jax.devices()[:1]).predict(
         photos / "a.png"
     )

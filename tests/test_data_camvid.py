@@ -92,7 +92,7 @@ def test_a_coloured_label_file_stops_the_build(tmp_path):
 def test_a_missing_label_file_is_named(tmp_path):
     raw = _fabricate(tmp_path / "raw")
     (raw / "trainannot" / "0006R0_2.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks 1 label maps .*0006R0_2\.png"):
+    with pytest.raises(FileNotFoundError, match=r"lacks 1 label map .*0006R0_2\.png"):
         prepare("camvid", tmp_path, raw)
 
 

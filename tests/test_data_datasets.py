@@ -184,13 +184,13 @@ def test_a_missing_archive_is_named(name, archive, lacks, raw, tmp_path):
 @pytest.mark.parametrize(
     "name, file, message",
     [
-        ("ade20k", "annotations/training/ADE_train_00000002.png", "lacks 1 label maps .*00002.png"),
-        ("cityscapes", "bochum_000001_000019_gtFine_labelIds.png", "lacks 1 label maps of images"),
-        ("voc", "JPEGImages/2007_000001.jpg", "lacks 1 images of train: 2007_000001.jpg"),
-        ("voc", "SegmentationClass/2007_001002.png", "lacks 1 label maps of validation"),
+        ("ade20k", "annotations/training/ADE_train_00000002.png", "lacks 1 label map .*00002.png"),
+        ("cityscapes", "bochum_000001_000019_gtFine_labelIds.png", "lacks 1 label map of images"),
+        ("voc", "JPEGImages/2007_000001.jpg", "lacks 1 image of train: 2007_000001.jpg"),
+        ("voc", "SegmentationClass/2007_001002.png", "lacks 1 label map of validation"),
         ("voc", "ImageSets/Segmentation/val.txt", "no list of images .*Segmentation/val.txt"),
-        ("voc/train_aug", "cls/2008_000001.mat", "lacks 1 label maps of train: 2008_000001.mat"),
-        ("oxford_pet", "annotations/trimaps/beagle_1.png", "lacks 1 trimaps of train: beagle_1"),
+        ("voc/train_aug", "cls/2008_000001.mat", "lacks 1 label map of train: 2008_000001.mat"),
+        ("oxford_pet", "annotations/trimaps/beagle_1.png", "lacks 1 trimap of train: beagle_1"),
         ("oxford_pet", "annotations/test.txt", "no list annotations/test.txt"),
     ],
 )

@@ -8,6 +8,7 @@ import unicodedata
 
 import numpy as np
 import pytest
+from own_images import NAME, both_folders, decoded, examples, flat, photos_and_masks, save
 from PIL import Image, ImageOps
 
 from resfu_jax.data import (
@@ -19,34 +20,19 @@ from resfu_jax.data import (
     dataset_info,
     eval_batches,
     is_prepared,
-    label_pixels,
     list_datasets,
     load,
     open_source,
     prepare,
-    transforms,
 )
 from resfu_jax.data.__main__ import main
 from resfu_jax.data.fabricate import fabricate
-from resfu_jax.data.own_classes import read_classes
-
-NAME = "image_folder/mine"
 
 
 @pytest.fixture
 def raw(tmp_path):
     """A folder with subfolders train and validation."""
     return fabricate(NAME, tmp_path / "raw", examples=2, size=(16, 24))
-
-
-def _flat(folder, names, suffix=".jpg"):
-    for kind in ("images", "labels"):
-        (folder / kind).mkdir(parents=True)
-    for name in names:
-        Image.new("RGB", (12, 8)).save(folder / "images" / f"{name}{suffix}")
-        Image.new("L", (12, 8), 1).save(folder / "labels" / f"{name}.png")
-    (folder / "classes.txt").write_text("a\nb\n")
-    return folder
 
 
 def _ids(split, folder, name=NAME):
@@ -81,7 +67,7 @@ def test_the_default_data_dir(raw, tmp_path, monkeypatch):
 
 def test_two_folders_do_not_mix_and_are_listed(raw, tmp_path):
     prepare(NAME, tmp_path, raw)
-    prepare("image_folder/other-2", tmp_path, _flat(tmp_path / "flat", "xy"))
+    prepare("image_folder/other-2", tmp_path, flat(tmp_path / "flat", "xy"))
     assert dataset_info("image_folder/other-2", tmp_path).class_names == ("a", "b")
     assert dataset_info(NAME, tmp_path).num_classes == 3
     own = [name for name in list_datasets(tmp_path) if name.startswith("image_folder")]
@@ -98,7 +84,7 @@ def test_preparing_again_keeps_what_is_there(raw, tmp_path):
 @pytest.mark.parametrize("count, validation", [(2, 1), (10, 2), (23, 5)])
 def test_a_fifth_is_for_validation(count, validation, tmp_path):
     names = [f"img_{index}" for index in range(count)]
-    prepare(NAME, tmp_path, _flat(tmp_path / "raw", names, ".PNG"))
+    prepare(NAME, tmp_path, flat(tmp_path / "raw", names, ".PNG"))
     held_out = _ids("validation", tmp_path)
     assert len(held_out) == validation
     assert sorted(held_out + _ids("train", tmp_path)) == sorted(names)
@@ -108,95 +94,79 @@ def test_a_fifth_is_for_validation(count, validation, tmp_path):
 
 def test_one_image_is_not_enough(tmp_path):
     with pytest.raises(DataError, match="holds no image of the validation split"):
-        prepare(NAME, tmp_path, _flat(tmp_path / "raw", ["x"]))
+        prepare(NAME, tmp_path, flat(tmp_path / "raw", ["x"]))
 
 
 # ------------------------------------------------------------------------- files of many kinds
 
 
-def _save(path, array, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(array)).save(path, **options)
-
-
-def _examples(folder, name=NAME):
-    sources = (open_source(name, split, folder) for split in ("train", "validation"))
-    return {e["id"].decode(): e for source in sources for e in source}
-
-
-def _decoded(folder, example_id, name=NAME):
-    example, info = _examples(folder, name)[example_id], dataset_info(name, folder)
-    image, label = transforms.decode(example, info, example_id)
-    return np.asarray(image), np.asarray(label)
-
-
 def test_subfolders_and_other_kinds_of_files_are_used(tmp_path):
-    raw = _flat(tmp_path / "raw", ["top"])
+    raw = flat(tmp_path / "raw", ["top"])
     rng = np.random.default_rng(0)
     colours = {}
     for name in ("day/0.jpg", "day/1.PNG", "night/0.webp", "b.bmp", "c.tif", "d.TIFF", "e.gif"):
         colours[name.partition(".")[0]] = colour = rng.integers(0, 256, 3)
-        _save(raw / "images" / name, np.broadcast_to(colour.astype(np.uint8), (8, 12, 3)))
-        _save((raw / "labels" / name).with_suffix(".PNG"), np.eye(8, 12, dtype=np.uint8))
+        save(raw / "images" / name, np.broadcast_to(colour.astype(np.uint8), (8, 12, 3)))
+        save((raw / "labels" / name).with_suffix(".PNG"), np.eye(8, 12, dtype=np.uint8))
     prepare(NAME, tmp_path, raw)
-    assert set(_examples(tmp_path)) == {"top", *colours}
+    assert set(examples(tmp_path)) == {"top", *colours}
     for example_id, colour in colours.items():
-        image, label = _decoded(tmp_path, example_id)
+        image, label = decoded(tmp_path, example_id)
         assert np.abs(image.astype(int) - colour).max() <= 4, example_id
         np.testing.assert_array_equal(label, np.eye(8, 12))
 
 
 def test_what_is_left_out_is_named_and_counted(tmp_path, caplog):
-    raw = _flat(tmp_path / "raw", "ab")
+    raw = flat(tmp_path / "raw", "ab")
     for name in ("notes.txt", "scan.heic", ".hidden"):
         (raw / "images" / name).touch()
-    _save(raw / "labels" / "c.png", np.zeros((8, 12), np.uint8))
+    save(raw / "labels" / "c.png", np.zeros((8, 12), np.uint8))
     prepare(NAME, tmp_path, raw)
     assert "left out 2 files of " in caplog.text and "notes.txt, scan.heic" in caplog.text
-    assert "left out 1 files of " in caplog.text and "without an image: c.png" in caplog.text
+    assert "left out 1 file of " in caplog.text and "without an image: c.png" in caplog.text
 
 
 def test_images_outside_of_the_splits_are_named(raw, tmp_path, caplog):
-    _save(raw / "images" / "test" / "x.png", np.zeros((8, 12, 3), np.uint8))
+    save(raw / "images" / "test" / "x.png", np.zeros((8, 12, 3), np.uint8))
     prepare(NAME, tmp_path, raw)
-    assert "left out 1 files outside of" in caplog.text and ": x.png" in caplog.text
+    assert "left out 1 file outside of" in caplog.text and ": x.png" in caplog.text
 
 
 def test_a_link_in_a_circle_ends(tmp_path):
-    raw = _flat(tmp_path / "raw", "ab")
+    raw = flat(tmp_path / "raw", "ab")
     (raw / "images" / "again").symlink_to(raw / "images")
     prepare(NAME, tmp_path, raw)
-    assert set(_examples(tmp_path)) == {"a", "b"}
+    assert set(examples(tmp_path)) == {"a", "b"}
 
 
 def test_names_in_other_normal_forms_and_encodings(tmp_path):
-    raw = _flat(tmp_path / "raw", ["a"])
+    raw = flat(tmp_path / "raw", ["a"])
     grey, label = np.zeros((8, 12, 3), np.uint8), np.zeros((8, 12), np.uint8)
-    _save(raw / "images" / unicodedata.normalize("NFD", "café.jpg"), grey)
-    _save(raw / "labels" / unicodedata.normalize("NFC", "café.png"), label)
+    save(raw / "images" / unicodedata.normalize("NFD", "café.jpg"), grey)
+    save(raw / "labels" / unicodedata.normalize("NFC", "café.png"), label)
     for kind, array in (("images", grey), ("labels", label)):
-        _save(raw / "x.png", array)
+        save(raw / "x.png", array)
         os.rename(raw / "x.png", os.path.join(os.fsencode(raw / kind), b"caf\xe9.png"))
     prepare(NAME, tmp_path, raw)
-    assert set(_examples(tmp_path)) == {"a", unicodedata.normalize("NFC", "café"), "caf\\xe9"}
+    assert set(examples(tmp_path)) == {"a", unicodedata.normalize("NFC", "café"), "caf\\xe9"}
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_masks_are_of_what_viewers_show(orientation, tmp_path):
-    raw = _flat(tmp_path / "raw", "ab")
+    raw = flat(tmp_path / "raw", "ab")
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = np.zeros((24, 32, 3), np.uint8)
     stored[:9, :20] = 255
-    _save(raw / "images" / "phone.png", stored, exif=exif)
+    save(raw / "images" / "phone.png", stored, exif=exif)
     shown = ImageOps.exif_transpose(Image.open(raw / "images" / "phone.png"))
-    _save(raw / "labels" / "phone.png", np.asarray(shown)[..., 0] // 255)
+    save(raw / "labels" / "phone.png", np.asarray(shown)[..., 0] // 255)
     prepare(NAME, tmp_path, raw)
-    image, label = _decoded(tmp_path, "phone")
+    image, label = decoded(tmp_path, "phone")
     np.testing.assert_array_equal(image[..., 0] == 255, label == 1)
     info, source = (
         dataset_info(NAME, tmp_path),
-        Source(NAME, "train", [*_examples(tmp_path).values()]),
+        Source(NAME, "train", [*examples(tmp_path).values()]),
     )
     batches = eval_batches(source, info, batch_size=1, pad_to=1, group_sizes=True)
     shapes = {b["id"][0]: b["label"].shape[1:] for b in batches}
@@ -204,204 +174,31 @@ def test_masks_are_of_what_viewers_show(orientation, tmp_path):
 
 
 def test_a_mask_of_the_image_as_it_is_stored_is_named(tmp_path):
-    raw = _flat(tmp_path / "raw", "ab")
+    raw = flat(tmp_path / "raw", "ab")
     exif = Image.Exif()
     exif[0x0112] = 6
-    _save(raw / "images" / "phone.jpg", np.zeros((24, 32, 3), np.uint8), exif=exif)
-    _save(raw / "labels" / "phone.png", np.zeros((24, 32), np.uint8))
+    save(raw / "images" / "phone.jpg", np.zeros((24, 32, 3), np.uint8), exif=exif)
+    save(raw / "labels" / "phone.png", np.zeros((24, 32), np.uint8))
     with pytest.raises(DataError, match="phone.* differ in size: 24x32 against 32x24.*EXIF"):
         prepare(NAME, tmp_path, raw)
 
 
 def test_16_bit_images_keep_their_values(tmp_path):
-    raw = _flat(tmp_path / "raw", "ab")
+    raw = flat(tmp_path / "raw", "ab")
     values = np.linspace(0, 65535, 8 * 12).reshape(8, 12).astype(np.uint16)
-    _save(raw / "images" / "xray.png", values)
-    _save(raw / "labels" / "xray.png", np.zeros((8, 12), np.uint8))
+    save(raw / "images" / "xray.png", values)
+    save(raw / "labels" / "xray.png", np.zeros((8, 12), np.uint8))
     prepare(NAME, tmp_path, raw)
-    np.testing.assert_array_equal(_decoded(tmp_path, "xray")[0][..., 1], np.rint(values / 257))
-
-
-# ------------------------------------------------------------------------- what the labels mean
-
-
-def _masks(folder, values, classes="background\nobject\n"):
-    _flat(folder, "abcde")
-    rng = np.random.default_rng(0)
-    for name in "abcde":
-        _save(folder / "labels" / f"{name}.png", rng.choice(np.array(values, np.uint8), (8, 12)))
-    (folder / "classes.txt").write_text(classes)
-    return folder
-
-
-def test_masks_of_0_and_255_stop(tmp_path):
-    raw = _masks(tmp_path / "raw", [0, 255])
-    message = (
-        "(?s)object never occurs, and [3456][0-9].[0-9]% of .*labels.txt.*255 = object.*ignore"
-    )
-    with pytest.raises(DataError, match=message):
-        prepare(NAME, tmp_path, raw)
-    assert not is_prepared(NAME, tmp_path)
-
-
-@pytest.mark.parametrize(
-    "text, values",
-    [
-        ("0 = background\n255 = object", {0: 0, 255: 1}),
-        ("# mine\n\n255=background\r\n0 =ignore\r\n", {0: 255, 255: 0}),
-    ],
-)
-def test_labels_txt_says_what_numbers_mean(text, values, tmp_path):
-    raw = _masks(tmp_path / "raw", [0, 255])
-    (raw / "labels.txt").write_bytes(text.encode())
-    prepare(NAME, tmp_path, raw)
-    for name in "abcde":
-        before = np.asarray(Image.open(raw / "labels" / f"{name}.png"))
-        expected = np.vectorize(values.get)(before)
-        np.testing.assert_array_equal(_decoded(tmp_path, name)[1], expected)
-
-
-def test_numbers_that_labels_txt_lacks_stop(tmp_path):
-    raw = _masks(tmp_path / "raw", [0, 7, 255])
-    (raw / "labels.txt").write_text("0 = background\n255 = object")
-    with pytest.raises(DataError, match="holds the label 7; those of image_folder are 0 and 255"):
-        prepare(NAME, tmp_path, raw)
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("255 = car", "line 1: '255 = car' is not 'NUMBER = NAME'.*background, object"),
-        ("0 = object\n256 = object", "line 2"),
-        ("0 object", "line 1"),
-        ("0 = object\n0 = background", "line 2: the number 0 is there twice"),
-        ("# nothing\n", "is empty"),
-    ],
-)
-def test_labels_txt_that_cannot_be_used(text, message, tmp_path):
-    raw = _masks(tmp_path / "raw", [0, 255])
-    (raw / "labels.txt").write_text(text)
-    with pytest.raises(DataError, match=f"labels.txt.*{message}"):
-        prepare(NAME, tmp_path, raw)
-
-
-@pytest.mark.parametrize("values", [[0, 1, 255], [0, 1], [0]])
-def test_other_masks_do_not_stop(values, tmp_path):
-    prepare(NAME, tmp_path, _masks(tmp_path / "raw", values))
-    assert is_prepared(NAME, tmp_path)
-
-
-def test_shares_of_the_classes_are_counted_and_told(tmp_path, capsys):
-    raw = _masks(tmp_path / "raw", [0, 0, 2, 255], "a\nb\nc\n")
-    main(["prepare", NAME, "--manual-dir", str(raw), "--data-dir", str(tmp_path)])
-    labels = np.stack([np.asarray(Image.open(p)) for p in (raw / "labels").iterdir()])
-    np.testing.assert_array_equal(
-        label_pixels(NAME, tmp_path), np.bincount(labels.ravel(), minlength=256)
-    )
-    out = capsys.readouterr().out
-    labelled = (labels != 255).sum()
-    shares = [f"{name} {(labels == k).sum() / labelled:.1%}" for k, name in enumerate("abc")]
-    assert f"of the labelled pixels: {', '.join(shares)}\n" in out
-    assert f"ignored: {np.mean(labels == 255):.1%} of all pixels\n" in out
-    assert "warning: of the classes, never occurs: b\n" in out
+    np.testing.assert_array_equal(decoded(tmp_path, "xray")[0][..., 1], np.rint(values / 257))
 
 
 # ------------------------------------------------------------------- folders and masks of any kind
 
-COLOURS = np.array([(0, 0, 0), (0, 200, 0), (250, 0, 0), (9, 9, 200)], np.uint8)
-
-
-def _photos(folder, kind, ending="", numbers=(0, 7, 3, 255), suffix=".JPG"):
-    """Five photos and masks of four classes; numbers, and colours in the same order."""
-    rng = np.random.default_rng(0)
-    classes = {}
-    for index in range(5):
-        name = f"IMG {index}"
-        classes[name] = label = rng.permutation(np.arange(8 * 12).reshape(8, 12) % 4)
-        _save(folder / "photos" / f"{name}{suffix}", np.zeros((8, 12, 3), np.uint8))
-        if kind == "rgb":
-            mask = Image.fromarray(COLOURS[label])
-        elif kind == "palettes":  # of each file in another order, as tools that count colours write
-            order = rng.permutation(4)
-            mask = Image.fromarray(np.argsort(order)[label].astype(np.uint8))
-            mask.putpalette(COLOURS[order].ravel())
-        else:
-            mask = Image.fromarray(np.array(numbers, np.uint8)[label])
-            if kind == "palette":
-                table = np.full((256, 3), 77, np.uint8)
-                table[list(numbers)] = COLOURS
-                mask.putpalette(table.ravel())
-        (folder / "masks").mkdir(exist_ok=True)
-        mask.save(folder / "masks" / f"{name}{ending}.PNG")
-    return classes
-
-
-def _own(folder, **options):
-    return OwnImages(folder / "photos", folder / "masks", **options)
-
-
-@pytest.mark.parametrize(
-    "kind, lines, meaning",
-    [
-        ("grey", "0=class_0 3=class_3 7=class_7 255=ignore", (0, 2, 1, 255)),
-        (
-            "palette",
-            "0=class_0,0,0,0 3=class_3,250,0,0 7=class_7,0,200,0 255=ignore",
-            (0, 2, 1, 255),
-        ),
-        ("rgb", "class_0,0,0,0 class_1,0,200,0 class_2,9,9,200 class_3,250,0,0", (0, 1, 3, 2)),
-        ("palettes", "class_0,0,0,0 class_1,0,200,0 class_2,9,9,200 class_3,250", (0, 1, 3, 2)),
-    ],
-)
-def test_classes_are_found_and_confirmed(kind, lines, meaning, tmp_path):
-    classes = _photos(tmp_path, kind)
-    with pytest.raises(DataError, match=f"(?s)5 label maps hold 4.* 25.00%  .*{lines}.*--yes"):
-        prepare(NAME, tmp_path, own=_own(tmp_path))
-    told = []
-    prepare(NAME, tmp_path, own=_own(tmp_path, confirm=lambda text: not told.append(text)))
-    assert lines in told[0]
-    for name, label in classes.items():
-        np.testing.assert_array_equal(_decoded(tmp_path, name)[1], np.array(meaning)[label])
-    info = dataset_info(NAME, tmp_path)
-    held_out = open_source(NAME, "validation", tmp_path)[0]["id"].decode()
-    assert info.notes[0].startswith("validation: 1 of 5 images, a fifth, by the checksums of their")
-    assert info.notes[0].endswith(f": {held_out}")
-
-
-@pytest.mark.parametrize(
-    "file, text",
-    [
-        ("table.txt", "sky,9,9,200\nroad,0,200,0\nignore,0,0,0\ncar,250,0,0\n"),
-        ("t.json", '{"sky": [9,9,200], "road": [0,200,0], "ignore": [0,0,0], "car": [250,0,0]}'),
-        ("numbers.json", '{"sky": 255, "road": 7, "ignore": 0, "car": 3}'),
-        (None, ["255=sky", "7 = road", "0=ignore", "3=car"]),
-        (None, ["255=sky,1,2,3", "7=road", "3=car"]),
-    ],
-)
-def test_classes_of_a_file_have_colours_or_numbers(file, text, tmp_path):
-    classes = _photos(tmp_path, "palette")
-    if file:
-        (tmp_path / file).write_text(text)
-    ignored = 0 if file is None and len(text) == 3 else None
-    own = _own(tmp_path, classes=tmp_path / file if file else text, ignore_label=ignored)
-    prepare(NAME, tmp_path, own=own)
-    assert dataset_info(NAME, tmp_path).class_names == ("sky", "road", "car")
-    for name, label in classes.items():
-        np.testing.assert_array_equal(_decoded(tmp_path, name)[1], np.array((255, 1, 2, 0))[label])
-
-
-def test_colours_that_no_class_has_are_named(tmp_path):
-    _photos(tmp_path, "palettes")
-    classes = ["sky,9,9,200", "road,0,200,0"]
-    message = r"(?s)IMG 0.PNG holds colours .*as do 4 others: IMG 1.*25.00%  250,0,0\n.*25.*0,0,0"
-    with pytest.raises(DataError, match=message):
-        prepare(NAME, tmp_path, own=_own(tmp_path, classes=classes))
-
 
 def test_one_command_from_folders_of_any_names(tmp_path, capsys, monkeypatch):
-    _photos(tmp_path, "grey", "_mask")
+    photos_and_masks(tmp_path, "grey", "_mask")
     for kind, ending in (("photos", "_leftImg8bit.png"), ("masks", "_gtFine_labelIds.png")):
-        _save(tmp_path / "val" / kind / f"x{ending}", np.zeros((8, 12), np.uint8))
+        save(tmp_path / "val" / kind / f"x{ending}", np.zeros((8, 12), np.uint8))
     command = ["prepare", NAME, "--data-dir", str(tmp_path)]
     command += [
         f"--{kind}={tmp_path / place}"
@@ -431,31 +228,31 @@ def test_one_command_from_folders_of_any_names(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_exif_can_be_ignored(orientation, tmp_path):
-    _photos(tmp_path, "grey", numbers=(0, 1, 2, 3))
+    photos_and_masks(tmp_path, "grey", numbers=(0, 1, 2, 3))
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
-    _save(tmp_path / "photos" / "IMG 0.JPG", stored, exif=exif)
+    save(tmp_path / "photos" / "IMG 0.JPG", stored, exif=exif)
     before = np.asarray(Image.open(tmp_path / "photos" / "IMG 0.JPG"))
-    own = _own(tmp_path, classes=["a", "b", "c", "d"], orientation=False)
+    own = both_folders(tmp_path, classes=["a", "b", "c", "d"], orientation=False)
     prepare(NAME, tmp_path, own=own)
-    np.testing.assert_array_equal(_decoded(tmp_path, "IMG 0")[0], before)
+    np.testing.assert_array_equal(decoded(tmp_path, "IMG 0")[0], before)
     untouched = (tmp_path / "photos" / "IMG 1.JPG").read_bytes()
-    assert _examples(tmp_path)["IMG 1"]["image"] == untouched
+    assert examples(tmp_path)["IMG 1"]["image"] == untouched
 
 
 def test_all_errors_of_masks_come_first_and_name_files(tmp_path):
-    _photos(tmp_path, "grey")
+    photos_and_masks(tmp_path, "grey")
     for index in (1, 3):
-        _save(tmp_path / "masks" / f"IMG {index}.PNG", np.zeros((12, 8), np.uint8))
-    message = "IMG 1.JPG and .*1.PNG differ in size.*\n1 other label maps cannot .*: IMG 3.PNG"
+        save(tmp_path / "masks" / f"IMG {index}.PNG", np.zeros((12, 8), np.uint8))
+    message = "IMG 1.JPG and .*1.PNG differ in size.*\n1 other label map cannot .*: IMG 3.PNG"
     with pytest.raises(DataError, match=message):
-        prepare(NAME, tmp_path, own=_own(tmp_path, classes=["a", "b"]))
+        prepare(NAME, tmp_path, own=both_folders(tmp_path, classes=["a", "b"]))
     assert not is_prepared(NAME, tmp_path)
 
 
 def test_what_cannot_be_said_of_own_images(tmp_path):
-    _photos(tmp_path, "grey")
+    photos_and_masks(tmp_path, "grey")
     photos, masks = tmp_path / "photos", tmp_path / "masks"
     for options, error, message in (
         ({"labels": masks}, ValueError, "images and labels go together, got only labels"),
@@ -467,30 +264,35 @@ def test_what_cannot_be_said_of_own_images(tmp_path):
         with pytest.raises(error, match=message):
             OwnImages(**options)
     for name, own, more, message in (
-        ("voc", _own(tmp_path), {}, "voc has images and classes of its own"),
-        (NAME, _own(tmp_path), {"manual_dir": photos}, "are two places; give one"),
+        ("voc", both_folders(tmp_path), {}, "voc has images and classes of its own"),
+        (NAME, both_folders(tmp_path), {"manual_dir": photos}, "are two places; give one"),
         (
             NAME,
-            _own(tmp_path, classes=["a", "1=b"]),
+            both_folders(tmp_path, classes=["a", "1=b"]),
             {},
             "classes, line 2: all lines have a number",
         ),
-        (NAME, _own(tmp_path, classes=["a", "b"], ignore_label=1), {}, "number of the class 'b'"),
         (
-            *(NAME, _own(tmp_path, validation_images=photos, validation_labels=masks), {}),
-            "IMG 0.JPG is in images and in validation_images, as are 5 files",
+            NAME,
+            both_folders(tmp_path, classes=["a", "b"], ignore_label=1),
+            {},
+            "number of the class 'b'",
+        ),
+        (
+            *(NAME, both_folders(tmp_path, validation_images=photos, validation_labels=masks), {}),
+            "images and validation_images share 5 files, .*IMG 0.JPG first",
         ),
     ):
         with pytest.raises(ValueError, match=message):
             prepare(name, tmp_path, own=own, **more)
-    _photos(tmp_path, "rgb")
+    photos_and_masks(tmp_path, "rgb")
     with pytest.raises(DataError, match="(?s)ignore_label is 3, but these label maps hold colours"):
-        prepare(NAME, tmp_path, own=_own(tmp_path, ignore_label=3))
+        prepare(NAME, tmp_path, own=both_folders(tmp_path, ignore_label=3))
     (tmp_path / "masks" / "IMG 1_mask.png").touch()
     (tmp_path / "masks" / "IMG 1_seg.png").touch()
     (tmp_path / "masks" / "IMG 1.PNG").unlink()
     with pytest.raises(DataError, match="IMG 1_mask.png and .*IMG 1_seg.png are both label maps"):
-        prepare(NAME, tmp_path, own=_own(tmp_path))
+        prepare(NAME, tmp_path, own=both_folders(tmp_path))
 
 
 # ------------------------------------------------------------------- damaged datasets, odd places
@@ -579,11 +381,11 @@ def test_a_truncated_shard_is_named(share, two):
 
 
 def test_overwriting_that_fails_keeps_what_was_there(two, raw, tmp_path):
-    before = _examples(two)
+    before = examples(two)
     (raw / "labels/train/train_0.png").write_bytes(b"nothing")
     with pytest.raises(DataError, match="train_0.png"):
         prepare(NAME, two, raw, overwrite=True)
-    assert _examples(two) == before
+    assert examples(two) == before
 
 
 def test_overwriting_takes_the_new_files(two, raw):
@@ -681,69 +483,22 @@ def test_files_that_cannot_be_decoded(file, raw, tmp_path):
 
 
 def test_two_images_with_one_label_map(tmp_path):
-    folder = _flat(tmp_path / "raw", "xyz")
+    folder = flat(tmp_path / "raw", "xyz")
     Image.new("RGB", (12, 8)).save(folder / "images" / "y.png")
     with pytest.raises(DataError, match=r"y.jpg and .*y.png share the label map .*y.png; remove"):
         prepare(NAME, tmp_path, folder)
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("a\nb, 1, 2\n", r"line 2: 'b, 1, 2' is neither 'name' nor 'name, R, G, B'"),
-        ("a\nb, 1, 2, 256\n", "line 2"),
-        ("a\n, 1, 2, 3\n", "line 2"),
-        ("a\nb\n\na\n", "line 4: the class 'a' is there twice"),
-        ("a\n", "has 1 classes; it needs 2 to 255"),
-        ("".join(f"c{k}\n" for k in range(256)), "has 256 classes"),
-    ],
-)
-def test_class_files_that_cannot_be_used(text, message, tmp_path):
-    (tmp_path / "classes.txt").write_text(text)
-    with pytest.raises(DataError, match=f"classes.txt.*{message}"):
-        read_classes(tmp_path / "classes.txt")
-
-
-def test_class_files(tmp_path):
-    text = "# mine\nfar away,  1,2 ,3\n\n  near \n".encode("utf-8-sig")
-    (tmp_path / "classes.txt").write_bytes(text)
-    classes = read_classes(tmp_path / "classes.txt")
-    assert classes.names == ["far away", "near"]
-    assert classes.palette == [(1, 2, 3), (128, 0, 0)] and classes.colours is None
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
-def test_class_files_in_other_encodings(encoding, newline, tmp_path):
-    (tmp_path / "classes.txt").write_bytes(f"Straße{newline}{newline}Bäume".encode(encoding))
-    assert read_classes(tmp_path / "classes.txt")[0] == ["Straße", "Bäume"]
-
-
-@pytest.mark.parametrize(
-    "data, message",
-    [
-        ("a\nStraße\n".encode("latin-1"), "line 2: this is not UTF-8.*Save the file as UTF-8"),
-        ("a\nb\n".encode("utf-16-le"), "null characters, as UTF-16 without"),
-        (b"\xff\xfea\0b", "is not UTF-16"),
-        ("café\ncafe\u0301\n".encode(), "line 2: the class 'café' is there twice"),
-    ],
-)
-def test_class_files_in_unknown_encodings_are_named(data, message, tmp_path):
-    (tmp_path / "classes.txt").write_bytes(data)
-    with pytest.raises(DataError, match=f"classes.txt.*{message}"):
-        read_classes(tmp_path / "classes.txt")
-
-
 def test_a_label_map_that_is_no_png_file_is_told(tmp_path):
-    raw = _flat(tmp_path / "raw", "ab")
+    raw = flat(tmp_path / "raw", "ab")
     (raw / "labels" / "a.png").rename(raw / "labels" / "a.bmp")
-    message = "(?s)lacks 1 label maps of images.*: a.png.*a.bmp, but a label map has to be a PNG"
+    message = "(?s)lacks 1 label map of images.*: a.png.*a.bmp, but a label map has to be a PNG"
     with pytest.raises(FileNotFoundError, match=message):
         prepare(NAME, tmp_path, raw)
 
 
 def test_two_label_maps_of_one_image(tmp_path):
-    raw = _flat(tmp_path / "raw", "ab")
+    raw = flat(tmp_path / "raw", "ab")
     shutil.copy(raw / "labels" / "a.png", raw / "labels" / "a.PNG")
     with pytest.raises(DataError, match="a.PNG and .*a.png are both label maps of .*a.jpg"):
         prepare(NAME, tmp_path, raw)

@@ -177,13 +177,14 @@ def test_whole_lines_are_kept_and_the_rest_moved_aside(
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING):
         assert [line["step"] for line in read_metrics(path)] == [1, 2]
-    assert (f"{damaged} damaged lines are left out" in caplog.text) == (damaged > 0)
+    lines = "1 damaged line" if damaged == 1 else f"{damaged} damaged lines"
+    assert (f"left out {lines}" in caplog.text) == (damaged > 0)
     assert path.read_bytes() == content  # reading changes nothing
 
     Reporter(tmp_path, CONFIG, start=2).close()
     assert path.read_bytes() == b"".join(line + b"\n" for line in WHOLE)
     aside = tmp_path / "metrics.jsonl.damaged"
-    said = f"metrics.jsonl had {damaged} damaged lines; they are in {aside}"
+    said = f"metrics.jsonl had {lines}, now in {aside}"
     assert (said in capsys.readouterr().err) == aside.exists() == (damaged > 0)
     if damaged:
         kept = aside.read_bytes()

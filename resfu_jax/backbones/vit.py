@@ -70,7 +70,7 @@ class Variant:
 
 _SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
 _SIZES["large"] = (1024, 24, 16)
-_DINO = {
+_DINO: dict[str, dict[str, Any]] = {
     "dinov2": dict(patch_size=14, image_size=518, antialias=False, layer_scale=True),
     "dinov2_registers": dict(patch_size=14, image_size=518, registers=4, layer_scale=True),
     "dinov3": dict(
@@ -285,7 +285,7 @@ class ViT(nnx.Module):
         x = self.embed(images)
         b, h, w, c = x.shape
         class_token, rotation = self.class_token[...], None
-        if self.positions is None:
+        if self.positions is None or self.class_position is None:
             size = c // self.heads
             rotation = _rotation(h, w, self._prefix_length(), size, at_least_float32(x.dtype))
         else:
@@ -346,7 +346,7 @@ def _check(
             "positions='rope' needs heads of 4, 8, 12, .. channels, "
             f"got width={sizes.width}, heads={sizes.heads}"
         )
-    image_size = sizes.image_size
+    image_size: Any = sizes.image_size
     if is_whole(image_size):
         image_size = (image_size, image_size)
     check_sizes(2, image_size=image_size)

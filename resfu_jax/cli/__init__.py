@@ -13,6 +13,7 @@ import tyro
 
 import resfu_jax
 from resfu_jax._names import lookup
+from resfu_jax._output import readers_may_leave
 from resfu_jax.cli.evaluate import evaluate
 from resfu_jax.cli.export import export
 from resfu_jax.cli.predict import predict
@@ -46,17 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit status.
     """
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in ("-h", "--help"):
-        print(_overview())
-        return 0
-    if name == "--version":
-        print(_versions())
-        return 0
     try:
-        command = lookup("command", COMMANDS, name)
-        if command is train:
-            return train(rest) or 0
-        return tyro.cli(command, prog=f"resfu {name}", args=rest) or 0
+        with readers_may_leave():
+            return _run(name, rest) or 0
     except (ValueError, OSError, RuntimeError) as error:
         # RuntimeError: a checkpoint that does not fit the model, or a device out of memory.
         print(f"error: {error}", file=sys.stderr)
@@ -64,6 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _run(name: str, arguments: Sequence[str]) -> int | None:
+    if name in ("-h", "--help"):
+        return print(_overview())
+    if name == "--version":
+        return print(_versions())
+    command = lookup("command", COMMANDS, name)
+    if command is train:
+        return train(arguments)
+    return tyro.cli(command, prog=f"resfu {name}", args=arguments)
 
 
 def _versions() -> str:

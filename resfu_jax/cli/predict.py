@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from resfu_jax._files import local_path
+from resfu_jax._output import counted
 from resfu_jax.cli._run import Run, RunOptions
 
 if TYPE_CHECKING:
@@ -110,10 +111,11 @@ def predict(
             shares = ", ".join(f"{names[i]} {_percent(x)}" for i, x in result.shares.items())
             size = f"{image.shape[1]}x{image.shape[0]}"
             bar.write(f"{result.path}: {size}, {shares}; {seconds:.2f} s")
+    sizes = counted(len(predictor.compiled_shapes), "size")
     print(
-        f"{len(written)} images in {out}, {failed} failed; {time.perf_counter() - start:.1f} s, of "
-        f"which {sum(predictor.compile_seconds):.1f} s for compiling "
-        f"{len(predictor.compiled_shapes)} sizes"
+        f"{counted(len(written), 'image')} in {out}, {failed} failed; "
+        f"{time.perf_counter() - start:.1f} s, of which "
+        f"{sum(predictor.compile_seconds):.1f} s for compiling {sizes}"
     )
     return 1 if failed else 0
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import tyro
 
+from resfu_jax._output import counted
 from resfu_jax.cli._run import start_jax
 
 
@@ -47,8 +48,9 @@ def upsamplers(
     from resfu_jax import list_upsamplers
 
     table = Table(
-        title=f"{features} channels, {size[0]}x{size[1]} to {size[0] * scale}x{size[1] * scale}, "
-        f"guide of {guide_features or features} channels",
+        title=f"{counted(features, 'channel')}, {size[0]}x{size[1]} to "
+        f"{size[0] * scale}x{size[1] * scale}, "
+        f"guide of {counted(guide_features or features, 'channel')}",
         title_justify="left",
     )
     table.add_column("name")
@@ -156,7 +158,7 @@ def benchmark(
     print(
         f"{name}, {'forward and backward' if gradient else 'forward'}, {dtype}, "
         f"{jax.devices()[0].device_kind}: median {statistics.median(times):.2f} ms, least "
-        f"{min(times):.2f} ms of {runs} calls; temporary memory "
+        f"{min(times):.2f} ms of {counted(runs, 'call')}; temporary memory "
         f"{memory.temp_size_in_bytes / 1e6:.1f} MB; {call.gflop():.3f} GFLOP forward; compiled in "
         f"{compiling:.1f} s"
     )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from resfu_jax._output import counted
 from resfu_jax.convert._download import DamagedDownload, download
 from resfu_jax.convert._npz import is_npz, read_npz
 from resfu_jax.convert._pickle import DTYPES, Stored, read_torch
@@ -149,7 +150,7 @@ def _shards(index: pathlib.Path) -> dict[str, Any]:
     absent = [file for file in files if not (index.parent / file).is_file()]
     if absent:
         raise FileNotFoundError(
-            f"{index} names {len(files)} files, of which {_listed(absent)} "
+            f"{index} names {counted(len(files), 'file')}, of which {_listed(absent)} "
             f"{'is' if len(absent) == 1 else 'are'} not beside it"
         )
     shards = {file: _read(index.parent / file) for file in files}

@@ -6,6 +6,7 @@ import sys
 
 import tensorflow_datasets as tfds
 
+from resfu_jax._output import readers_may_leave
 from resfu_jax.data import (
     OwnImages,
     damaged_datasets,
@@ -26,7 +27,8 @@ def main(argv: list[str] | None = None) -> None:
       argv: arguments; None takes those of the process.
     """
     try:
-        _run(_parser().parse_args(argv))
+        with readers_may_leave():
+            _run(_parser().parse_args(argv))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from resfu_jax import images
 from resfu_jax._files import local_path
+from resfu_jax._output import counted
 from resfu_jax.data.info import DataError, DatasetInfo
 from resfu_jax.data.own_classes import (
     HINT,
@@ -276,8 +277,8 @@ or, with folders of any names, and classes that are found in the label maps,
             validation = _pairs(own.validation_images, own.validation_labels)
             if both := {e.image.resolve() for e in train} & {e.image.resolve() for e in validation}:
                 raise DataError(
-                    f"{min(both)} is in images and in validation_images, as are {len(both)} files "
-                    "in all; validation needs images of its own."
+                    f"images and validation_images share {counted(len(both), 'file')}, {min(both)} "
+                    "first; validation needs images of its own."
                 )
             source = f"of {own.validation_images}"
         elif there := [name for name in _SPLITS if (own.images / name).is_dir()]:
@@ -288,7 +289,7 @@ or, with folders of any names, and classes that are found in the label maps,
                     raise self.missing(files, f"folder {place.name}/{name}")
             outside = [p for p in _files(own.images) if _part(p, own.images) not in names.values()]
             folders = " and ".join(str(own.images / name) for name in names.values())
-            _tell(outside, f"files outside of {folders}")
+            _tell(outside, f"outside of {folders}")
             train, validation = (
                 _pairs(own.images / name, own.labels and own.labels / name)
                 for name in names.values()
@@ -354,7 +355,10 @@ def _look_at(examples: Sequence[RawExample], orientation: bool) -> list[Contents
         text = str(problems[0][1])
         if problems[1:]:
             others = [example.label.name for example, _ in problems[1:]]
-            text += f"\n{len(others)} other label maps cannot be used either: {listed(others)}"
+            text += (
+                f"\n{counted(len(others), 'other label map')} cannot be used either: "
+                f"{listed(others)}"
+            )
         raise DataError(text if text.startswith("the image ") else f"{text}\n{HINT}")
     return contents
 
@@ -415,7 +419,7 @@ def _pairs(images: Path, labels: Path | None) -> list[RawExample]:
     found, others = [], []
     for path in _files(images):
         (found if path.suffix.lower() in SUFFIXES else others).append(path)
-    _tell(others, f"files of {images} that are no images ({', '.join(SUFFIXES)})")
+    _tell(others, f"of {images} without an ending of images ({', '.join(SUFFIXES)})")
     if labels is None:
         return [RawExample(_key(path.relative_to(images)), path, None) for path in found]
     maps: dict[str, list[Path]] = {}
@@ -439,7 +443,8 @@ def _pairs(images: Path, labels: Path | None) -> list[RawExample]:
             unlike += candidates
         by_id[key] = RawExample(key, image, label[0] if label else labels / f"{key}.png")
     if missing:
-        text = f"{labels} lacks {len(missing)} label maps of images in {images}: {listed(missing)}"
+        lacks = counted(len(missing), "label map")
+        text = f"{labels} lacks {lacks} of images in {images}: {listed(missing)}"
         if unlike:
             text += (
                 f"\nThere is {listed([str(path) for path in unlike])}, but a label map has to be "
@@ -449,7 +454,7 @@ def _pairs(images: Path, labels: Path | None) -> list[RawExample]:
             f"{text}\nEvery image needs a label map of its name, which may also end in one of "
             f"{', '.join(LABEL_ENDINGS)}: add it, or remove the image."
         )
-    _tell(sorted(itertools.chain(*maps.values())), f"files of {labels} without an image")
+    _tell(sorted(itertools.chain(*maps.values())), f"of {labels} without an image")
     return list(by_id.values())
 
 
@@ -470,4 +475,4 @@ def _tell(paths: Sequence[Path], what: str) -> None:
     if paths:
         names = [os.fsencode(path).decode("utf-8", "backslashreplace") for path in paths]
         names = [PurePath(name).name for name in names]
-        logging.warning("left out %d %s: %s", len(paths), what, listed(names))
+        logging.warning("left out %s %s: %s", counted(len(paths), "file"), what, listed(names))

@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int64
 
+from resfu_jax._output import counted
 from resfu_jax.data import (
     ade20k,
     camvid,
@@ -325,7 +326,9 @@ class _Records(Sequence):
         except Exception as error:  # the reader raises whatever the bytes lead to
             ends = np.cumsum([count for _, count in self.files])
             if not 0 <= index < len(self):
-                raise IndexError(f"{self.where} has {len(self)} examples, not {index}") from None
+                raise IndexError(
+                    f"{self.where} has {counted(len(self), 'example')}, not {index}"
+                ) from None
             path = self.files[int(np.searchsorted(ends, index, side="right"))][0]
             raise DataError(
                 f"{self.where}: example {index} cannot be read, the file {path} is damaged "

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from resfu_jax._output import counted
 from resfu_jax.data.info import DataError
 from resfu_jax.data.raw import label_table, map_label, palette
 
@@ -150,7 +151,8 @@ def read_classes(source: str | os.PathLike | Sequence[str]) -> Classes:
         numbers[position if number is None else number] = meaning
         colours += [(colour, meaning)] if colour else []
     if not 2 <= len(names) <= IGNORE:
-        raise DataError(f"{source} has {len(names)} classes; it needs 2 to {IGNORE}.")
+        found = counted(len(names), "class", "classes")
+        raise DataError(f"{source} has {found}; it needs 2 to {IGNORE}.")
     complete = {*range(len(names))} <= {meaning for _, meaning in colours}
     own = len(dict(colours)) == len(colours)
     return Classes(names, shown, numbers, dict(colours) if complete and own else None)
@@ -217,7 +219,7 @@ def find_classes(contents: Sequence[Contents], ignore_label: int | None) -> tupl
       DataError: fewer than two classes, or more than there can be.
     """
     if _hold_colours(contents):
-        kind, pixels = "colours", _pixels_of_colours(contents)
+        kind, pixels = "colour", _pixels_of_colours(contents)
         lines = [f"class_{k},{_text(colour)}" for k, colour in enumerate(sorted(pixels))]
         if ignore_label is not None:
             raise DataError(
@@ -225,7 +227,7 @@ def find_classes(contents: Sequence[Contents], ignore_label: int | None) -> tupl
                 f"Name classes, and the colour to `ignore`:\n    {_argument(lines)}"
             )
     else:
-        kind, pixels = "numbers", _pixels_of_numbers(contents)
+        kind, pixels = "number", _pixels_of_numbers(contents)
         if ignore_label is None and len(pixels) > 2:
             ignore_label = IGNORE
         lines = [f"{n}={'ignore' if n == ignore_label else f'class_{n}'}" for n in sorted(pixels)]
@@ -235,7 +237,8 @@ def find_classes(contents: Sequence[Contents], ignore_label: int | None) -> tupl
             lines = [f"{line},{colour}" for line, colour in zip(lines, colours, strict=True)]
     shares = _table([(pixels[key], line) for key, line in zip(sorted(pixels), lines, strict=True)])
     text = (
-        f"{len(contents)} label maps hold {len(lines)} {kind}; their shares of all pixels:{shares}"
+        f"{len(contents)} label maps hold {counted(len(lines), kind)}; their shares of all pixels:"
+        f"{shares}"
     )
     if not 2 <= sum("=ignore" not in line for line in lines) <= IGNORE:
         raise DataError(f"{text}\nA dataset has 2 to {IGNORE} classes.")
@@ -343,7 +346,8 @@ def _argument(lines: Sequence[str]) -> str:
 
 def _others(contents: Sequence[Contents]) -> str:
     names = [each.path.name for each in contents[1:]]
-    return f" (as do {len(names)} others: {listed(names)})" if names else ""
+    do = "does" if len(names) == 1 else "do"
+    return f" (as {do} {counted(len(names), 'other')}: {listed(names)})" if names else ""
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

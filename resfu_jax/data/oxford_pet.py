@@ -89,12 +89,8 @@ where DIR holds both archives, or their folders images and annotations."""
                 RawExample(name, images[0] / f"{name}.jpg", trimaps[1] / f"{name}.png")
                 for name in names
             ]
-            check_files(
-                [e.image for e in splits[split]], f"{images[0]} lacks", f"images of {split}"
-            )
-            check_files(
-                [e.label for e in splits[split]], f"{trimaps[1]} lacks", f"trimaps of {split}"
-            )
+            check_files([e.image for e in splits[split]], images[0], "image", f"of {split}")
+            check_files([e.label for e in splits[split]], trimaps[1], "trimap", f"of {split}")
         return splits
 
     def read_image(self, data: bytes, path: RawPath) -> bytes:

@@ -32,6 +32,7 @@ from tensorflow_datasets.core.download.checksums import UrlInfo
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
 from resfu_jax import images
+from resfu_jax._output import counted
 from resfu_jax.data.info import DataError
 from resfu_jax.data.transforms import different_sizes
 
@@ -333,15 +334,24 @@ def pair_files(
         for example_id, image in zip(ids, found, strict=True)
     ]
     paths = [e.label for e in examples if e.label is not None]
-    check_files(paths, f"{labels} lacks", f"label maps of images in {images}")
+    check_files(paths, labels, "label map", f"of images in {images}")
     return examples
 
 
-def check_files(paths: Sequence[RawPath], lacks: str, what: str) -> None:
-    """Raises a FileNotFoundError with `lacks`, a number, `what` and five names of missing files."""
+def check_files(paths: Sequence[RawPath], folder: object, what: str, of: str) -> None:
+    """Raises a FileNotFoundError with the number and five names of files that a folder lacks.
+
+    Args:
+      paths: files that have to be there.
+      folder: where they should be.
+      what: one of them.
+      of: whose they are.
+    """
     if missing := [path.name for path in paths if not path.is_file()]:
         more = ", ..." if len(missing) > 5 else ""
-        raise FileNotFoundError(f"{lacks} {len(missing)} {what}: {', '.join(missing[:5])}{more}")
+        raise FileNotFoundError(
+            f"{folder} lacks {counted(len(missing), what)} {of}: {', '.join(missing[:5])}{more}"
+        )
 
 
 # ------------------------------------------------------------------------------------------ labels

@@ -146,8 +146,8 @@ benchmark_RELEASE."""
             for split, names in (("train", train), ("validation", validation))
         }
         for split, examples in splits.items():
-            check_files([e.image for e in examples], f"{images} lacks", f"images of {split}")
-            check_files([e.label for e in examples], f"{files} lacks", f"label maps of {split}")
+            check_files([e.image for e in examples], images, "image", f"of {split}")
+            check_files([e.label for e in examples], files, "label map", f"of {split}")
         return splits
 
     def read_label(self, data: bytes, path: RawPath) -> Integer[np.ndarray, "h w"]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from resfu_jax._checks import check_rate, check_whole, need
 from resfu_jax._layers import BatchNorm
+from resfu_jax._output import counted
 from resfu_jax.ops.checks import check_floating, check_not_empty, check_real
 from resfu_jax.ops.sizes import Size
 from resfu_jax.upsamplers import Guide, create_upsampler, upsampler_entry
@@ -32,7 +33,7 @@ def check_maps(features: Sequence[Array], in_features: tuple[int, ...]) -> None:
     """Raises a `ValueError` unless there is a map with each of these numbers of channels."""
     if tuple(x.shape[-1] for x in features) != in_features:
         raise ValueError(
-            f"features must be {len(in_features)} maps with {in_features} channels, "
+            f"features must be {counted(len(in_features), 'map')} with {in_features} channels, "
             f"got shapes {[x.shape for x in features]}"
         )
     for i, x in enumerate(features):
@@ -79,26 +80,16 @@ def create_head_upsampler(
     )
 
 
-def apply_upsampler(
-    upsampler: Any,
-    x: Float[Array, "b _h _w c"],
-    guide: Float[Array, "b h w _g"],
-    images: Float[Array, "b _H _W 3"] | None,
-) -> Float[Array, "b h w c"]:
-    """`x` at the size of `guide`, guided by it or by the images if the upsampler takes a guide.
-
-    Raises:
-      ValueError: images are needed and not given.
-    """
-    return upsampler(x, *guide_inputs(upsampler, guide, images))
-
-
 def guide_inputs(
     upsampler: Any,
     guide: Float[Array, "b h w _g"],
     images: Float[Array, "b _H _W 3"] | None,
 ) -> tuple[Any, ...]:
-    """What `apply_upsampler` calls it with after the features."""
+    """What an upsampler to the size of `guide` is called with after the features.
+
+    Raises:
+      ValueError: images are needed and not given.
+    """
     if upsampler.guide == "features":
         return (guide,)
     return guide_by_images(upsampler, images, (guide.shape[1], guide.shape[2]))

@@ -39,7 +39,6 @@ from jaxtyping import Array, Float
 from resfu_jax._checks import check_choice, check_sizes
 from resfu_jax.heads._layers import (
     ConvBNReLU,
-    apply_upsampler,
     check_arguments,
     check_maps,
     classifier_init,
@@ -146,12 +145,7 @@ class SegFormerHead(nnx.Module):
         images: Float[Array, "b H W 3"] | None = None,
     ) -> Float[Array, "b h w c"]:
         """What is classified: the fused map, on the grid of the finest one; as `__call__`."""
-        check_maps(features, self.in_features)
-        guides = [project(x) for project, x in zip(self.project, features, strict=True)]
-        maps = list(guides)
-        steps = _STEPS[self.wiring]
-        for upsample, (source, target, _) in zip(self.upsample, steps, strict=True):
-            maps[source] = apply_upsampler(upsample, maps[source], guides[target], images)
+        maps, _ = self._upsampled_maps(features, images)
         if self.linear:
             maps.reverse()
         return self.fuse(jnp.concatenate(maps, axis=-1))
@@ -165,10 +159,16 @@ class SegFormerHead(nnx.Module):
 
         For `upsamplers.path_weights`.
         """
+        _, paths = self._upsampled_maps(features, images)
+        return paths[3]
+
+    def _upsampled_maps(self, features, images):
+        """The projected maps on the grid of the finest, and each one's `upsampler_path`."""
+        check_maps(features, self.in_features)
         guides = [project(x) for project, x in zip(self.project, features, strict=True)]
-        path, x = [], guides[3]
+        maps, paths = list(guides), [[] for _ in guides]
         for upsample, (source, target, _) in zip(self.upsample, _STEPS[self.wiring], strict=True):
-            if source == 3:
-                path.append((upsample, x, *guide_inputs(upsample, guides[target], images)))
-                x = upsample(*path[-1][1:])
-        return path
+            inputs = maps[source], *guide_inputs(upsample, guides[target], images)
+            maps[source] = upsample(*inputs)
+            paths[source].append((upsample, *inputs))
+        return maps, paths

@@ -37,7 +37,6 @@ from jaxtyping import Array, Float
 from resfu_jax._checks import check_sizes, need
 from resfu_jax.heads._layers import (
     ConvBNReLU,
-    apply_upsampler,
     check_arguments,
     check_maps,
     classifier_init,
@@ -136,10 +135,7 @@ class UPerNetHead(nnx.Module):
         images: Float[Array, "b H W 3"] | None = None,
     ) -> Float[Array, "b h w c"]:
         """What is classified: the fused map, on the grid of the finest one; as `__call__`."""
-        check_maps(features, self.in_features)
-        maps = [lateral(x) for lateral, x in zip(self.lateral, features, strict=True)]
-        for i in reversed(range(len(self.upsample))):
-            maps[i] += apply_upsampler(self.upsample[i], maps[i + 1], maps[i], images)
+        maps, _ = self._summed_maps(features, images)
         for i, smooth in enumerate(self.smooth):
             maps[i] = smooth(maps[i])
         size = maps[0].shape[1:3]
@@ -155,13 +151,18 @@ class UPerNetHead(nnx.Module):
 
         For `upsamplers.path_weights`.
         """
+        return self._summed_maps(features, images)[1]
+
+    def _summed_maps(self, features, images):
+        """The maps after the top-down path, and the path: each upsampler with its inputs."""
+        check_maps(features, self.in_features)
         maps = [lateral(x) for lateral, x in zip(self.lateral, features, strict=True)]
         path = []
         for i in reversed(range(len(self.upsample))):
-            upsample, x = self.upsample[i], maps[i + 1]
-            path.append((upsample, x, *guide_inputs(upsample, maps[i], images)))
-            maps[i] += upsample(*path[-1][1:])
-        return path
+            inputs = maps[i + 1], *guide_inputs(self.upsample[i], maps[i], images)
+            maps[i] += self.upsample[i](*inputs)
+            path.append((self.upsample[i], *inputs))
+        return maps, path
 
 
 class PyramidPooling(nnx.Module):

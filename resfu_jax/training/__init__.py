@@ -2,6 +2,7 @@
 
 from resfu_jax._extras import extra
 from resfu_jax._files import write_whole
+from resfu_jax._output import readers_may_leave
 
 with extra("train"):
     from resfu_jax.training.checkpoint import CheckpointError, Checkpoints
@@ -155,6 +156,7 @@ __all__ = [
     "print_table",
     "read_config",
     "read_metrics",
+    "readers_may_leave",
     "size_multiple",
     "split_model",
     "train_batches",

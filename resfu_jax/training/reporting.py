@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from resfu_jax._files import write_whole
+from resfu_jax._output import counted
 from resfu_jax.training.checkpoint import Checkpoints
 from resfu_jax.training.config import Config, ConfigError, to_dict
 from resfu_jax.training.timing import Stopwatch
@@ -55,7 +56,7 @@ class JsonLines:
             aside = path.with_name("metrics.jsonl.damaged")
             with aside.open("ab") as file:
                 file.writelines(line + b"\n" for line in damaged)
-            say(f"metrics.jsonl had {len(damaged)} damaged lines; they are in {aside}")
+            say(f"metrics.jsonl had {counted(len(damaged), 'damaged line')}, now in {aside}")
         write_whole(path, "".join(text + "\n" for text, x in lines if x["step"] <= start))
         self._file = path.open("a", encoding="utf-8")
 
@@ -320,7 +321,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """Lines of a `metrics.jsonl`; those that are not whole are left out, and a warning says so."""
     lines, damaged = _lines(pathlib.Path(path))
     if damaged:
-        logging.warning("%s: %d damaged lines are left out", path, len(damaged))
+        logging.warning("%s: left out %s", path, counted(len(damaged), "damaged line"))
     return [line for _, line in lines]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from resfu_jax import data
 from resfu_jax._checks import is_number
+from resfu_jax._output import counted
 from resfu_jax.backbones import check_backbone_options
 from resfu_jax.heads import check_head_options
 from resfu_jax.training.config import (
@@ -72,7 +73,7 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         require(field, lambda v: v < 2**31, "at most 2**31 - 1")
     if devices % processes:
         wrong.append(
-            f"{devices} devices are not {processes} equal parts: every process has to have as "
+            f"{processes} processes have {counted(devices, 'device')}: each has to have as "
             "many devices as the others"
         )
     them = f"{devices} devices of {processes} processes" if processes > 1 else "devices"
