@@ -1,0 +1,827 @@
+"""Probing: how much a linear classifier reads off upsampled features of a frozen backbone.
+
+    pipeline = FeaturePipeline(backbone="vit.safetensors", upsampler="jbu")
+    entry = probe(pipeline, "camvid", ProbeSettings(class_balance=0.5, seeds=(0, 1, 2)))
+    entry["protocols"]["features"]["mean"]["miou"]
+
+With F the features of an image I at the backbone's resolution, U the upsampler, and W a 1x1
+classifier, the only part that learns, the class of a pixel is the largest of
+
+    features        W U(F, I)             W fitted on upsampled features
+    preserved       W U(F, I)             W fitted on features as the backbone gives them
+    probabilities   U(softmax(W F), I)    the same W; U has the weights that F and I give it
+
+`features` is how upsamplers are compared as a rule (FeatUp, JAFAR, NAF). `preserved` asks whether
+an upsampler leaves features what they are, so that a classifier of the backbone's own features
+still works (Wimmer et al., AnyUp, 2025, tables 5 and 11). `probabilities` is from Seo et al.,
+Upsample Anything, 2025. What papers do differently, and why their numbers do not compare, is in
+docs/probing.md.
+
+Backbone and upsampler are frozen, so the features of some pixels of every training image are
+computed once (`pixels_per_image`), and the classifiers of all seeds and protocols are fitted to
+them; the whole validation set is upsampled once for all of them. `pixels_per_image=None` computes
+all pixels in every epoch, as the papers do.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Integer, Num, UInt8
+
+import resfu_jax
+from resfu_jax import data, training
+from resfu_jax._checks import (
+    check_choice,
+    check_flag,
+    check_not_negative,
+    check_positive,
+    check_whole,
+    is_number,
+    is_whole,
+    need,
+)
+from resfu_jax._extras import extra
+from resfu_jax._files import local_path, write_whole
+from resfu_jax.data import transforms
+from resfu_jax.ops.resize import resize
+from resfu_jax.upsamplers import list_upsamplers, takes_values, upsampler_entry
+
+with extra("train"):
+    import optax
+    from PIL import Image
+    from tqdm import tqdm
+
+Method = Literal["features", "preserved", "probabilities"]
+PathLike = str | os.PathLike[str]
+Classifier = dict[str, Array]  # kernel (C, K) and bias (K,)
+
+
+class Pipeline(Protocol):
+    """What is probed: of a `FeaturePipeline`, or of anything that has its methods.
+
+    Attributes:
+      name: of the upsampler.
+      multiple: sides of the images that `encode` takes are multiples of it.
+      upsampler: asked for `value_groups` and `mixes`, for probabilities only.
+    """
+
+    name: str
+    multiple: int
+    upsampler: Any
+
+    def encode(self, images: Num[np.ndarray, "b H W 3"]) -> Float[Array, "b h w c"]:
+        """Features of images in 0 .. 255."""
+        ...
+
+    def upsample(
+        self,
+        features: Float[Array, "b h w c"],
+        images: Num[np.ndarray, "b _H _W 3"],
+        size: tuple[int, int],
+        *,
+        values: Float[Array, "b h w d"] | None = None,
+    ) -> Float[Array, "b H W d"]:
+        """Features, or values with the features' weights, at a size; images guide, of any size."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeSettings:
+    """How a probe is made; what is not given is as the papers have it, or said to be otherwise."""
+
+    protocols: tuple[Method, ...] = ("features",)
+    """features, preserved, probabilities: see the start of the file."""
+    seeds: tuple[int, ...] = (0,)
+    """Of the initial classifier, the order of images and their mirroring; sampled pixels are the
+    same for all."""
+    crop: int | None = None
+    """Side of the square in the middle of every image, of which the shorter side is resized to it
+    (antialiased bilinear; labels nearest): 448 in most papers. None: whole images, whose labels
+    are left as they are."""
+    scale: float = 1.0
+    """Size at which the backbone sees the image, over that of the labels; it is resized to the next
+    multiples of the patch. The upsampler is guided by the image at the labels' size."""
+    output_stride: int | None = None
+    """Pixels of the backbone's input for one of the upsampled map; logits are resized to the labels
+    bilinearly. None: features are upsampled to the labels' size."""
+    pixels_per_image: int | None = 1024
+    """Labelled pixels of a training image, drawn at random once, that the classifier is fitted to.
+    None: all, computed anew in every epoch."""
+    flip: bool = True
+    """Every epoch sees every image as it is or mirrored, by chance."""
+    cell_labels: Literal["share", "centre"] = "share"
+    """At low resolution, a cell is fitted to all of its pixels, each with its own label (share), or
+    to the label at its centre, which is nearest-neighbour reduction (centre)."""
+    epochs: int = 20
+    """Times that all images are seen."""
+    batch_size: int = 2
+    """Images of a step."""
+    learning_rate: float = 5e-4
+    """Of AdamW at the first step; a cosine takes it to zero over all steps."""
+    weight_decay: float = 1e-5
+    """Of AdamW, kernel and bias alike, as PyTorch's."""
+    class_balance: float = 0.0
+    """Weight of a class in the loss: (median frequency / frequency) to this power, counted on the
+    training labels. 0: none, as in the papers."""
+    dilation_ratio: float = 0.02
+    """Width of the boundary of boundary IoU over the image's diagonal."""
+    train_split: str = "train"
+    """Split to fit on, or a slice of it, such as "train[:50%]"."""
+    validation_split: str = "validation"
+    """Split to score on."""
+
+    def __post_init__(self):
+        for name in ("protocols", "seeds"):
+            value = getattr(self, name)
+            need(
+                isinstance(value, tuple | list) and len(value) == len(set(value)) > 0,
+                f"{name} must be one or more, none twice, got {value!r}",
+            )
+            object.__setattr__(self, name, tuple(value))
+        for method in self.protocols:
+            check_choice(get_args(Method), protocols=method)
+        for seed in self.seeds:
+            need(is_whole(seed) and seed >= 0, f"seeds must be whole numbers from 0, got {seed!r}")
+        for name in ("crop", "output_stride", "pixels_per_image"):
+            if getattr(self, name) is not None:
+                check_whole(**{name: getattr(self, name)})
+        check_choice(("share", "centre"), cell_labels=self.cell_labels)
+        check_flag(flip=self.flip)
+        check_whole(epochs=self.epochs, batch_size=self.batch_size)
+        check_positive(
+            scale=self.scale, learning_rate=self.learning_rate, dilation_ratio=self.dilation_ratio
+        )
+        check_not_negative(weight_decay=self.weight_decay)
+        need(
+            is_number(self.class_balance),
+            f"class_balance must be a number, got {self.class_balance!r}",
+        )
+
+
+def probe(
+    pipeline: Pipeline,
+    dataset: str,
+    settings: ProbeSettings = ProbeSettings(),  # noqa: B008 - frozen
+    *,
+    data_dir: PathLike | None = None,
+    cache_dir: PathLike | None = None,
+    images_at_once: int = 2,
+    facts: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Fits classifiers to a frozen pipeline's features and scores them on the validation set.
+
+    Progress goes to stderr, with the time left.
+
+    Args:
+      pipeline: images to features to upsampled features.
+      dataset: a prepared dataset with labels, of `data.list_datasets()`.
+      settings: of the probe.
+      data_dir: where the dataset was prepared; `data.default_data_dir()` if None.
+      cache_dir: where features of sampled pixels are kept, so that a probe that was stopped, or has
+        other settings of the classifier, does not compute them again. They are found by what goes
+        in, pixels and labels, and by what comes out for the first images. None: nowhere.
+      images_at_once: that are encoded and upsampled together; changes no number but by rounding.
+      facts: further entries of the result, such as the backbone's name.
+
+    Returns:
+      What goes into JSON: `upsampler`, `dataset`, `settings`, `versions`, `images` (of the two
+      splits), `seconds`, and for each of `protocols` its `runs`, one for a seed (`seed`; `loss`,
+      the mean of each epoch; what `SegmentationCounts.compute` has), with their `mean` and, of
+      several, their standard deviation `std` (n - 1).
+
+    Raises:
+      ValueError: an unknown dataset, an upsampler that has no weights to give to probabilities,
+        images of several sizes in one batch, too many pixels for the memory.
+      DatasetNotPrepared: the message says how to prepare it.
+    """
+    check_whole(images_at_once=images_at_once)
+    groups = _value_groups(pipeline) if "probabilities" in settings.protocols else 1
+    info = data.dataset_info(dataset, data_dir)
+    sources = [
+        data.open_source(dataset, split, data_dir)
+        for split in (settings.train_split, settings.validation_split)
+    ]
+    train, validation = (_Split(source, info, pipeline, settings) for source in sources)
+    weights = None
+    if settings.class_balance:
+        counts = data.label_counts(sources[0], info)
+        weights = tuple(data.balanced_weights(counts, settings.class_balance).tolist())
+    seconds, clock = {}, _Clock()
+
+    # ------------------------------------------------------------------------- features of training
+    methods = sorted({_fitted_on(method) for method in settings.protocols})
+    _try(train, groups, images_at_once, info.num_classes)
+    rows = {}
+    if settings.pixels_per_image is None:
+        rows = {method: functools.partial(_all_pixels, train, method) for method in methods}
+    else:
+        found = _sampled(train, methods, images_at_once, cache_dir)
+        for method, (x, y) in found.items():
+            rows[method] = lambda views, x=x, y=y: (x[views], y[views])
+    seconds["features"] = clock.lap()
+
+    # ------------------------------------------------------------------------------------- fitting
+    fitted: dict[str, list[tuple[Classifier, list[float]]]] = {}
+    steps = settings.epochs * -(-len(sources[0]) // settings.batch_size)
+    with _bar("fitting", steps * len(methods) * len(settings.seeds), "step") as bar:
+        for method in methods:
+            fitted[method] = [
+                fit_classifier(
+                    rows[method],
+                    len(sources[0]),
+                    info.num_classes,
+                    settings,
+                    seed=seed,
+                    ignore_label=info.ignore_label,
+                    class_weights=weights,
+                    advance=bar.update,
+                )
+                for seed in settings.seeds
+            ]
+    del rows
+    seconds["fit"] = clock.lap()
+
+    # ------------------------------------------------------------------------------------- scoring
+    score = functools.partial(
+        _count,
+        num_classes=info.num_classes,
+        ignore_label=info.ignore_label,
+        ratio=float(settings.dilation_ratio),
+    )
+    stacked = {
+        method: jax.tree.map(lambda *x: jnp.stack(x), *(c for c, _ in fits))
+        for method, fits in fitted.items()
+    }
+    totals = {
+        (method, seed): training.SegmentationCounts.zeros(info.num_classes)
+        for method in settings.protocols
+        for seed in settings.seeds
+    }
+    with _bar("validation", len(validation.views(flip=False)), "image") as bar:
+        for batch in validation.batches(images_at_once, flip=False):
+            low = pipeline.encode(batch.inputs)
+            high = None
+            for method in settings.protocols:
+                classifiers = stacked[_fitted_on(method)]
+                if method == "probabilities":
+                    values = _probabilities(classifiers, low, groups)
+                    high_p = pipeline.upsample(low, batch.images, batch.size, values=values)
+                    logits = _by_seed(high_p, len(settings.seeds), groups)
+                else:
+                    if high is None:
+                        high = pipeline.upsample(low, batch.images, batch.size)
+                    logits = _logits(classifiers, high)
+                counts = jax.device_get(score(logits, batch.labels))
+                for i, seed in enumerate(settings.seeds):
+                    own = jax.tree.map(lambda x, i=i: x[i], counts)
+                    totals[method, seed] = totals[method, seed].merge(own)
+            bar.update(batch.count)
+    seconds["validation"] = clock.lap()
+
+    protocols = {}
+    for method in settings.protocols:
+        runs = []
+        for seed, (_, loss) in zip(settings.seeds, fitted[_fitted_on(method)], strict=True):
+            metrics = totals[method, seed].compute(info.class_names)
+            runs.append({"seed": seed, "loss": loss} | metrics)
+        protocols[method] = {"runs": runs} | _statistics(runs)
+    return {
+        "upsampler": pipeline.name,
+        "dataset": dataset,
+        **(facts or {}),
+        "settings": _jsonable(settings),
+        "images": [len(source) for source in sources],
+        "protocols": protocols,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "versions": {
+            "resfu_jax": resfu_jax.__version__,
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+            "device": jax.devices()[0].device_kind,
+        },
+    }
+
+
+def fit_classifier(
+    rows: Callable[[np.ndarray], tuple[Num[Any, "b n c"], Integer[Any, "b n"]]],
+    images: int,
+    num_classes: int,
+    settings: ProbeSettings,
+    *,
+    seed: int,
+    ignore_label: int = 255,
+    class_weights: Sequence[float] | None = None,
+    advance: Callable[[int], Any] = lambda steps: None,
+) -> tuple[Classifier, list[float]]:
+    """A 1x1 classifier fitted by AdamW under a cosine over all steps.
+
+    It starts as PyTorch's `Conv2d(C, K, 1)`, uniform within 1 / sqrt(C). The loss of a step is the
+    mean over the labelled pixels of its images.
+
+    Args:
+      rows: features and labels of pixels of some views, by their numbers. Image i has the views 2 i
+        and 2 i + 1 (mirrored), or i alone without `settings.flip`.
+      images: number of images.
+      num_classes: K.
+      settings: of these count `epochs`, `batch_size`, `learning_rate`, `weight_decay`, `flip`.
+      seed: of the initial values, the order of images and the choice of views.
+      ignore_label: of pixels that do not count.
+      class_weights: one for each class.
+      advance: is called with the number of steps that were made.
+
+    Returns:
+      Kernel `(C, K)` and bias `(K,)`; and the mean loss of every epoch.
+    """
+    check_whole(images=images, num_classes=num_classes)
+    steps = settings.epochs * -(-images // settings.batch_size)
+    weights = None if class_weights is None else tuple(class_weights)
+    decay = settings.weight_decay
+    optimizer, step = _stepper(settings.learning_rate, decay, steps, ignore_label, weights)
+    rng = np.random.default_rng(seed)
+    classifier, state = None, None
+    epochs = []
+    for _ in range(settings.epochs):
+        losses = []
+        order = rng.permutation(images)
+        views = 2 * order + rng.integers(0, 2, images) if settings.flip else order
+        for first in range(0, images, settings.batch_size):
+            x, y = rows(views[first : first + settings.batch_size])
+            if classifier is None:
+                bound = x.shape[-1] ** -0.5
+                shapes = {"kernel": (x.shape[-1], num_classes), "bias": (num_classes,)}
+                # `seed` alone decides, not the number of images.
+                start = np.random.default_rng([seed, 1])
+                classifier = {
+                    name: jnp.asarray(start.uniform(-bound, bound, shape), jnp.float32)
+                    for name, shape in shapes.items()
+                }
+                state = optimizer.init(classifier)
+            with jax.numpy_dtype_promotion("standard"):  # Optax relies on it
+                classifier, state, loss = step(classifier, state, x, y)
+            losses.append(loss)
+            advance(1)
+        epochs.append(float(np.mean(jax.device_get(losses))))
+    return classifier, epochs
+
+
+@functools.lru_cache(maxsize=1)  # all seeds share a program
+def _stepper(
+    learning_rate: float,
+    weight_decay: float,
+    steps: int,
+    ignore_label: int,
+    class_weights: tuple[float, ...] | None,
+) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
+    """The optimiser, and a step of it."""
+    schedule = optax.cosine_decay_schedule(learning_rate, steps)
+    optimizer = optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=weight_decay)
+
+    def loss_fn(classifier, x, y):
+        logits = x.astype(jnp.float32) @ classifier["kernel"] + classifier["bias"][None, None]
+        pixels = dict(ignore_label=ignore_label, class_weights=class_weights)
+        return training.cross_entropy(logits, y, **pixels)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(classifier, state, x, y):
+        loss, gradient = jax.value_and_grad(loss_fn)(classifier, x, y)
+        updates, state = optimizer.update(gradient, state, classifier)
+        return optax.apply_updates(classifier, updates), state, loss
+
+    return optimizer, step
+
+
+# --------------------------------------------------------------------------------------- the images
+class _Batch(NamedTuple):
+    """Images of one size."""
+
+    inputs: UInt8[np.ndarray, "b Hi Wi 3"]  # what the backbone sees
+    images: UInt8[np.ndarray, "b H W 3"]  # what guides
+    labels: UInt8[np.ndarray, "b H W"]
+    size: tuple[int, int]  # of the upsampled map
+    count: int  # rows that are no repetition
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """A split as the pipeline sees it."""
+
+    source: data.Source
+    info: data.DatasetInfo
+    pipeline: Pipeline
+    settings: ProbeSettings
+
+    def views(self, *, flip: bool) -> range:
+        """Numbers of all images, each twice if they are mirrored, too."""
+        return range(len(self.source) * (2 if flip else 1))
+
+    def read(self, view: int, *, flip: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What the backbone sees, what guides, and the labels."""
+        index, mirrored = divmod(view, 2) if flip else (view, 0)
+        example, s = self.source[index], self.settings
+        image, label = transforms.decode(example, self.info, self.source.where(example))
+        width, height = image.size
+        box, size = (0.0, 0.0, float(width), float(height)), (width, height)
+        if s.crop is not None:
+            side = min(width, height)
+            left, top = (width - side) / 2, (height - side) / 2
+            box, size = (left, top, left + side, top + side), (s.crop, s.crop)
+        m = self.pipeline.multiple
+        seen = tuple(max(1, round(n * s.scale / m)) * m for n in size)
+        pictures = (
+            image.resize(seen, Image.Resampling.BILINEAR, box),
+            image.resize(size, Image.Resampling.BILINEAR, box),
+            label.resize(size, Image.Resampling.NEAREST, box),
+        )
+        arrays = [np.asarray(picture) for picture in pictures]
+        x, y, z = (np.ascontiguousarray(a[:, ::-1]) if mirrored else a for a in arrays)
+        return x, y, z
+
+    def batch(self, views: Sequence[int], *, flip: bool) -> _Batch:
+        """These views, which must be of one size."""
+        examples = [self.read(view, flip=flip) for view in views]
+        sizes = {label.shape for _, _, label in examples}
+        need(
+            len(sizes) == 1,
+            "pixels_per_image=None fits whole images of one size at once, and there are "
+            f"{' and '.join(f'{h}x{w}' for h, w in sorted(sizes))}: give crop, or batch_size=1",
+        )
+        return self._stack(examples, len(examples))
+
+    def batches(self, at_once: int, *, flip: bool) -> Iterator[_Batch]:
+        """All views in order. Fewer of a size than `at_once` are filled up: one compilation."""
+        waiting: list[Any] = []
+        for view in self.views(flip=flip):
+            example = self.read(view, flip=flip)
+            if waiting and waiting[0][2].shape != example[2].shape:
+                yield self._stack(waiting, at_once)
+                waiting = []
+            waiting.append(example)
+            if len(waiting) == at_once:
+                yield self._stack(waiting, at_once)
+                waiting = []
+        if waiting:
+            yield self._stack(waiting, at_once)
+
+    def _stack(self, examples: list[Any], rows: int) -> _Batch:
+        filled = examples + examples[-1:] * (rows - len(examples))
+        inputs, images, labels = (np.stack(arrays) for arrays in zip(*filled, strict=True))
+        labels[len(examples) :] = self.info.ignore_label
+        stride = self.settings.output_stride
+        h, w = inputs.shape[1:3] if stride else labels.shape[1:3]
+        size = (h // stride, w // stride) if stride else (h, w)
+        return _Batch(inputs, images, labels, size, len(examples))
+
+
+def _try(split: _Split, groups: int, at_once: int, num_classes: int) -> None:
+    """Upsamples the first images, so that what does not fit is said at once."""
+    batch, pipeline = next(split.batches(at_once, flip=split.settings.flip)), split.pipeline
+    low = pipeline.encode(batch.inputs)
+    if {"features", "preserved"} & set(split.settings.protocols):
+        pipeline.upsample(low, batch.images, batch.size)
+    if "probabilities" in split.settings.protocols:
+        channels = groups * len(split.settings.seeds) * num_classes
+        values = jnp.zeros((*low.shape[:3], channels), jnp.float32)
+        pipeline.upsample(low, batch.images, batch.size, values=values)
+
+
+# ------------------------------------------------------------------------------- pixels to fit on
+def _fitted_on(method: str) -> str:
+    """Which features a protocol's classifier is fitted on."""
+    return "upsampled" if method == "features" else "cells"
+
+
+def _nearest(size: tuple[int, int], of: tuple[int, int]) -> Integer[np.ndarray, "H W"]:
+    """For every pixel of a map of `size`, which of a map of size `of` its centre lies in."""
+    rows, columns = ((2 * np.arange(n) + 1) * m // (2 * n) for n, m in zip(size, of, strict=True))
+    return rows[:, None] * of[1] + columns
+
+
+def _labels(batch: _Batch, size: tuple[int, int]) -> UInt8[np.ndarray, "b n"]:
+    """The label at the centre of every pixel of a map of this size, row after row."""
+    labels = batch.labels.reshape(len(batch.labels), -1)
+    return labels[:, _nearest(size, batch.labels.shape[1:]).ravel()]
+
+
+@jax.jit
+def _take(x: Array, pixels: Array) -> Array:
+    """Pixels `(b, n)` of maps, in float32."""
+    flat = x.reshape(x.shape[0], -1, x.shape[3])
+    return jnp.take_along_axis(flat, pixels[..., None], axis=1).astype(jnp.float32)
+
+
+def _all_pixels(
+    split: _Split, features: str, views: np.ndarray
+) -> tuple[Float[Array, "b n c"], UInt8[np.ndarray, "b n"]]:
+    """Features and labels of all pixels of some views."""
+    batch = split.batch(views.tolist(), flip=split.settings.flip)
+    low = split.pipeline.encode(batch.inputs)
+    if features == "upsampled":
+        x = split.pipeline.upsample(low, batch.images, batch.size)
+        return x.reshape(x.shape[0], -1, x.shape[3]), _labels(batch, batch.size)
+    cells = (low.shape[1], low.shape[2])
+    if split.settings.cell_labels == "centre":
+        return low.reshape(low.shape[0], -1, low.shape[3]), _labels(batch, cells)
+    of_pixel = np.broadcast_to(
+        _nearest(batch.size, cells).ravel(), (len(low), batch.size[0] * batch.size[1])
+    )
+    return _take(low, of_pixel), _labels(batch, batch.size)
+
+
+def _sampled(
+    split: _Split, kinds: Sequence[str], at_once: int, cache_dir: PathLike | None
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Features `(views, n, C)` and labels `(views, n)` of pixels of every view.
+
+    The pixels are drawn by the number of the view. Where fewer are labelled, the rest is ignored.
+    """
+    path = None
+    if cache_dir is not None:
+        folder = local_path(cache_dir, "cache_dir")
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"probe_{_digest(split, kinds, at_once)}.npz"
+        if path.exists():
+            with np.load(path) as file:
+                return {kind: (file[f"{kind}_x"], file[f"{kind}_y"]) for kind in kinds}
+    s, found = split.settings, {}
+    views = split.views(flip=s.flip)
+    done = 0
+    with _bar("features", len(views), "image") as bar:
+        for batch in split.batches(at_once, flip=s.flip):
+            chosen = _samples(split, batch, kinds, done)
+            for kind, (x, y) in chosen.items():
+                if kind not in found:
+                    shape = (len(views), *x.shape[1:])
+                    _check_memory(shape, len(kinds))
+                    found[kind] = np.zeros(shape, np.float32), np.zeros(shape[:2], np.uint8)
+                for whole, part in zip(found[kind], (x, y), strict=True):
+                    need(
+                        part.shape[1] == whole.shape[1],
+                        "cell_labels='centre' needs images of one size: give crop, or "
+                        "cell_labels='share'",
+                    )
+                    whole[done : done + batch.count] = part[: batch.count]
+            done += batch.count
+            bar.update(batch.count)
+    if path is not None:
+        _save(
+            path, {f"{k}_{n}": a for k, xy in found.items() for n, a in zip("xy", xy, strict=True)}
+        )
+    return found
+
+
+def _samples(
+    split: _Split, batch: _Batch, kinds: Sequence[str], first: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Features and labels of the pixels of a batch, whose first view has this number."""
+    s, ignored = split.settings, split.info.ignore_label
+    labels = _labels(batch, batch.size)
+    pixels = np.zeros((len(labels), s.pixels_per_image), np.int32)
+    y = np.full(pixels.shape, ignored, np.uint8)
+    for row in range(batch.count):
+        labelled = np.flatnonzero(labels[row] != ignored)
+        rng = np.random.default_rng([0, first + row])
+        chosen = rng.permutation(labelled)[: s.pixels_per_image]
+        pixels[row, : len(chosen)], y[row, : len(chosen)] = chosen, labels[row, chosen]
+
+    low, result = split.pipeline.encode(batch.inputs), {}
+    cells = (low.shape[1], low.shape[2])
+    for kind in kinds:
+        if kind == "upsampled":
+            x = _take(split.pipeline.upsample(low, batch.images, batch.size), pixels)
+            result[kind] = np.asarray(x), y
+        elif s.cell_labels == "share":
+            of_pixel = _nearest(batch.size, cells).ravel().astype(np.int32)
+            result[kind] = np.asarray(_take(low, of_pixel[pixels])), y
+        else:
+            x = np.asarray(low, np.float32).reshape(len(labels), -1, low.shape[3])
+            result[kind] = x, _labels(batch, cells)
+    return result
+
+
+def _check_memory(shape: tuple[int, ...], stores: int) -> None:
+    """Said before hours of work, not after."""
+    needed = 4 * stores * int(np.prod(shape))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    need(
+        needed < 0.8 * memory,
+        f"pixels_per_image={shape[1]} of {shape[0]} views need {needed / 1e9:.0f} GB, and the "
+        f"machine has {memory / 1e9:.0f}: fewer, flip=False, one protocol at a time, or None, which "
+        "computes features in every epoch",
+    )
+
+
+def _digest(split: _Split, kinds: Sequence[str], at_once: int) -> str:
+    """Of all that sampled features depend on: the data, the settings, and what the pipeline does.
+
+    The last is known by what it gives for the first images.
+    """
+    s = split.settings
+    digest = hashlib.blake2b(digest_size=12)
+    names = ("crop", "scale", "output_stride", "pixels_per_image", "flip", "cell_labels")
+    text = [resfu_jax.__version__, split.pipeline.multiple, list(kinds)]
+    digest.update(json.dumps([*text, *(getattr(s, name) for name in names)]).encode())
+    for example in split.source:
+        for name in ("image", "label"):
+            digest.update(hashlib.blake2b(example[name]).digest())
+    batch = next(split.batches(at_once, flip=s.flip))
+    for _, (x, y) in sorted(_samples(split, batch, kinds, 0).items()):
+        for a in (x, y):
+            digest.update(np.ascontiguousarray(a[: batch.count]).tobytes())
+    return digest.hexdigest()
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    try:
+        np.savez(temporary, **arrays)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------------- classifying
+@jax.jit
+def _logits(classifiers: Classifier, x: Float[Array, "b h w c"]) -> Float[Array, "s b h w k"]:
+    """Those of every classifier. (One product: an `einsum` is several times slower on a CPU.)"""
+    kernels = jnp.moveaxis(classifiers["kernel"], 0, 1)  # (C, s, K)
+    seeds, classes = kernels.shape[1:]
+    y = x.astype(jnp.float32).reshape(-1, x.shape[3]) @ kernels.reshape(x.shape[3], -1)
+    y = y + classifiers["bias"].reshape(1, -1)
+    return jnp.moveaxis(y.reshape(*x.shape[:3], seeds, classes), 3, 0)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _probabilities(classifiers: Classifier, low: Array, groups: int) -> Float[Array, "b h w d"]:
+    """Those of all seeds, once for each group of channels that has weights of its own."""
+    p = jnp.moveaxis(jax.nn.softmax(_logits(classifiers, low)), 0, 3)
+    return jnp.tile(p.reshape(*p.shape[:3], -1), groups)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _by_seed(p: Float[Array, "b h w d"], seeds: int, groups: int) -> Float[Array, "s b h w k"]:
+    """The mean over groups, seeds first."""
+    p = p.astype(jnp.float32).reshape(*p.shape[:3], groups, seeds, -1).mean(axis=3)
+    return jnp.moveaxis(p, 3, 0)
+
+
+@functools.partial(jax.jit, static_argnames=("num_classes", "ignore_label", "ratio"))
+def _count(logits, labels, *, num_classes: int, ignore_label: int, ratio: float):
+    """Counts of every seed."""
+
+    def of_seed(logits):
+        logits = resize(logits, labels.shape[1:3], method="bilinear")
+        return training.count(
+            jnp.argmax(logits, axis=-1).astype(jnp.uint8),
+            labels,
+            num_classes=num_classes,
+            ignore_label=ignore_label,
+            dilation_ratio=ratio,
+        )
+
+    return jax.lax.map(of_seed, logits)
+
+
+def _value_groups(pipeline: Pipeline) -> int:
+    """Groups of channels with weights of their own.
+
+    Probabilities get the mean of all groups' weights.
+
+    Raises:
+      ValueError: the upsampler has no weights that could be given to others than the features.
+    """
+    upsampler = pipeline.upsampler
+    can = takes_values(upsampler) and not getattr(upsampler, "mixes", False)
+    known = (name for name in list_upsamplers() if takes_values(upsampler_entry(name).cls))
+    need(
+        can,
+        f"protocols cannot be 'probabilities' for {pipeline.name!r}: its output is more than a sum "
+        f"of features with weights, which probabilities could be given; members that reassemble "
+        f"are {', '.join(known)}",
+    )
+    return getattr(upsampler, "value_groups", 1)
+
+
+# ------------------------------------------------------------------------------------------ results
+def _statistics(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation of all metrics that every run has."""
+    names = [n for n in runs[0] if n not in ("seed", "loss") and all(n in run for run in runs)]
+    values = {name: [run[name] for run in runs] for name in names}
+    result = {"mean": {name: float(np.mean(v)) for name, v in values.items()}}
+    if len(runs) > 1:
+        result["std"] = {name: float(np.std(v, ddof=1)) for name, v in values.items()}
+    return result
+
+
+def _jsonable(settings: ProbeSettings) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def record(path: PathLike, entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """Adds a probe to a file of results, `{"probes": [...]}`, and returns all that it holds.
+
+    An entry of the same upsampler, dataset, settings and facts is replaced.
+
+    Args:
+      path: a JSON file; it need not exist.
+      entry: of `probe`.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    file = local_path(path, "path")
+    probes = read_results(file) if file.exists() else []
+    changing = ("protocols", "seconds", "versions")
+
+    def key(entry: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in entry.items() if name not in changing}
+
+    probes = [other for other in probes if key(other) != key(entry)] + [entry]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps({"probes": probes}, indent=1) + "\n")
+    return probes
+
+
+def read_results(path: PathLike) -> list[dict[str, Any]]:
+    """The entries of a file that `record` wrote.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    file = local_path(path, "path")
+    try:
+        probes = json.loads(file.read_text())["probes"]
+        fits = all("protocols" in entry and "upsampler" in entry for entry in probes)
+    except (ValueError, KeyError, TypeError):
+        fits = False
+    need(fits, f"{file} does not hold results of a probe; give another file")
+    return probes
+
+
+def markdown(probes: Sequence[dict[str, Any]], classes: Sequence[str] = ()) -> str:
+    """A table of results: a row for every upsampler and protocol, in the order of `probes`.
+
+    Args:
+      probes: entries of `probe`.
+      classes: names of classes whose IoU is shown, too.
+
+    Raises:
+      ValueError: a class that no entry has.
+    """
+    names = {"miou": "mIoU", "boundary_iou": "boundary IoU", "pixel_accuracy": "accuracy"}
+    for name in classes:
+        has = any(f"iou/{name}" in p["mean"] for e in probes for p in e["protocols"].values())
+        need(has, f"classes must be names of classes that were scored, got {name!r}")
+        names[f"iou/{name}"] = name
+    lines = [
+        f"| upsampler | dataset | protocol | {' | '.join(names.values())} | seeds |",
+        "|---" * (len(names) + 4) + "|",
+    ]
+    for entry in probes:
+        for method, result in entry["protocols"].items():
+            cells = []
+            for name in names:
+                mean, std = (result.get(kind, {}).get(name) for kind in ("mean", "std"))
+                text = "-" if mean is None else f"{mean:.3f}"
+                cells.append(text if std is None else f"{text} ± {std:.3f}")
+            start = f"| {entry['upsampler']} | {entry['dataset']} | {method} "
+            lines.append(f"{start}| {' | '.join(cells)} | {len(result['runs'])} |")
+    return "\n".join(lines) + "\n"
+
+
+# ----------------------------------------------------------------------------------------- progress
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        self._start, seconds = now, now - self._start
+        return seconds
+
+
+def _bar(what: str, total: int, unit: str) -> Any:
+    """Progress and time left: a bar on a terminal, elsewhere a line now and then."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        file=sys.stderr,
+        dynamic_ncols=terminal,
+        mininterval=0.1 if terminal else 30,
+        leave=True,
+    )
