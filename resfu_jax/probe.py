@@ -33,7 +33,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,7 @@ PathLike = str | os.PathLike[str]
 Classifier = dict[str, Array]  # kernel (C, K) and bias (K,)
 
 
+@runtime_checkable
 class Pipeline(Protocol):
     """What is probed: of a `FeaturePipeline`, or of anything that has its methods.
 
@@ -223,13 +224,13 @@ def probe(
     # ------------------------------------------------------------------------- features of training
     methods = sorted({_fitted_on(method) for method in settings.protocols})
     _try(train, groups, images_at_once, info.num_classes)
-    rows = {}
+    rows: dict[str, Callable[[np.ndarray], tuple[Any, Any]]] = {}
     if settings.pixels_per_image is None:
         rows = {method: functools.partial(_all_pixels, train, method) for method in methods}
     else:
         found = _sampled(train, methods, images_at_once, cache_dir)
         for method, (x, y) in found.items():
-            rows[method] = lambda views, x=x, y=y: (x[views], y[views])
+            rows[method] = functools.partial(_at, x, y)
     seconds["features"] = clock.lap()
 
     # ------------------------------------------------------------------------------------- fitting
@@ -287,7 +288,7 @@ def probe(
                 for i, seed in enumerate(settings.seeds):
                     own = jax.tree.map(lambda x, i=i: x[i], counts)
                     totals[method, seed] = totals[method, seed].merge(own)
-            bar.update(batch.count)
+            bar.update(batch.filled)
     seconds["validation"] = clock.lap()
 
     protocols = {}
@@ -350,7 +351,8 @@ def fit_classifier(
     decay = settings.weight_decay
     optimizer, step = _stepper(settings.learning_rate, decay, steps, ignore_label, weights)
     rng = np.random.default_rng(seed)
-    classifier, state = None, None
+    classifier: Any = None
+    state: Any = None
     epochs = []
     for _ in range(settings.epochs):
         losses = []
@@ -359,21 +361,21 @@ def fit_classifier(
         for first in range(0, images, settings.batch_size):
             x, y = rows(views[first : first + settings.batch_size])
             if classifier is None:
-                bound = x.shape[-1] ** -0.5
-                shapes = {"kernel": (x.shape[-1], num_classes), "bias": (num_classes,)}
-                # `seed` alone decides, not the number of images.
-                start = np.random.default_rng([seed, 1])
-                classifier = {
-                    name: jnp.asarray(start.uniform(-bound, bound, shape), jnp.float32)
-                    for name, shape in shapes.items()
-                }
+                classifier = _initial(seed, x.shape[-1], num_classes)
                 state = optimizer.init(classifier)
-            with jax.numpy_dtype_promotion("standard"):  # Optax relies on it
-                classifier, state, loss = step(classifier, state, x, y)
+            classifier, state, loss = step(classifier, state, x, y)
             losses.append(loss)
             advance(1)
         epochs.append(float(np.mean(jax.device_get(losses))))
     return classifier, epochs
+
+
+def _initial(seed: int, channels: int, num_classes: int) -> Classifier:
+    """As PyTorch begins; the seed alone decides, not how many images there are."""
+    rng, bound = np.random.default_rng([seed, 1]), channels**-0.5
+    shapes = {"kernel": (channels, num_classes), "bias": (num_classes,)}
+    draws = {name: rng.uniform(-bound, bound, shape) for name, shape in shapes.items()}
+    return {name: jnp.asarray(values, jnp.float32) for name, values in draws.items()}
 
 
 @functools.lru_cache(maxsize=1)  # all seeds share a program
@@ -410,7 +412,7 @@ class _Batch(NamedTuple):
     images: UInt8[np.ndarray, "b H W 3"]  # what guides
     labels: UInt8[np.ndarray, "b H W"]
     size: tuple[int, int]  # of the upsampled map
-    count: int  # rows that are no repetition
+    filled: int  # rows that are images; the others repeat the last one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -438,9 +440,9 @@ class _Split:
             left, top = (width - side) / 2, (height - side) / 2
             box, size = (left, top, left + side, top + side), (s.crop, s.crop)
         m = self.pipeline.multiple
-        seen = tuple(max(1, round(n * s.scale / m)) * m for n in size)
+        seen = [max(1, round(n * s.scale / m)) * m for n in size]
         pictures = (
-            image.resize(seen, Image.Resampling.BILINEAR, box),
+            image.resize((seen[0], seen[1]), Image.Resampling.BILINEAR, box),
             image.resize(size, Image.Resampling.BILINEAR, box),
             label.resize(size, Image.Resampling.NEAREST, box),
         )
@@ -497,6 +499,10 @@ def _try(split: _Split, groups: int, at_once: int, num_classes: int) -> None:
 
 
 # ------------------------------------------------------------------------------- pixels to fit on
+def _at(x: np.ndarray, y: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return x[views], y[views]
+
+
 def _fitted_on(method: str) -> str:
     """Which features a protocol's classifier is fitted on."""
     return "upsampled" if method == "features" else "cells"
@@ -533,9 +539,7 @@ def _all_pixels(
     cells = (low.shape[1], low.shape[2])
     if split.settings.cell_labels == "centre":
         return low.reshape(low.shape[0], -1, low.shape[3]), _labels(batch, cells)
-    of_pixel = np.broadcast_to(
-        _nearest(batch.size, cells).ravel(), (len(low), batch.size[0] * batch.size[1])
-    )
+    of_pixel = np.tile(_nearest(batch.size, cells).ravel(), (len(low), 1))
     return _take(low, of_pixel), _labels(batch, batch.size)
 
 
@@ -571,13 +575,11 @@ def _sampled(
                         "cell_labels='centre' needs images of one size: give crop, or "
                         "cell_labels='share'",
                     )
-                    whole[done : done + batch.count] = part[: batch.count]
-            done += batch.count
-            bar.update(batch.count)
+                    whole[done : done + batch.filled] = part[: batch.filled]
+            done += batch.filled
+            bar.update(batch.filled)
     if path is not None:
-        _save(
-            path, {f"{k}_{n}": a for k, xy in found.items() for n, a in zip("xy", xy, strict=True)}
-        )
+        _save(path, {f"{k}_{n}": a for k in kinds for n, a in zip("xy", found[k], strict=True)})
     return found
 
 
@@ -587,9 +589,9 @@ def _samples(
     """Features and labels of the pixels of a batch, whose first view has this number."""
     s, ignored = split.settings, split.info.ignore_label
     labels = _labels(batch, batch.size)
-    pixels = np.zeros((len(labels), s.pixels_per_image), np.int32)
+    pixels = np.zeros((len(labels), s.pixels_per_image or 0), np.int32)
     y = np.full(pixels.shape, ignored, np.uint8)
-    for row in range(batch.count):
+    for row in range(batch.filled):
         labelled = np.flatnonzero(labels[row] != ignored)
         rng = np.random.default_rng([0, first + row])
         chosen = rng.permutation(labelled)[: s.pixels_per_image]
@@ -617,8 +619,8 @@ def _check_memory(shape: tuple[int, ...], stores: int) -> None:
     need(
         needed < 0.8 * memory,
         f"pixels_per_image={shape[1]} of {shape[0]} views need {needed / 1e9:.0f} GB, and the "
-        f"machine has {memory / 1e9:.0f}: fewer, flip=False, one protocol at a time, or None, which "
-        "computes features in every epoch",
+        f"machine has {memory / 1e9:.0f}: fewer, flip=False, one protocol at a time, or None, "
+        "which computes features in every epoch",
     )
 
 
@@ -638,14 +640,15 @@ def _digest(split: _Split, kinds: Sequence[str], at_once: int) -> str:
     batch = next(split.batches(at_once, flip=s.flip))
     for _, (x, y) in sorted(_samples(split, batch, kinds, 0).items()):
         for a in (x, y):
-            digest.update(np.ascontiguousarray(a[: batch.count]).tobytes())
+            digest.update(np.ascontiguousarray(a[: batch.filled]).tobytes())
     return digest.hexdigest()
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
     try:
-        np.savez(temporary, **arrays)
+        with temporary.open("wb") as file:
+            np.savez(file, **cast(Any, arrays))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
