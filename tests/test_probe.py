@@ -72,6 +72,18 @@ def place(tmp_path_factory):
     return root / "data"
 
 
+def close(run, other):
+    """Two runs of a probe, whose programs may round differently."""
+    assert run.keys() == other.keys()
+    for name, value in run.items():
+        np.testing.assert_allclose(value, other[name], rtol=1e-4, err_msg=name)
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
 def without_times(entry):
     return {name: value for name, value in entry.items() if name != "seconds"}
 
@@ -117,9 +129,10 @@ def test_features_of_ignored_pixels_do_not_count():
     y = rng.integers(0, 3, (2, 8)).astype(np.uint8)
     y[:, ::3] = 255
     other = np.where(y[..., None] == 255, np.float32(100), x)
+    settings = ProbeSettings(epochs=2, flip=False)
     one, two = (
-        fit_classifier(lambda v, a=a: (a[v], y[v]), 2, 3, ProbeSettings(epochs=2), seed=0)
-        for a in (x, np.tile(other, (2, 1, 1))[:2])
+        fit_classifier(lambda views, a=a: (a[views], y[views]), 2, 3, settings, seed=0)
+        for a in (x, other)
     )
     assert one[1] == two[1]
     np.testing.assert_array_equal(one[0]["kernel"], two[0]["kernel"])
@@ -192,24 +205,23 @@ def test_repeats_exactly_and_not_with_another_seed(place):
     ],
 )
 def test_preserved_is_features_where_upsampling_repeats_cells(place, options):
-    settings = ProbeSettings(protocols=("features", "preserved"), epochs=2, batch_size=3, **options)
+    settings = ProbeSettings(
+        protocols=("features", "preserved"), epochs=5, batch_size=3, learning_rate=0.05, **options
+    )
     entry = probe(Pipeline("nearest"), NAME, settings, data_dir=place)
     (one,), (two,) = (entry["protocols"][m]["runs"] for m in settings.protocols)
-    assert one == pytest.approx(two, rel=1e-5)
+    close(one, two)
+    assert one["loss"][-1] < 0.8 * one["loss"][0]
 
 
 def test_all_pixels_are_those_that_samples_are_of(place):
     """With as many samples as there are pixels, both ways see the same."""
-    fits = [
-        probe(
-            Pipeline("bilinear"),
-            NAME,
-            ProbeSettings(epochs=2, pixels_per_image=n, flip=True),
-            data_dir=place,
-        )["protocols"]["features"]["runs"][0]
-        for n in (None, 4 * 6 * PATCH**2)
-    ]
-    assert fits[0] == pytest.approx(fits[1], rel=1e-5)
+    runs = []
+    for pixels in (None, 4 * 6 * PATCH**2):
+        settings = ProbeSettings(epochs=3, pixels_per_image=pixels, learning_rate=0.05)
+        entry = probe(Pipeline("bilinear"), NAME, settings, data_dir=place)
+        runs += entry["protocols"]["features"]["runs"]
+    close(*runs)
 
 
 def test_probabilities_are_upsampled_by_the_weights_of_the_features():
@@ -219,7 +231,8 @@ def test_probabilities_are_upsampled_by_the_weights_of_the_features():
     classifiers = {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
     images = rng.integers(0, 256, (2, 9, 16, 3)).astype(np.uint8)
     softmax = [
-        jax.nn.softmax(low @ classifiers["kernel"][i] + classifiers["bias"][i]) for i in range(3)
+        jax.nn.softmax(low @ kernel + bias[None, None, None])
+        for kernel, bias in zip(classifiers["kernel"], classifiers["bias"], strict=True)
     ]
     bilinear = Pipeline("bilinear")
     values = probing._probabilities(classifiers, low, 1)
@@ -242,8 +255,8 @@ def test_probabilities_are_upsampled_by_the_weights_of_the_features():
 def test_scores_are_those_of_training(place):
     """Resized logits, ignored pixels, boundaries: `training.count` of the largest."""
     rng = np.random.default_rng(7)
-    logits = rng.normal(size=(2, 1, 8, 12, 3)).astype(np.float32)
-    labels = rng.choice(np.array([0, 1, 2, 255], np.uint8), (1, 16, 24))
+    logits = jnp.asarray(rng.normal(size=(2, 1, 8, 12, 3)), jnp.float32)
+    labels = jnp.asarray(rng.choice(np.array([0, 1, 2, 255], np.uint8), (1, 16, 24)))
     got = probing._count(logits, labels, num_classes=3, ignore_label=255, ratio=0.1)
     for i in range(2):
         predicted = jnp.argmax(resize(logits[i], (16, 24)), axis=-1)
@@ -262,13 +275,13 @@ def test_sizes_of_input_output_and_crop(place):
     for a, b in zip(first, mirrored, strict=True):
         np.testing.assert_array_equal(a, b[:, ::-1])
     # The square in the middle, of 16 pixels of 24: columns 4 .. 19.
-    image, label = (
-        Image.open(place.parent / "raw" / k / "train/0.png") for k in ("images", "labels")
-    )
-    middle = np.asarray(label)[:, 4:20][np.ix_(*[np.arange(0.8, 16, 1.6).astype(int)] * 2)]
-    np.testing.assert_array_equal(first[2], middle)
-    expected = image.crop((4, 0, 20, 16)).resize((20, 20), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(first[0], expected)
+    label = pixels(place.parent / "raw/labels/train/0.png")
+    centres = (2 * np.arange(10) + 1) * 16 // 20
+    np.testing.assert_array_equal(first[2], label[np.ix_(centres, 4 + centres)])
+    # As to resize first, and to crop then.
+    image = Image.fromarray(pixels(place.parent / "raw/images/train/0.png"))
+    whole = np.asarray(image.resize((30, 20), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(first[0] - whole[:, 5:25]).max() <= 1
     batches = list(split.batches(2, flip=True))
     assert [batch.filled for batch in batches] == [2, 2, 2]
     assert batches[0].size == (10, 10)
