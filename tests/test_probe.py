@@ -267,24 +267,22 @@ def test_scores_are_those_of_training(place):
 # ------------------------------------------------------------------------------------- the pictures
 def test_sizes_of_input_output_and_crop(place):
     pipeline = Pipeline("bilinear")
-    settings = ProbeSettings(crop=10, scale=2.0, output_stride=2)
+    settings = ProbeSettings(crop=32, scale=0.5, output_stride=2)
     source = data.open_source(NAME, "train", place)
     split = probing._Split(source, data.dataset_info(NAME, place), pipeline, settings)
     first, mirrored = (split.read(view, flip=True) for view in (0, 1))
-    assert [a.shape for a in first] == [(20, 20, 3), (10, 10, 3), (10, 10)]
+    assert [a.shape for a in first] == [(16, 16, 3), (32, 32, 3), (32, 32)]
     for a, b in zip(first, mirrored, strict=True):
         np.testing.assert_array_equal(a, b[:, ::-1])
     # The square in the middle, of 16 pixels of 24: columns 4 .. 19.
-    label = pixels(place.parent / "raw/labels/train/0.png")
-    centres = (2 * np.arange(10) + 1) * 16 // 20
-    np.testing.assert_array_equal(first[2], label[np.ix_(centres, 4 + centres)])
-    # As to resize first, and to crop then.
-    image = Image.fromarray(pixels(place.parent / "raw/images/train/0.png"))
-    whole = np.asarray(image.resize((30, 20), Image.Resampling.BILINEAR)).astype(int)
-    assert np.abs(first[0] - whole[:, 5:25]).max() <= 1
+    image, label = (pixels(place.parent / "raw" / k / "train/0.png") for k in ("images", "labels"))
+    np.testing.assert_array_equal(first[0], image[:, 4:20])
+    np.testing.assert_array_equal(first[2], label[:, 4:20].repeat(2, 0).repeat(2, 1))
+    large = Image.fromarray(image).resize((48, 32), Image.Resampling.BILINEAR)
+    assert np.abs(first[1] - np.asarray(large)[:, 8:40].astype(int)).max() <= 1
     batches = list(split.batches(2, flip=True))
     assert [batch.filled for batch in batches] == [2, 2, 2]
-    assert batches[0].size == (10, 10)
+    assert batches[0].size == (8, 8)
 
     whole = probing._Split(source, split.info, pipeline, ProbeSettings())
     (batch,) = whole.batches(4, flip=False)
