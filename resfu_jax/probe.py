@@ -26,6 +26,7 @@ all pixels in every epoch, as the papers do.
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 import platform
@@ -75,12 +76,13 @@ class Pipeline(Protocol):
     Attributes:
       name: of the upsampler.
       multiple: sides of the images that `encode` takes are multiples of it.
-      upsampler: asked for `value_groups` and `mixes`, for probabilities only.
+      value_groups: blocks of channels that the upsampler gives weights of their own, for `values`;
+        0 if its output is more than a sum of features with weights.
     """
 
     name: str
     multiple: int
-    upsampler: Any
+    value_groups: int
 
     def encode(self, images: Num[np.ndarray, "b H W 3"]) -> Float[Array, "b h w c"]:
         """Features of images in 0 .. 255."""
@@ -190,9 +192,10 @@ def probe(
       dataset: a prepared dataset with labels, of `data.list_datasets()`.
       settings: of the probe.
       data_dir: where the dataset was prepared; `data.default_data_dir()` if None.
-      cache_dir: where features of sampled pixels are kept, so that a probe that was stopped, or has
-        other settings of the classifier, does not compute them again. They are found by what goes
-        in, pixels and labels, and by what comes out for the first images. None: nowhere.
+      cache_dir: where the backbone's features of all images and the sampled pixels are kept, so
+        that another upsampler, a probe that was stopped, or one with another classifier does not
+        compute them again. They are found by what goes in, images and labels, and by what comes out
+        for the first images. None: nowhere.
       images_at_once: that are encoded and upsampled together; changes no number but by rounding.
       facts: further entries of the result, such as the backbone's name.
 
@@ -223,12 +226,15 @@ def probe(
 
     # ------------------------------------------------------------------------- features of training
     methods = sorted({_fitted_on(method) for method in settings.protocols})
-    _try(train, groups, images_at_once, info.num_classes)
+    encode, encode_validation = (
+        _Encoder(split, images_at_once, cache_dir) for split in (train, validation)
+    )
+    _try(train, encode, groups, images_at_once, info.num_classes)
     rows: dict[str, Callable[[np.ndarray], tuple[Any, Any]]] = {}
     if settings.pixels_per_image is None:
-        rows = {method: functools.partial(_all_pixels, train, method) for method in methods}
+        rows = {method: functools.partial(_all_pixels, train, encode, method) for method in methods}
     else:
-        found = _sampled(train, methods, images_at_once, cache_dir)
+        found = _sampled(train, encode, methods, images_at_once, cache_dir)
         for method, (x, y) in found.items():
             rows[method] = functools.partial(_at, x, y)
     seconds["features"] = clock.lap()
@@ -270,9 +276,9 @@ def probe(
         for method in settings.protocols
         for seed in settings.seeds
     }
-    with _bar("validation", len(validation.views(flip=False)), "image") as bar:
+    with _bar("validation", len(sources[1]), "image") as bar:
         for batch in validation.batches(images_at_once, flip=False):
-            low = pipeline.encode(batch.inputs)
+            low = encode_validation(batch)
             high = None
             for method in settings.protocols:
                 classifiers = stacked[_fitted_on(method)]
@@ -412,7 +418,11 @@ class _Batch(NamedTuple):
     images: UInt8[np.ndarray, "b H W 3"]  # what guides
     labels: UInt8[np.ndarray, "b H W"]
     size: tuple[int, int]  # of the upsampled map
-    filled: int  # rows that are images; the others repeat the last one
+    views: tuple[tuple[int, bool], ...]  # example, mirrored; further rows repeat the last one
+
+    @property
+    def filled(self) -> int:
+        return len(self.views)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -424,13 +434,8 @@ class _Split:
     pipeline: Pipeline
     settings: ProbeSettings
 
-    def views(self, *, flip: bool) -> range:
-        """Numbers of all images, each twice if they are mirrored, too."""
-        return range(len(self.source) * (2 if flip else 1))
-
-    def read(self, view: int, *, flip: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def read(self, index: int, mirrored: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What the backbone sees, what guides, and the labels."""
-        index, mirrored = divmod(view, 2) if flip else (view, 0)
         example, s = self.source[index], self.settings
         image, label = transforms.decode(example, self.info, self.source.where(example))
         width, height = image.size
@@ -450,46 +455,89 @@ class _Split:
         x, y, z = (np.ascontiguousarray(a[:, ::-1]) if mirrored else a for a in arrays)
         return x, y, z
 
-    def batch(self, views: Sequence[int], *, flip: bool) -> _Batch:
-        """These views, which must be of one size."""
-        examples = [self.read(view, flip=flip) for view in views]
+    def batch(self, views: Sequence[int]) -> _Batch:
+        """These views of images that learn, which must be of one size."""
+        places = [divmod(view, 2) if self.settings.flip else (view, 0) for view in views]
+        examples = [self.read(index, mirrored == 1) for index, mirrored in places]
         sizes = {label.shape for _, _, label in examples}
         need(
             len(sizes) == 1,
             "pixels_per_image=None fits whole images of one size at once, and there are "
             f"{' and '.join(f'{h}x{w}' for h, w in sorted(sizes))}: give crop, or batch_size=1",
         )
-        return self._stack(examples, len(examples))
+        return self._stack([(i, m == 1) for i, m in places], examples, len(examples))
 
     def batches(self, at_once: int, *, flip: bool) -> Iterator[_Batch]:
         """All views in order. Fewer of a size than `at_once` are filled up: one compilation."""
         waiting: list[Any] = []
-        for view in self.views(flip=flip):
-            example = self.read(view, flip=flip)
-            if waiting and waiting[0][2].shape != example[2].shape:
-                yield self._stack(waiting, at_once)
-                waiting = []
-            waiting.append(example)
-            if len(waiting) == at_once:
-                yield self._stack(waiting, at_once)
-                waiting = []
-        if waiting:
-            yield self._stack(waiting, at_once)
+        places: list[tuple[int, bool]] = []
+        for index in range(len(self.source)):
+            for mirrored in (False, True) if flip else (False,):
+                example = self.read(index, mirrored)
+                full = len(waiting) == at_once
+                if waiting and (full or waiting[0][2].shape != example[2].shape):
+                    yield self._stack(places, waiting, at_once)
+                    waiting, places = [], []
+                waiting.append(example)
+                places.append((index, mirrored))
+        yield self._stack(places, waiting, at_once)
 
-    def _stack(self, examples: list[Any], rows: int) -> _Batch:
+    def _stack(self, views: list[tuple[int, bool]], examples: list[Any], rows: int) -> _Batch:
         filled = examples + examples[-1:] * (rows - len(examples))
         inputs, images, labels = (np.stack(arrays) for arrays in zip(*filled, strict=True))
         labels[len(examples) :] = self.info.ignore_label
         stride = self.settings.output_stride
         h, w = inputs.shape[1:3] if stride else labels.shape[1:3]
         size = (h // stride, w // stride) if stride else (h, w)
-        return _Batch(inputs, images, labels, size, len(examples))
+        return _Batch(inputs, images, labels, size, tuple(views))
 
 
-def _try(split: _Split, groups: int, at_once: int, num_classes: int) -> None:
+class _Encoder:
+    """The backbone's features of batches, kept on disk where there is a folder for them.
+
+    Other upsamplers, protocols and settings of the classifier find them there: a file for each
+    view, in a folder for what the images are, and what the backbone gives for the first of them.
+    """
+
+    def __init__(self, split: _Split, at_once: int, cache_dir: PathLike | None):
+        self._pipeline, self._folder = split.pipeline, None
+        if cache_dir is None:
+            return
+        s, digest = split.settings, hashlib.blake2b(digest_size=12)
+        digest.update(json.dumps([s.crop, s.scale, split.pipeline.multiple]).encode())
+        for example in split.source:
+            for name in ("image", "label"):
+                digest.update(hashlib.blake2b(example[name]).digest())
+        first = next(split.batches(at_once, flip=False))
+        low = np.asarray(split.pipeline.encode(first.inputs), np.float32)
+        digest.update(low[:1].tobytes())
+        self._folder = local_path(cache_dir, "cache_dir") / f"encoded_{digest.hexdigest()}"
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, batch: _Batch) -> Any:
+        """Features `(b, h, w, C)`."""
+        if self._folder is None:
+            return self._pipeline.encode(batch.inputs)
+        paths = [self._folder / f"{i}{'_mirrored' if m else ''}.npy" for i, m in batch.views]
+        if not all(path.exists() for path in paths):
+            low = np.asarray(self._pipeline.encode(batch.inputs), np.float32)
+            for path, x in zip(paths, low, strict=False):
+                content = io.BytesIO()
+                np.save(content, x)
+                write_whole(path, content.getbuffer())
+        rows = [np.load(path) for path in paths]
+        return jnp.asarray(np.stack(rows + rows[-1:] * (len(batch.inputs) - len(rows))))
+
+    @property
+    def name(self) -> str:
+        """Of the folder: stands for the images and the backbone."""
+        return "" if self._folder is None else self._folder.name
+
+
+def _try(split: _Split, encode: _Encoder, groups: int, at_once: int, num_classes: int) -> None:
     """Upsamples the first images, so that what does not fit is said at once."""
     batch, pipeline = next(split.batches(at_once, flip=split.settings.flip)), split.pipeline
-    low = pipeline.encode(batch.inputs)
+    low = encode(batch)
     if {"features", "preserved"} & set(split.settings.protocols):
         pipeline.upsample(low, batch.images, batch.size)
     if "probabilities" in split.settings.protocols:
@@ -528,12 +576,12 @@ def _take(x: Array, pixels: Array) -> Array:
 
 
 def _all_pixels(
-    split: _Split, features: str, views: np.ndarray
+    split: _Split, encode: _Encoder, kind: str, views: np.ndarray
 ) -> tuple[Float[Array, "b n c"], UInt8[np.ndarray, "b n"]]:
     """Features and labels of all pixels of some views."""
-    batch = split.batch(views.tolist(), flip=split.settings.flip)
-    low = split.pipeline.encode(batch.inputs)
-    if features == "upsampled":
+    batch = split.batch(views.tolist())
+    low = encode(batch)
+    if kind == "upsampled":
         x = split.pipeline.upsample(low, batch.images, batch.size)
         return x.reshape(x.shape[0], -1, x.shape[3]), _labels(batch, batch.size)
     cells = (low.shape[1], low.shape[2])
@@ -544,7 +592,11 @@ def _all_pixels(
 
 
 def _sampled(
-    split: _Split, kinds: Sequence[str], at_once: int, cache_dir: PathLike | None
+    split: _Split,
+    encode: _Encoder,
+    kinds: Sequence[str],
+    at_once: int,
+    cache_dir: PathLike | None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Features `(views, n, C)` and labels `(views, n)` of pixels of every view.
 
@@ -552,21 +604,19 @@ def _sampled(
     """
     path = None
     if cache_dir is not None:
-        folder = local_path(cache_dir, "cache_dir")
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"probe_{_digest(split, kinds, at_once)}.npz"
+        name = f"sampled_{_digest(split, encode, kinds, at_once)}.npz"
+        path = local_path(cache_dir, "cache_dir") / name
         if path.exists():
             with np.load(path) as file:
                 return {kind: (file[f"{kind}_x"], file[f"{kind}_y"]) for kind in kinds}
     s, found = split.settings, {}
-    views = split.views(flip=s.flip)
-    done = 0
-    with _bar("features", len(views), "image") as bar:
+    views, done = len(split.source) * (2 if s.flip else 1), 0
+    with _bar("features", views, "image") as bar:
         for batch in split.batches(at_once, flip=s.flip):
-            chosen = _samples(split, batch, kinds, done)
+            chosen = _samples(split, encode, batch, kinds, done)
             for kind, (x, y) in chosen.items():
                 if kind not in found:
-                    shape = (len(views), *x.shape[1:])
+                    shape = (views, *x.shape[1:])
                     _check_memory(shape, len(kinds))
                     found[kind] = np.zeros(shape, np.float32), np.zeros(shape[:2], np.uint8)
                 for whole, part in zip(found[kind], (x, y), strict=True):
@@ -584,7 +634,7 @@ def _sampled(
 
 
 def _samples(
-    split: _Split, batch: _Batch, kinds: Sequence[str], first: int
+    split: _Split, encode: _Encoder, batch: _Batch, kinds: Sequence[str], first: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Features and labels of the pixels of a batch, whose first view has this number."""
     s, ignored = split.settings, split.info.ignore_label
@@ -597,7 +647,7 @@ def _samples(
         chosen = rng.permutation(labelled)[: s.pixels_per_image]
         pixels[row, : len(chosen)], y[row, : len(chosen)] = chosen, labels[row, chosen]
 
-    low, result = split.pipeline.encode(batch.inputs), {}
+    low, result = encode(batch), {}
     cells = (low.shape[1], low.shape[2])
     for kind in kinds:
         if kind == "upsampled":
@@ -624,21 +674,18 @@ def _check_memory(shape: tuple[int, ...], stores: int) -> None:
     )
 
 
-def _digest(split: _Split, kinds: Sequence[str], at_once: int) -> str:
-    """Of all that sampled features depend on: the data, the settings, and what the pipeline does.
+def _digest(split: _Split, encode: _Encoder, kinds: Sequence[str], at_once: int) -> str:
+    """Of all that sampled features depend on: images, backbone, settings, and the upsampler.
 
     The last is known by what it gives for the first images.
     """
     s = split.settings
     digest = hashlib.blake2b(digest_size=12)
-    names = ("crop", "scale", "output_stride", "pixels_per_image", "flip", "cell_labels")
-    text = [resfu_jax.__version__, split.pipeline.multiple, list(kinds)]
-    digest.update(json.dumps([*text, *(getattr(s, name) for name in names)]).encode())
-    for example in split.source:
-        for name in ("image", "label"):
-            digest.update(hashlib.blake2b(example[name]).digest())
+    names = ("output_stride", "pixels_per_image", "flip", "cell_labels")
+    known = [resfu_jax.__version__, encode.name, *kinds, *(getattr(s, name) for name in names)]
+    digest.update(json.dumps(known).encode())
     batch = next(split.batches(at_once, flip=s.flip))
-    for _, (x, y) in sorted(_samples(split, batch, kinds, 0).items()):
+    for _, (x, y) in sorted(_samples(split, encode, batch, kinds, 0).items()):
         for a in (x, y):
             digest.update(np.ascontiguousarray(a[: batch.filled]).tobytes())
     return digest.hexdigest()
@@ -704,16 +751,14 @@ def _value_groups(pipeline: Pipeline) -> int:
     Raises:
       ValueError: the upsampler has no weights that could be given to others than the features.
     """
-    upsampler = pipeline.upsampler
-    can = takes_values(upsampler) and not getattr(upsampler, "mixes", False)
     known = (name for name in list_upsamplers() if takes_values(upsampler_entry(name).cls))
     need(
-        can,
+        pipeline.value_groups > 0,
         f"protocols cannot be 'probabilities' for {pipeline.name!r}: its output is more than a sum "
-        f"of features with weights, which probabilities could be given; members that reassemble "
-        f"are {', '.join(known)}",
+        "of features with weights, which probabilities could be given; members that have weights: "
+        f"{', '.join(known)}",
     )
-    return getattr(upsampler, "value_groups", 1)
+    return pipeline.value_groups
 
 
 # ------------------------------------------------------------------------------------------ results

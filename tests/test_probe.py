@@ -12,6 +12,7 @@ from resfu_jax import create_upsampler, data, training
 from resfu_jax import probe as probing
 from resfu_jax.ops.resize import resize
 from resfu_jax.probe import ProbeSettings, fit_classifier, markdown, probe, read_results, record
+from resfu_jax.upsamplers import keeps_space
 
 PATCH, WIDTH = 4, 12
 MIX = np.random.default_rng(0).normal(size=(6, WIDTH)).astype(np.float32)
@@ -35,6 +36,7 @@ class Pipeline:
         self.name, self.seen = name, []
         options = dict(guide_features=3, scale=PATCH) | options
         self.upsampler = create_upsampler(name, features=WIDTH, **options)
+        self.value_groups = self.upsampler.value_groups if keeps_space(self.upsampler) else 0
 
     def encode(self, images):
         self.seen.append(images.shape)
@@ -270,7 +272,7 @@ def test_sizes_of_input_output_and_crop(place):
     settings = ProbeSettings(crop=32, scale=0.5, output_stride=2)
     source = data.open_source(NAME, "train", place)
     split = probing._Split(source, data.dataset_info(NAME, place), pipeline, settings)
-    first, mirrored = (split.read(view, flip=True) for view in (0, 1))
+    first, mirrored = (split.read(0, mirrored) for mirrored in (False, True))
     assert [a.shape for a in first] == [(16, 16, 3), (32, 32, 3), (32, 32)]
     for a, b in zip(first, mirrored, strict=True):
         np.testing.assert_array_equal(a, b[:, ::-1])
@@ -294,8 +296,9 @@ def test_samples_are_labelled_pixels_and_their_features(place):
     source, info = data.open_source(NAME, "train", place), data.dataset_info(NAME, place)
     pipeline = Pipeline("bilinear")
     split = probing._Split(source, info, pipeline, ProbeSettings(pixels_per_image=365))
-    found = probing._sampled(split, ["cells", "upsampled"], 2, None)
-    batch = split.batch(range(6), flip=True)
+    encode = probing._Encoder(split, 2, None)
+    found = probing._sampled(split, encode, ["cells", "upsampled"], 2, None)
+    batch = split.batch(range(6))
     low = pipeline.encode(batch.inputs)
     maps = {
         "upsampled": pipeline.upsample(low, None, batch.size),
@@ -315,18 +318,28 @@ def test_samples_are_labelled_pixels_and_their_features(place):
 
 
 # ---------------------------------------------------------------------------------- kept on disk
-def test_samples_are_kept(place, tmp_path):
+def test_features_are_kept(place, tmp_path):
     kept = dict(data_dir=place, cache_dir=tmp_path / "cache")
     first, second, other = Pipeline("bilinear"), Pipeline("bilinear"), Pipeline("nearest")
     entries = [probe(pipeline, NAME, QUICK, **kept) for pipeline in (first, second)]
-    assert without_times(entries[0]) == without_times(entries[1])
-    assert len(first.seen) - len(second.seen) == 3  # batches of two of the six views
-    assert without_times(probe(Pipeline("bilinear"), NAME, QUICK, data_dir=place)) == without_times(
-        entries[0]
-    )
-    probe(other, NAME, QUICK, **kept)
-    assert len(other.seen) == len(first.seen)
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    alone = Pipeline("bilinear")
+    entries.append(probe(alone, NAME, QUICK, data_dir=place))
+    assert without_times(entries[0]) == without_times(entries[1]) == without_times(entries[2])
+    # Two to know the backbone; three batches of six views, one of validation.
+    assert len(first.seen) == 2 + 3 + 1
+    assert second.seen == first.seen[:2]
+    assert len(alone.seen) == 1 + 3 + 1  # the first batch is tried
+    nearest = probe(other, NAME, QUICK, **kept)
+    assert other.seen == first.seen[:2]
+    assert nearest["protocols"] != entries[0]["protocols"]
+    # Another backbone finds nothing.
+    changed = Pipeline("bilinear")
+    encode = changed.encode
+    changed.encode = lambda images: 2 * encode(images)
+    probe(changed, NAME, QUICK, **kept)
+    assert len(changed.seen) == len(first.seen)
+    names = sorted(path.name.split("_")[0] for path in (tmp_path / "cache").iterdir())
+    assert names == ["encoded"] * 4 + ["sampled"] * 3
 
 
 def entry_of(name, miou, std=None):
