@@ -1,6 +1,8 @@
 """Probes on pictures of a few patches, whose features are the colours at the patches' centres."""
 
 import json
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from PIL import Image
 
 from resfu_jax import create_upsampler, data, training
 from resfu_jax import probe as probing
+from resfu_jax.cli import main
 from resfu_jax.ops.resize import resize
 from resfu_jax.probe import ProbeSettings, fit_classifier, markdown, probe, read_results, record
 from resfu_jax.upsamplers import keeps_space
@@ -375,6 +378,60 @@ def test_results_in_one_file_and_table(tmp_path):
     path.write_text('{"steps": 1}')
     with pytest.raises(ValueError, match="does not hold results of a probe"):
         record(path, entry_of("jbu", 0.5))
+
+
+# ------------------------------------------------------------------------------- the command line
+@pytest.fixture
+def command(place, monkeypatch, capsys):
+    """`resfu probe`, with the pipeline of this file."""
+
+    def create(backbone, name, *, weights, normalisation, dtype):
+        assert (backbone, weights, normalisation, dtype) == ("owner/net", None, "half", None)
+        return Pipeline(name)
+
+    module = types.SimpleNamespace(FeaturePipeline=create)
+    monkeypatch.setitem(sys.modules, "resfu_jax.features", module)
+
+    def run(*arguments):
+        status = main(["probe", NAME, "--data-dir", str(place), *map(str, arguments)])
+        return status, capsys.readouterr()
+
+    return run
+
+
+def test_command_adds_to_a_file_and_a_table(command, tmp_path):
+    backbone = ["--backbone", "owner/net", "--normalisation", "half"]
+    quick = ["--epochs", 2, "--pixels-per-image", 20, "--seeds", 0, 1, "--classes", "tree"]
+    files = ["--out", tmp_path / "probes.json", "--table", tmp_path / "probes.md"]
+    status, output = command(*backbone, *quick, *files, "--upsampler", "nearest", "bilinear")
+    assert status == 0, output.err
+    protocols = ["--protocols", "preserved", "probabilities"]
+    status, output = command(*backbone, *quick, *files, "--upsampler", "jbu", *protocols)
+    assert status == 0, output.err
+    probes = read_results(tmp_path / "probes.json")
+    assert [entry["upsampler"] for entry in probes] == ["nearest", "bilinear", "jbu"]
+    assert {entry["backbone"] for entry in probes} == {"owner/net"}
+    assert probes[2]["settings"]["epochs"] == 2
+    text = (tmp_path / "probes.md").read_text()
+    assert text == output.out == markdown(probes, ["tree"])
+    assert text.count(" ± ") == 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--backbone or --run must be given"),
+        (["--backbone", "b", "--run", "r"], "and not both"),
+        (["--backbone", "b", "--weights", "w", "--upsampler", "naf", "jbu"], "those of one --up"),
+        (["--backbone", "b", "--classes", "sea"], "--classes must be some of sky, wall, tree"),
+        (["--backbone", "b", "--out", "gs://b/x.json"], "has to be a folder or file of this"),
+    ],
+)
+def test_mistakes_end_in_one_line(command, arguments, message):
+    status, output = command(*arguments)
+    assert status == 1
+    (line,) = output.err.splitlines()
+    assert line.startswith("error: ") and message in line
 
 
 # ------------------------------------------------------------------------------------------- errors
