@@ -31,8 +31,8 @@ class ProbeSettings:
     (antialiased bilinear; labels nearest): 448 in most papers. None: whole images, whose labels
     are left as they are."""
     scale: float = 1.0
-    """Size at which the backbone sees the image, over that of the labels; it is resized to the next
-    multiples of the patch. The upsampler is guided by the image at the labels' size."""
+    """Size at which the backbone sees the image, over that of the labels; it is resized to the
+    nearest multiples of the patch. The upsampler is guided by the image at the labels' size."""
     output_stride: int | None = None
     """Pixels of the backbone's input for one of the upsampled map; logits are resized to the labels
     bilinearly. None: features are upsampled to the labels' size."""
