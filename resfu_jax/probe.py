@@ -28,6 +28,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import sys
@@ -278,6 +279,9 @@ def fit_classifier(
 
     Returns:
       Kernel `(C, K)` and bias `(K,)`; and the mean loss of every epoch.
+
+    Raises:
+      ValueError: the loss is not finite.
     """
     check_whole(images=images, num_classes=num_classes)
     steps = settings.epochs * -(-images // settings.batch_size)
@@ -301,6 +305,11 @@ def fit_classifier(
             losses.append(loss)
             advance(1)
         epochs.append(float(np.mean(jax.device_get(losses))))
+        need(
+            math.isfinite(epochs[-1]),
+            f"the loss is {epochs[-1]} in epoch {len(epochs)}: lower learning_rate (it is "
+            f"{settings.learning_rate:g}), or look for features that are not finite",
+        )
     return classifier, epochs
 
 
@@ -683,7 +692,7 @@ def _value_groups(pipeline: Pipeline) -> int:
     need(
         pipeline.value_groups > 0,
         f"protocols cannot be 'probabilities' for {pipeline.name!r}: its output is more than a sum "
-        "of features with weights, which probabilities could be given; members that have weights: "
+        "of features with weights, which probabilities could be given; members that have them: "
         f"{', '.join(known)}",
     )
     return pipeline.value_groups
@@ -790,7 +799,7 @@ class _Clock:
 
 
 def _bar(what: str, total: int, unit: str) -> Any:
-    """Progress and time left: a bar on a terminal, elsewhere a line now and then."""
+    """Progress and time left; in a log file the bar is written anew every half minute."""
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,

@@ -143,6 +143,12 @@ def test_features_of_ignored_pixels_do_not_count():
     np.testing.assert_array_equal(one[0]["kernel"], two[0]["kernel"])
 
 
+def test_a_loss_that_is_not_finite_ends_the_fit():
+    rows = lambda views: (np.full((2, 3, 4), np.inf, np.float32), np.zeros((2, 3), np.uint8))  # noqa: E731
+    with pytest.raises(ValueError, match="the loss is nan in epoch 1: lower learning_rate"):
+        fit_classifier(rows, 2, 3, ProbeSettings(), seed=0)
+
+
 def test_mirrored_views_are_chosen_by_chance():
     seen = []
 
@@ -194,10 +200,10 @@ def test_colours_that_tell_the_class_are_told(place):
 
 
 def test_repeats_exactly_and_not_with_another_seed(place):
-    one, two = (probe(Pipeline("jbu"), NAME, QUICK, data_dir=place) for _ in range(2))
+    one, two = (probe(Pipeline("bilinear"), NAME, QUICK, data_dir=place) for _ in range(2))
     assert without_times(one) == without_times(two)
     other = ProbeSettings(epochs=3, pixels_per_image=40, learning_rate=0.05, seeds=(1,))
-    three = probe(Pipeline("jbu"), NAME, other, data_dir=place)
+    three = probe(Pipeline("bilinear"), NAME, other, data_dir=place)
     assert one["protocols"]["features"]["mean"] != three["protocols"]["features"]["mean"]
 
 
@@ -489,7 +495,7 @@ def test_images_of_several_sizes(tmp_path):
     (tmp_path / "raw/classes.txt").write_text("a\nb")
     data.prepare("image_folder/sizes", tmp_path, tmp_path / "raw")
     arguments = dict(data_dir=tmp_path)
-    entry = probe(Pipeline("jbu"), "image_folder/sizes", QUICK, **arguments)
+    entry = probe(Pipeline("bilinear"), "image_folder/sizes", QUICK, **arguments)
     assert entry["images"] == [3, 3]
     for options, message in (
         (dict(pixels_per_image=None, batch_size=3), "of one size at once, and there are 8x12 and"),
@@ -497,7 +503,7 @@ def test_images_of_several_sizes(tmp_path):
     ):
         settings = ProbeSettings(epochs=1, **options)
         if message is None:  # as many cells, whichever way up
-            probe(Pipeline("jbu"), "image_folder/sizes", settings, **arguments)
+            probe(Pipeline("bilinear"), "image_folder/sizes", settings, **arguments)
             continue
         with pytest.raises(ValueError, match=message):
-            probe(Pipeline("jbu"), "image_folder/sizes", settings, **arguments)
+            probe(Pipeline("bilinear"), "image_folder/sizes", settings, **arguments)
