@@ -27,6 +27,7 @@ MODULES = {
     "resfu_jax.export": "models as files",
     "resfu_jax.serving": "loads them, without model code",
     "resfu_jax.visualize": "pictures of features and weights",
+    "resfu_jax.probe": "what a classifier reads off features",
     "resfu_jax.convert": "official weights",
     "resfu_jax.data": "datasets and the input pipeline",
     "resfu_jax.training": "what a training script composes",

@@ -18,6 +18,7 @@ from resfu_jax.cli.evaluate import evaluate
 from resfu_jax.cli.export import export
 from resfu_jax.cli.predict import predict
 from resfu_jax.cli.prepare import prepare
+from resfu_jax.cli.probe import probe
 from resfu_jax.cli.serve import serve
 from resfu_jax.cli.train import train
 from resfu_jax.cli.upsamplers import benchmark, upsamplers
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "train": train,
     "predict": predict,
     "evaluate": evaluate,
+    "probe": probe,
     "visualize": visualize,
     "export": export,
     "serve": serve,
