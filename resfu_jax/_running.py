@@ -32,7 +32,7 @@ class Item:
     index: int
     id: str
     path: pathlib.Path | None
-    pixels: np.ndarray | None = None
+    pixels: Any = None  # uint8 array (h, w, 3), once it is read
     error: "ImageError | None" = None
     size: tuple[int, int] = (0, 0)  # before scaling
 
