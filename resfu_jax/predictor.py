@@ -13,14 +13,12 @@ attention sees it. `Preprocess` has the rule, which exported files and the serve
 
 import dataclasses
 import math
-import mimetypes
 import os
 import pathlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -31,8 +29,20 @@ from flax.typing import Dtype
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Integer, UInt8
 
-from resfu_jax._names import lookup
-from resfu_jax.images import SUFFIXES, ImageError, Source, read_image
+from resfu_jax._running import (
+    Images,
+    Item,
+    Path,
+    check_fields,
+    compute_type,
+    failed,
+    find_images,
+    in_threads,
+    local_devices,
+    restore,
+    run_folder,
+)
+from resfu_jax.images import ImageError, Source, read_image
 from resfu_jax.inference import Inference
 from resfu_jax.model import create_model, evaluating
 from resfu_jax.preprocess import Preprocess, check_preprocess, is_integer, preprocess_of
@@ -41,9 +51,8 @@ if TYPE_CHECKING:
     from resfu_jax.data import DatasetInfo
     from resfu_jax.training import Config
 
-Path = str | os.PathLike[str]
-Images = Path | np.ndarray | jax.Array | Sequence[Any]
 Shape = tuple[int, int, int]  # batch, height, width
+_LESS = "smaller batches or windows (slide)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,18 +92,6 @@ class Predictions(list[Prediction]):
     def __init__(self, results: Sequence[Prediction], errors: Sequence[ImageError]):
         super().__init__(results)
         self.errors = list(errors)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Item:
-    """One image of the input, or why there is none."""
-
-    index: int
-    id: str
-    path: pathlib.Path | None
-    pixels: Any = None  # uint8 array (h, w, 3), once it is read
-    error: ImageError | None = None
-    size: tuple[int, int] = (0, 0)  # before scaling
 
 
 class Predictor:
@@ -152,12 +149,12 @@ class Predictor:
             raise ValueError(f"inference must be an Inference or None, got {inference!r}")
         if not isinstance(preprocess, Preprocess | None):
             raise ValueError(f"preprocess must be a Preprocess or None, got {preprocess!r}")
-        _check_fields(Preprocess, changes, "an option of Predictor")
+        check_fields(Preprocess, changes, "an option of Predictor")
         if preprocess is None:
             preprocess = preprocess_of(model, **changes)
         else:
             preprocess = check_preprocess(dataclasses.replace(preprocess, **changes), model)
-        devices = _devices(devices)
+        devices = local_devices(devices)
         batch_size = len(devices) if batch_size is None else batch_size
         if not is_integer(batch_size) or batch_size < 1 or batch_size % len(devices):
             raise ValueError(
@@ -220,16 +217,21 @@ class Predictor:
         """
         from resfu_jax import data, training
 
-        compute = None if dtype is None else _floating(dtype)
+        compute = None if dtype is None else compute_type(dtype)
         if not isinstance(inference, Inference | Mapping | None):
             raise ValueError(
                 f"inference must be an Inference, a dictionary or None, got {inference!r}"
             )
         if isinstance(inference, Mapping):
-            _check_fields(Inference, inference, "an option in inference")
-        devices = _devices(devices)
-        workdir, which = training.find_run(_folder(path), str(which))
+            check_fields(Inference, inference, "an option in inference")
+        devices = local_devices(devices)
+        workdir, which = training.find_run(run_folder(path), str(which))
         config = training.read_config(workdir)
+        if config.task != "segmentation":
+            raise ValueError(
+                f"path must be a run that segments, and {workdir} has task={config.task!r}: "
+                "FeaturePipeline.from_checkpoint loads it"
+            )
         config.model.dtype = compute or config.model.dtype
         if info is None:
             data_dir = None if data_dir is None else os.path.expanduser(data_dir)
@@ -237,26 +239,16 @@ class Predictor:
         if not isinstance(inference, Inference):
             inference = dataclasses.replace(training.create_inference(config), **(inference or {}))
 
-        def weights() -> tuple[nnx.GraphDef, dict[str, Any]]:
-            model = create_model(
+        def create() -> nnx.Module:
+            return create_model(
                 **training.model_arguments(config.model),
                 num_classes=info.num_classes,
                 rngs=nnx.Rngs(0),
             )
-            return training.split_model(model)
 
-        layout = training.Layout(training.ParallelConfig(), devices)
-        graphdef, wanted = jax.eval_shape(weights)
-        checkpoints = training.Checkpoints(workdir / "checkpoints", read_only=True)
-        try:
-            step = checkpoints.find(which)
-            if step is None:
-                raise training.CheckpointError(f"there is no checkpoint in {checkpoints.directory}")
-            state = checkpoints.restore_weights(step, layout.abstract(wanted))
-        finally:
-            checkpoints.close()
+        model, step = restore(workdir, which, create, devices)
         predictor = cls(
-            training.merge_model(graphdef, state["params"], state["rest"]),
+            model,
             class_names=info.class_names,
             palette=info.palette,
             inference=inference,
@@ -344,11 +336,11 @@ class Predictor:
     def _stream(
         self, images: Images, probabilities: bool, features: bool
     ) -> Iterator[tuple[int, Prediction | ImageError]]:
-        items = _items(images)
+        items = find_images(images)
         # Resizing needs the probabilities, not the classes.
         outputs = (probabilities or self.preprocess.resizes, features)
-        waiting: dict[tuple[int, int], list[_Item]] = {}
-        running: deque[tuple[list[_Item], Any]] = deque()
+        waiting: dict[tuple[int, int], list[Item]] = {}
+        running: deque[tuple[list[Item], Any]] = deque()
 
         def finish() -> Iterator[tuple[int, Prediction | ImageError]]:
             rows, results = running.popleft()
@@ -358,7 +350,7 @@ class Predictor:
                 results = error
             for i, item in enumerate(rows):
                 if isinstance(results, Exception):
-                    yield item.index, _failed(item, results)
+                    yield item.index, failed(item, results, _LESS)
                 else:
                     result = {name: value[i] for name, value in results.items()}
                     yield item.index, self._result(item, result, probabilities)
@@ -368,13 +360,13 @@ class Predictor:
             try:
                 results = self._programs[size, *outputs](self._weights, *self._batch(rows, size))
             except jax.errors.JaxRuntimeError as error:
-                yield from ((item.index, _failed(item, error)) for item in rows)
+                yield from ((item.index, failed(item, error, _LESS)) for item in rows)
                 return
             running.append((rows, results))
             if len(running) > 1:  # the device works on this batch, we on the one before
                 yield from finish()
 
-        for item in _in_threads(self._load, items):
+        for item in in_threads(self._load, items):
             try:
                 if item.error is not None:
                     raise item.error
@@ -390,7 +382,7 @@ class Predictor:
         while running:
             yield from finish()
 
-    def _load(self, item: _Item) -> _Item:
+    def _load(self, item: Item) -> Item:
         """Reads and scales an image."""
         if item.error is not None:
             return item
@@ -402,7 +394,7 @@ class Predictor:
             item, pixels=self.preprocess.resize(pixels), size=pixels.shape[:2]
         )
 
-    def _batch(self, rows: list[_Item], size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    def _batch(self, rows: list[Item], size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
         images = np.empty((self.batch_size, *size, 3), np.uint8)
         images[:] = self.preprocess.pad_color
         sizes = np.zeros((self.batch_size, 2), np.int32)
@@ -411,9 +403,7 @@ class Predictor:
             images[i, :height, :width] = item.pixels
         return jax.device_put((images, sizes), self._over_batch)
 
-    def _result(
-        self, item: _Item, result: dict[str, np.ndarray], probabilities: bool
-    ) -> Prediction:
+    def _result(self, item: Item, result: dict[str, np.ndarray], probabilities: bool) -> Prediction:
         """Without the padding, and at the size of the image."""
         height, width = item.pixels.shape[:2]
         shape = result["labels"].shape
@@ -436,7 +426,7 @@ class Predictor:
         return Prediction(item.id, item.path, np.array(labels), every, features)
 
     # ----------------------------------------------------------------------------------- programs
-    def _compiled_size(self, item: _Item, outputs: tuple[bool, bool]) -> tuple[int, int]:
+    def _compiled_size(self, item: Item, outputs: tuple[bool, bool]) -> tuple[int, int]:
         """The padded size of an image; its program is compiled when this returns."""
         height, width = item.pixels.shape[:2]
         size = self.padded_size(height, width)
@@ -447,7 +437,7 @@ class Predictor:
                 try:
                     self._compile(size, outputs)
                 except jax.errors.JaxRuntimeError as error:
-                    raise _failed(item, error) from error
+                    raise failed(item, error, _LESS) from error
                 return size
             there = [key[0] for key in self._programs if key[1:] == outputs]
             there = [s for s in there if s[0] >= height and s[1] >= width]
@@ -508,119 +498,3 @@ def check_classes(class_names: Any, palette: Any) -> None:
         three = isinstance(color, Sequence | np.ndarray) and len(color) == 3
         if not three or not all(is_integer(part) and 0 <= part <= 255 for part in color):
             raise ValueError(f"palette must be colours of three integers 0 .. 255, got {color!r}")
-
-
-def _check_fields(cls: type, given: Mapping[str, Any], kind: str) -> None:
-    """Raises a `ValueError` for names that are no fields; near matches are named."""
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    for name in given:
-        lookup(kind, known, name)
-
-
-def _devices(devices: Any) -> list[jax.Device]:
-    devices = jax.local_devices() if devices is None else devices
-    listed = isinstance(devices, Sequence) and not isinstance(devices, str)
-    if not listed or not devices or not all(isinstance(d, jax.Device) for d in devices):
-        raise ValueError(f"devices must be a list of devices, at least one, got {devices!r}")
-    return list(devices)
-
-
-def _floating(dtype: Any) -> str:
-    """The name of a type to compute in."""
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = repr(dtype)
-    known = ("float32", "bfloat16", "float16")
-    if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-        known += ("float64",)
-    if name not in known:
-        raise ValueError(f"dtype must be one of {', '.join(known)}, or None, got {name}")
-    return name
-
-
-def _folder(path: Any) -> pathlib.Path:
-    if not isinstance(path, str | os.PathLike):
-        raise ValueError(f"path must be the workdir of a run of train.py, got {path!r}")
-    return pathlib.Path(os.path.expanduser(path)).resolve()
-
-
-def _items(images: Images) -> list[_Item]:
-    """All images of the input, files not read yet.
-
-    Raises:
-      ValueError: something that is not an image; nothing has been computed then.
-    """
-    items: list[_Item] = []
-
-    def add(path: pathlib.Path | None = None, **fields: Any) -> None:
-        index = len(items)
-        items.append(_Item(index, str(index) if path is None else path.stem, path, **fields))
-
-    def visit(source: Any, name: str) -> None:
-        if isinstance(source, str | os.PathLike):
-            path = pathlib.Path(os.path.expanduser(source))
-            if not path.is_dir():
-                add(path)
-                return
-            files = sorted(p for p in path.iterdir() if _is_image(p))
-            for file in files:
-                add(file)
-            if not files:
-                error = ImageError(f"{path}: no images in this folder ({', '.join(SUFFIXES)})")
-                add(path, error=error)
-        elif isinstance(source, np.ndarray | jax.Array):
-            array = np.asarray(source)
-            if array.ndim not in (3, 4) or array.shape[-1] != 3 or array.dtype != np.uint8:
-                raise ValueError(
-                    f"{name} must be (H, W, 3) or (B, H, W, 3) of uint8, RGB in 0 .. 255, got "
-                    f"{array.shape} of {array.dtype}"
-                )
-            if not array.size:
-                raise ValueError(f"{name} must have pixels, got {array.shape}")
-            for pixels in array if array.ndim == 4 else array[None]:
-                add(pixels=pixels)
-        elif isinstance(source, Sequence):
-            for i, part in enumerate(source):
-                visit(part, f"{name}[{i}]")
-        else:
-            raise ValueError(
-                f"{name} must be a path, an array or a list of these, got {type(source).__name__}"
-            )
-
-    visit(images, "images")
-    if not items:
-        raise ValueError("images must be at least one, got none")
-    return items
-
-
-def _is_image(path: pathlib.Path) -> bool:
-    """Whether a file's name is that of an image, also of a kind that will be refused by name."""
-    kind, _ = mimetypes.guess_type(path.name)
-    return path.suffix.lower() in SUFFIXES or (kind or "").startswith("image/")
-
-
-def count_images(images: Images) -> int:
-    """Number of results and errors that `Predictor.predict` has for them."""
-    return len(_items(images))
-
-
-def _failed(item: _Item, error: Exception) -> ImageError:
-    """What the device reports, in one line."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
-        text = "not enough memory on the device; smaller batches or windows (slide) need less"
-    return ImageError(f"{item.path or f'image {item.id}'}: {text}")
-
-
-def _in_threads(function: Callable[[_Item], _Item], items: list[_Item]) -> Iterator[_Item]:
-    """`map` in threads, a few items ahead."""
-    threads = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool:
-        ahead: deque = deque()
-        for item in items:
-            ahead.append(pool.submit(function, item))
-            if len(ahead) > threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()

@@ -87,6 +87,7 @@ _linear_init = nnx.initializers.normal(0.02)
 _embed_init = nnx.initializers.lecun_normal()
 _INITIAL_LAYER_SCALE = 1e-5
 _ROPE_BASE = 100.0
+_MOST_SCORES = 2**28  # of an attention at once: 1 GiB of float32, of 1152 images of 6 x 197 x 197
 
 
 class ViT(nnx.Module):
@@ -251,11 +252,27 @@ class ViT(nnx.Module):
         Raises:
           ValueError: images of another shape or type.
         """
-        outputs = self._run(images, self.layers)
+        return self.maps_and_class_tokens(images)[0]
+
+    def maps_and_class_tokens(
+        self, images: Float[Array, "b H W c"], layers: Sequence[int] | None = None
+    ) -> tuple[tuple[Float[Array, "b h w d"], ...], tuple[Float[Array, "b d"], ...]]:
+        """What `__call__` returns, and the class token beside each map, after the same LayerNorm.
+
+        Args:
+          images: as there.
+          layers: blocks, as in the constructor, which need not be those; None: those.
+
+        Raises:
+          ValueError: images of another shape or type, or blocks that there are not.
+        """
+        layers = self.layers if layers is None else check_layers(self, layers)
+        outputs = self._run(images, layers)
         b, h, w, _ = images.shape
         h, w = h // self.strides[0], w // self.strides[0]
         prefix = self._prefix_length()
-        return tuple(x[:, prefix:].reshape(b, h, w, x.shape[-1]) for x in outputs)
+        maps = tuple(x[:, prefix:].reshape(b, h, w, x.shape[-1]) for x in outputs)
+        return maps, tuple(x[:, 0] for x in outputs)
 
     def classify(self, images: Float[Array, "b H W c"]) -> Float[Array, "b k"]:
         """Logits of the classifier on the normalised class token of the last block.
@@ -357,14 +374,23 @@ def _check(
             f"got {image_size}"
         )
     layers = (sizes.depth - 1,) if layers is None else layers
+    return tuple(image_size), _check_layers(layers, sizes.depth)
+
+
+def check_layers(vit: ViT, layers: Sequence[int]) -> tuple[int, ...]:
+    """The layers, if they are blocks of the ViT; else a `ValueError`."""
+    return _check_layers(layers, len(vit.blocks))
+
+
+def _check_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
     need(
         isinstance(layers, tuple | list)
         and len(layers) > 0
-        and all(is_whole(i) and 0 <= i < sizes.depth for i in layers)
+        and all(is_whole(i) and 0 <= i < depth for i in layers)
         and list(layers) == sorted(set(layers)),
-        f"layers must be ascending numbers of blocks, 0 .. {sizes.depth - 1}, got {layers}",
+        f"layers must be ascending numbers of blocks, 0 .. {depth - 1}, got {layers}",
     )
-    return tuple(image_size), tuple(layers)
+    return tuple(layers)
 
 
 def _rotation(h, w, prefix: int, size: int, dtype: Dtype) -> tuple[Array, Array]:
@@ -478,17 +504,45 @@ class Attention(nnx.Module):
         )
         if rotation is not None:
             query, key = _rotate(query, rotation), _rotate(key, rotation)
-        wide = at_least_float32(x.dtype)
-        scores = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=wide)
-        highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-        weights = jnp.exp((scores - highest) * query.shape[-1] ** -0.5)
-        # Softmax's division comes after the product, where it has d numbers per token to divide and
-        # not n: on a CPU, that saves a third of the gradient's time.
-        total = jnp.einsum("bhnm->bnh", weights)
-        y = jnp.einsum(
-            "bhnm,bmhd->bnhd", weights.astype(value.dtype), value, preferred_element_type=wide
-        )
-        return self.out((y / total[..., None]).astype(x.dtype).reshape(b, n, c))
+        return self.out(_attend_in_parts(query, key, value).reshape(b, n, c))
+
+
+def _attend(
+    query: Float[Array, "b n h d"], key: Float[Array, "b m h d"], value: Float[Array, "b m h d"]
+) -> Float[Array, "b n h d"]:
+    wide = at_least_float32(value.dtype)
+    scores = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=wide)
+    highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp((scores - highest) * query.shape[-1] ** -0.5)
+    # Softmax's division comes after the product, where it has d numbers per token to divide and
+    # not n: on a CPU, that saves a third of the gradient's time.
+    total = jnp.einsum("bhnm->bnh", weights)
+    y = jnp.einsum(
+        "bhnm,bmhd->bnhd", weights.astype(value.dtype), value, preferred_element_type=wide
+    )
+    return (y / total[..., None]).astype(value.dtype)
+
+
+def _attend_in_parts(
+    query: Float[Array, "b n h d"], key: Float[Array, "b m h d"], value: Float[Array, "b m h d"]
+) -> Float[Array, "b n h d"]:
+    """The same, some queries after the others where all at once would have very many scores.
+
+    The scores grow with the fourth power of an image's side: of 2048 x 2048 pixels in patches of
+    16, six heads have 6.4 GB of them. Backward, a part's are computed again.
+    """
+    b, n, h, d = query.shape
+    if not all(isinstance(size, int) for size in (b, n)):  # symbolic: the number of parts is fixed
+        return _attend(query, key, value)
+    parts = -(-b * h * n * n // _MOST_SCORES)
+    if parts <= 1:
+        return _attend(query, key, value)
+    rows = -(-n // parts)
+    query = jnp.pad(query, ((0, 0), (0, parts * rows - n), (0, 0), (0, 0)))
+    query = jnp.moveaxis(query.reshape(b, parts, rows, h, d), 1, 0)
+    attend = jax.checkpoint(lambda part: _attend(part, key, value))
+    y = jnp.moveaxis(jax.lax.map(attend, query), 0, 1)
+    return y.reshape(b, parts * rows, h, d)[:, :n]
 
 
 class FFN(nnx.Module):

@@ -77,8 +77,8 @@ def predict(
         on_compile=compiling,
     )
     from resfu_jax import visualize
+    from resfu_jax._running import count_images
     from resfu_jax.images import ImageError
-    from resfu_jax.predictor import count_images
 
     large = run.mode is None and predictor.inference.mode == "whole"
     if large:

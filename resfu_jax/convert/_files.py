@@ -1,5 +1,6 @@
 """Files of weights: where they are, and what is in them."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -208,6 +209,33 @@ def find_weights(path_or_repo: str | os.PathLike[str]) -> pathlib.Path:
             f"mean the Hugging Face repository of that name, write {text}@main"
         )
     return _fetch(**match.groupdict())
+
+
+def read_beside(path_or_repo: str | os.PathLike[str], name: str) -> dict[str, Any] | None:
+    """What a JSON file says that lies beside the weights; None if there is none, or not of JSON.
+
+    Args:
+      path_or_repo: as for `read_weights`.
+      name: of the file.
+    """
+    text = os.fspath(path_or_repo)
+    if re.match(r"\w+://", text):
+        return None
+    path = pathlib.Path(os.path.expanduser(text))
+    match = _REPOSITORY.fullmatch(text)
+    if os.path.exists(path):
+        path = (path if path.is_dir() else path.parent) / name
+    elif match is not None:
+        with contextlib.suppress(ImportError, OSError, ValueError):
+            import huggingface_hub
+
+            repo, revision = match["repo"], match["revision"]
+            path = pathlib.Path(huggingface_hub.hf_hub_download(repo, name, revision=revision))
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _local(path: pathlib.Path) -> pathlib.Path:

@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from flax import nnx
+from flax.typing import Dtype
 
+from resfu_jax.backbones import create_backbone
 from resfu_jax.backbones.mit import MiT
 from resfu_jax.backbones.resnet import ResNet
 from resfu_jax.backbones.vit import ViT
 from resfu_jax.convert import resnet, segformer, vit
 from resfu_jax.convert._files import read_weights
-from resfu_jax.convert._places import below, load_from
+from resfu_jax.convert._places import beginnings, below, load_from
 from resfu_jax.convert._state import Misfit, entries_of, shape_of
 from resfu_jax.model import SegmentationModel
 
@@ -34,6 +36,12 @@ _FAMILIES = (
     _Family(ViT, vit.load_vit, vit.describe),
     _Family(SegmentationModel, segformer.load_segformer, segformer.describe),
 )
+# Names and shapes of a file -> the arguments of `create_backbone` that it is of, or None.
+_RECOGNISED: dict[str, Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any] | None]] = {
+    "vit": vit.options_of,
+    "mit": segformer.options_of,
+    "resnet": resnet.options_of,
+}
 
 
 def load_pretrained(
@@ -102,6 +110,46 @@ def load_pretrained(
     nnx.update(model, nnx.state(filled))
     outside = [name for name in entries if not name.startswith(at)]
     return sorted([at + name for name in unused] + outside)
+
+
+def load_backbone(
+    path_or_repo: str | os.PathLike[str], *, dtype: Dtype | None = None, **options: Any
+) -> nnx.Module:
+    """The backbone whose published checkpoint this is: built as its entries say, and loaded.
+
+        vit = load_backbone("facebook/dinov2-small")
+        vit = load_backbone("vit_tiny_patch16_224.safetensors")
+
+    Args:
+      path_or_repo: as for `load_pretrained`: a `MiT`, `ResNet` or `ViT` that this loads.
+      dtype: compute type of the backbone.
+      **options: arguments of its class, over those that the entries tell: `prefix` of
+        `load_pretrained`; for a `ViT`, `heads`, if there is not one for every 64 channels,
+        `antialias`, `norm_epsilon`, `image_size`, if its positions are not a square.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_pretrained`; a ValueError also where no backbone that
+        is known has such entries.
+    """
+    prefix = options.pop("prefix", None)
+    entries = entries_of(read_weights(path_or_repo))
+    shapes = {name: shape_of(value) for name, value in entries.items()}
+    parts = [name.split(".") for name in shapes]
+    places = {".".join(names[:i]) + "." * (i > 0) for names in parts for i in range(len(names))}
+    for at in sorted(places, key=lambda at: (at.count("."), at)):
+        inside = below(shapes, at)
+        for name, recognise in _RECOGNISED.items():
+            found = recognise(inside)
+            if found is None:
+                continue
+            arguments = {**found, **options, "dtype": dtype}
+            backbone = create_backbone(name, **arguments, rngs=nnx.Rngs(0))
+            load_pretrained(path_or_repo, backbone, prefix=prefix)
+            return backbone
+    raise ValueError(
+        f"{os.fspath(path_or_repo)} holds no backbone that is recognised (MiT, ResNet, ViT, DINO "
+        f"family); {beginnings(shapes)}. Build it with create_backbone and load_pretrained"
+    )
 
 
 def read_entries(path_or_repo: str | os.PathLike[str]) -> dict[str, Any]:

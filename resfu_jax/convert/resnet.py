@@ -90,6 +90,13 @@ def describe(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return f"a ResNet of {kind}, widths {widths} and depths {depths}"
 
 
+def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """The arguments of the published `ResNet` that these are of; None: of none."""
+    known = {f"ResNet-{name}": name for name in VARIANTS}
+    name = known.get(describe(shapes) or "")
+    return None if name is None else dict(variant=name)
+
+
 def _rename(name: str) -> str:
     for pattern, replacement in _RENAMES:
         name = re.sub(pattern, replacement, name)

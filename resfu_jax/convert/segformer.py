@@ -87,6 +87,13 @@ def describe(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return f"a MiT of widths {widths} and depths {depths}"
 
 
+def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """The arguments of the published `MiT` that these are of; None: of none."""
+    known = {f"MiT-{name}": name for name in VARIANTS}
+    name = known.get(describe(shapes) or "")
+    return None if name is None else dict(variant=name)
+
+
 def _rename(name: str) -> str:
     for pattern, replacement in _RENAMES:
         name = re.sub(pattern, replacement, name)

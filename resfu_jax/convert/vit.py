@@ -1,5 +1,6 @@
 """ViT checkpoints of timm, Hugging Face transformers and the DINO authors -> ViT."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -32,6 +33,8 @@ _RENAMES = (
     (r"^classifier\.", "head."),
 )
 
+_SIZES = {(v.width, v.depth): name for name, v in reversed(VARIANTS.items())}
+_HEADS = {v.width: v.heads for v in VARIANTS.values()}
 # What a feature extractor has no use for: the pooler of transformers, the token that replaces
 # masked patches in training, and two constants in the files of DINOv3's authors.
 _UNUSED = re.compile(r"^pooler\.|^mask_token$|\.attn\.qkv\.bias_mask$|^rope_embed\.periods$")
@@ -91,18 +94,50 @@ def load_vit(state: Mapping[str, Any], vit: ViT, source: str) -> list[str]:
 
 def describe(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """Which ViT entries of these names and shapes are: `"ViT-small/14"`; None if of another net."""
+    found = options_of(shapes)
+    if found is None:
+        return None
+    width, depth, registers = found["width"], found["depth"], found["registers"]
+    size = _SIZES.get((width, depth), f"{depth} blocks of {width}")
+    extras = f", {registers} registers" * bool(registers) + ", layer scale" * found["layer_scale"]
+    return f"ViT-{size}/{found['patch_size']}{extras}"
+
+
+def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """The arguments of the `ViT` that entries of these names and shapes are of; None: of no ViT.
+
+    Shapes do not tell the number of heads: it is that of the published model of this width, or one
+    for every 64 channels. Nor do they tell the interpolation of positions: it is DINOv2's plain one
+    for a ViT with layer scale and no registers.
+    """
     shapes = {_rename(name): shape for name, shape in shapes.items()}
     embed = shapes.get("patch_embed.proj.weight", ())
     blocks = {m[1] for name in shapes if (m := re.match(r"blocks\.(\d+)\.", name))}
     if len(embed) != 4 or not blocks:
         return None
-    width, depth = embed[0], len(blocks)
-    sizes = {(v.width, v.depth): name for name, v in reversed(VARIANTS.items())}
-    size = sizes.get((width, depth), f"{depth} blocks of {width}")
+    width, depth, patch = embed[0], len(blocks), embed[-1]
     scaled = any(name.endswith(".ls1.gamma") for name in shapes)
     registers = (*shapes.get("reg_token", ()), 0)[1] if "reg_token" in shapes else 0
-    extras = f", {registers} registers" * bool(registers) + ", layer scale" * scaled
-    return f"ViT-{size}/{embed[-1]}{extras}"
+    rope = "pos_embed" not in shapes
+    found: dict[str, Any] = dict(
+        patch_size=patch,
+        width=width,
+        depth=depth,
+        heads=_HEADS.get(width, max(1, width // 64)),
+        mlp_ratio=(*shapes.get("blocks.0.mlp.fc1.weight", ()), 4 * width)[0] / width,
+        registers=registers,
+        layer_scale=scaled,
+        positions="rope" if rope else "learned",
+        key_bias=not rope,
+        norm_epsilon=1e-5 if rope else 1e-6,
+        antialias=not scaled or registers > 0,
+    )
+    if not rope:
+        # The patches' positions are a square; that of the class token may be among them.
+        count = (*shapes["pos_embed"], 0, 0)[1]
+        side = math.isqrt(count)
+        found["image_size"] = patch * side if side * side in (count, count - 1) else None
+    return found
 
 
 def _rename(name: str) -> str:
