@@ -158,3 +158,38 @@ def check_fields(cls: type, given: Mapping[str, Any], kind: str) -> None:
     known = {field.name: field for field in dataclasses.fields(cls)}
     for name in given:
         lookup(kind, known, name)
+
+
+def run_folder(path: Any) -> pathlib.Path:
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path must be the workdir of a run of train.py, got {path!r}")
+    return pathlib.Path(os.path.expanduser(path)).resolve()
+
+
+def restore(
+    workdir: pathlib.Path, which: str, create: Callable[[], Any], devices: list[jax.Device]
+) -> tuple[Any, int]:
+    """The model of a run of train.py, and the step of its checkpoint.
+
+    Args:
+      workdir: of the run.
+      which: "best", "latest" or a step.
+      create: makes the model; it is only traced.
+      devices: which get the weights.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it is of another architecture.
+    """
+    from resfu_jax import training
+
+    layout = training.Layout(training.ParallelConfig(), devices)
+    graphdef, wanted = jax.eval_shape(lambda: training.split_model(create()))
+    checkpoints = training.Checkpoints(workdir / "checkpoints", read_only=True)
+    try:
+        step = checkpoints.find(which)
+        if step is None:
+            raise training.CheckpointError(f"there is no checkpoint in {checkpoints.directory}")
+        state = checkpoints.restore_weights(step, layout.abstract(wanted))
+    finally:
+        checkpoints.close()
+    return training.merge_model(graphdef, state["params"], state["rest"]), step

@@ -48,6 +48,8 @@ from resfu_jax._running import (
     find_images,
     in_threads,
     local_devices,
+    restore,
+    run_folder,
 )
 from resfu_jax.backbones import ViT
 from resfu_jax.backbones.vit import check_layers
@@ -143,6 +145,8 @@ class FeaturePipeline:
       image_normalisation: of the upsampler's images, likewise. None: as its release says.
       layers: blocks of a ViT whose maps to take, counted from 0, ascending; their channels follow
         each other in `features`. None: the module's own, which is the last one by default.
+      channel_norm: the backbone's maps are normalised over their channels, without parameters, as
+        AnyUp and JAFAR are trained with; class tokens are not.
       dtype: to compute in, and of the result: None (float32), `"bfloat16"`, `"float16"`. Norms and
         softmax are float32.
       batch_size: images at once in lists and folders, a multiple of the number of devices; None:
@@ -175,6 +179,7 @@ class FeaturePipeline:
         normalisation: Normalisation | None = None,
         image_normalisation: Normalisation | None = None,
         layers: Sequence[int] | None = None,
+        channel_norm: bool = False,
         dtype: Dtype | None = None,
         batch_size: int | None = None,
         devices: Sequence[jax.Device] | None = None,
@@ -182,6 +187,8 @@ class FeaturePipeline:
         **changes: Any,
     ):
         self.dtype = jnp.dtype("float32" if dtype is None else compute_type(dtype))
+        check_flag(channel_norm=channel_norm)
+        self._channel_norm = channel_norm
         devices = local_devices(devices)
         batch_size = len(devices) if batch_size is None else batch_size
         check_whole(batch_size=batch_size, pass_bytes=pass_bytes)
@@ -233,6 +240,58 @@ class FeaturePipeline:
         self._members: dict[int, _Member] = {}
         if self.channels is not None:
             self._member(self.channels)  # what does not fit is told now
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        which: str | int = "best",
+        *,
+        dtype: Dtype | None = None,
+        devices: Sequence[jax.Device] | None = None,
+        **options: Any,
+    ) -> "FeaturePipeline":
+        """The backbone and upsampler of a run of train.py with `task="features"`.
+
+        Nothing in the workdir is changed; the run may still be going on.
+
+        Args:
+          path: the workdir, or one checkpoint in it, `WORKDIR/checkpoints/STEP`.
+          which: "best" by held-out error, "latest", or a step.
+          dtype: compute type of both; None: as in the run, whose upsampler computes in float32.
+          devices: as for the class.
+          **options: further arguments of the class. Normalisation is that of the run.
+
+        Raises:
+          ValueError: the folder does not hold such a run, or an argument is out of range.
+          CheckpointError: there is no such checkpoint, or it is of another architecture.
+        """
+        from resfu_jax import training
+        from resfu_jax.tasks import create_task
+
+        for name in ("backbone", "upsampler", "weights", "normalisation", "channel_norm"):
+            need(name not in options, f"{name} is that of the run")
+        compute = None if dtype is None else compute_type(dtype)
+        devices = local_devices(devices)
+        workdir, which = training.find_run(run_folder(path), str(which))
+        config = training.read_config(workdir)
+        need(
+            config.task == "features",
+            f"path must be a run that learns features, and {workdir} has task={config.task!r}: "
+            "Predictor.from_checkpoint loads it",
+        )
+        config.model.dtype = compute or config.model.dtype
+        task: Any = create_task(config)
+        model, _ = restore(workdir, which, lambda: task.create_model(nnx.Rngs(0)), devices)
+        return cls(
+            model.backbone,
+            model.head,
+            normalisation=(model.mean, model.std),
+            channel_norm=model.channel_norm,
+            dtype=dtype,
+            devices=devices,
+            **options,
+        )
 
     # ------------------------------------------------------------------------------ whole photos
     def __call__(
@@ -334,7 +393,9 @@ class FeaturePipeline:
         features: Float[Array | np.ndarray, "b h w c"],
         images: Num[Array | np.ndarray, "b Hi Wi 3"],
         size: Sequence[int] | None = None,
-    ) -> Float[Array, "b H W c"]:
+        *,
+        values: Float[Array | np.ndarray, "_b _h _w d"] | None = None,
+    ) -> Float[Array, "b H W _d"]:
         """Features `(B, h, w, C)` at `size`, guided by the images, all at once: jitted.
 
         Args:
@@ -342,9 +403,12 @@ class FeaturePipeline:
           images: RGB in 0 .. 255, uint8 or floating point, of any size; they show what the features
             are of, from edge to edge.
           size: height and width of the result; None: those of the images.
+          values: maps of as many cells that get the features' weights in their stead, such as
+            classes' probabilities; channels a multiple of `value_groups`.
 
         Raises:
-          ValueError: arrays that do not fit, or a size below that of the features.
+          ValueError: arrays that do not fit, a size below that of the features, or values for an
+            upsampler whose output is more than a sum of features.
         """
         need(
             images.ndim == 4 and images.shape[3] == 3,
@@ -360,7 +424,23 @@ class FeaturePipeline:
         member = self._member(features.shape[3])
         count = images.shape[0]
         placed = self._placed(features, dtype=self.dtype), self._placed(images)
-        return member.program(member.weights, *placed, None, size)[:count]
+        if values is not None:
+            need(
+                member.groups > 0, f"values cannot be given to {self.name!r}: it makes new features"
+            )
+            need(
+                values.shape[:3] == features.shape[:3] and values.shape[3] % member.groups == 0,
+                f"values must be of the features' cells, {features.shape[:3]}, with a multiple of "
+                f"{member.groups} channels, got shape {values.shape}",
+            )
+            values = self._placed(values, dtype=self.dtype)
+        return member.program(member.weights, *placed, values, size)[:count]
+
+    @property
+    def value_groups(self) -> int:
+        """Blocks of channels that get weights of their own, for `values`; 0: none can be given."""
+        need(self.channels is not None, "backbone is None: value_groups are not known yet")
+        return self._member(self.channels).groups
 
     def memory(
         self,
@@ -439,10 +519,14 @@ class FeaturePipeline:
             module: Any = nnx.merge(graphdef, weights)
             x = x.astype(self.dtype)
             if self._layers is None:
-                return module(x)[-1].astype(self.dtype), None
-            parts = module.maps_and_class_tokens(x, self._layers)
-            maps, tokens = (jnp.concatenate(part, axis=-1).astype(self.dtype) for part in parts)
-            return maps, tokens
+                maps, tokens = module(x)[-1:], None
+            else:
+                maps, tokens = module.maps_and_class_tokens(x, self._layers)
+                tokens = jnp.concatenate(tokens, axis=-1).astype(self.dtype)
+            if self._channel_norm:
+                wide = [y.astype(jnp.float32) for y in maps]
+                maps = [jax.nn.standardize(y, axis=-1, epsilon=1e-5) for y in wide]
+            return jnp.concatenate(maps, axis=-1).astype(self.dtype), tokens
 
         self._encode = jax.jit(encode, static_argnames="size", out_shardings=self._over_batch)
 
@@ -474,9 +558,9 @@ class FeaturePipeline:
         return self._members[channels]
 
     def _check_size(self, size: Sequence[int], low: Sequence[int]) -> None:
-        check = all(n >= m for n, m in zip(size, low, strict=True))
+        need(len(size) == 2, f"size must be height and width, got {size}")
         need(
-            len(size) == 2 and check,
+            all(n >= m for n, m in zip(size, low, strict=True)),
             f"the result of {size[0]}x{size[1]} must not be smaller than the features, "
             f"{low[0]}x{low[1]}: take a smaller stride, or stride=None for the features themselves",
         )
@@ -638,7 +722,7 @@ class _Member:
         stem = getattr(module, "stem", None)
         scale: Any = getattr(module, "scale", None) or getattr(member, "scale", 1)
         whole = member.needs_whole_scale
-        self.groups = member.value_groups if keeps_space(member) and not whole else 0
+        self.groups = member.value_groups if keeps_space(member) else 0
         graphdef, weights = nnx.split(evaluating(module))
         self.weights = jax.device_put(weights, pipeline._everywhere)
 
@@ -817,7 +901,7 @@ def _cast(state: Any, dtype: Any) -> Any:
     """Parameters in the type to compute in: layers without one of their own take theirs."""
     if dtype == jnp.float32:
         return state
-    params, rest = state.filter(nnx.Param), state.filter(nnx.Not(nnx.Param))
+    params, rest = nnx.split_state(state, nnx.Param, ...)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     return nnx.merge_state(params, rest)
 

@@ -39,6 +39,8 @@ from resfu_jax._running import (
     find_images,
     in_threads,
     local_devices,
+    restore,
+    run_folder,
 )
 from resfu_jax.images import ImageError, Source, read_image
 from resfu_jax.inference import Inference
@@ -223,8 +225,13 @@ class Predictor:
         if isinstance(inference, Mapping):
             check_fields(Inference, inference, "an option in inference")
         devices = local_devices(devices)
-        workdir, which = training.find_run(_folder(path), str(which))
+        workdir, which = training.find_run(run_folder(path), str(which))
         config = training.read_config(workdir)
+        if config.task != "segmentation":
+            raise ValueError(
+                f"path must be a run that segments, and {workdir} has task={config.task!r}: "
+                "FeaturePipeline.from_checkpoint loads it"
+            )
         config.model.dtype = compute or config.model.dtype
         if info is None:
             data_dir = None if data_dir is None else os.path.expanduser(data_dir)
@@ -232,26 +239,16 @@ class Predictor:
         if not isinstance(inference, Inference):
             inference = dataclasses.replace(training.create_inference(config), **(inference or {}))
 
-        def weights() -> tuple[nnx.GraphDef, dict[str, Any]]:
-            model = create_model(
+        def create() -> nnx.Module:
+            return create_model(
                 **training.model_arguments(config.model),
                 num_classes=info.num_classes,
                 rngs=nnx.Rngs(0),
             )
-            return training.split_model(model)
 
-        layout = training.Layout(training.ParallelConfig(), devices)
-        graphdef, wanted = jax.eval_shape(weights)
-        checkpoints = training.Checkpoints(workdir / "checkpoints", read_only=True)
-        try:
-            step = checkpoints.find(which)
-            if step is None:
-                raise training.CheckpointError(f"there is no checkpoint in {checkpoints.directory}")
-            state = checkpoints.restore_weights(step, layout.abstract(wanted))
-        finally:
-            checkpoints.close()
+        model, step = restore(workdir, which, create, devices)
         predictor = cls(
-            training.merge_model(graphdef, state["params"], state["rest"]),
+            model,
             class_names=info.class_names,
             palette=info.palette,
             inference=inference,
@@ -501,9 +498,3 @@ def check_classes(class_names: Any, palette: Any) -> None:
         three = isinstance(color, Sequence | np.ndarray) and len(color) == 3
         if not three or not all(is_integer(part) and 0 <= part <= 255 for part in color):
             raise ValueError(f"palette must be colours of three integers 0 .. 255, got {color!r}")
-
-
-def _folder(path: Any) -> pathlib.Path:
-    if not isinstance(path, str | os.PathLike):
-        raise ValueError(f"path must be the workdir of a run of train.py, got {path!r}")
-    return pathlib.Path(os.path.expanduser(path)).resolve()

@@ -87,9 +87,7 @@ _linear_init = nnx.initializers.normal(0.02)
 _embed_init = nnx.initializers.lecun_normal()
 _INITIAL_LAYER_SCALE = 1e-5
 _ROPE_BASE = 100.0
-_MOST_SCORES = (
-    2**28
-)  # of an attention at once: 1 GiB of float32, or 1152 images of 6 heads and 197 tokens
+_MOST_SCORES = 2**28  # of an attention at once: 1 GiB of float32, of 1152 images of 6 x 197 x 197
 
 
 class ViT(nnx.Module):

@@ -33,10 +33,10 @@ _RENAMES = (
     (r"^classifier\.", "head."),
 )
 
-# What a feature extractor has no use for: the pooler of transformers, the token that replaces
-# masked patches in training, and two constants in the files of DINOv3's authors.
 _SIZES = {(v.width, v.depth): name for name, v in reversed(VARIANTS.items())}
 _HEADS = {v.width: v.heads for v in VARIANTS.values()}
+# What a feature extractor has no use for: the pooler of transformers, the token that replaces
+# masked patches in training, and two constants in the files of DINOv3's authors.
 _UNUSED = re.compile(r"^pooler\.|^mask_token$|\.attn\.qkv\.bias_mask$|^rope_embed\.periods$")
 
 
