@@ -16,6 +16,7 @@ from resfu_jax._names import lookup
 from resfu_jax._output import readers_may_leave
 from resfu_jax.cli.evaluate import evaluate
 from resfu_jax.cli.export import export
+from resfu_jax.cli.features import features
 from resfu_jax.cli.predict import predict
 from resfu_jax.cli.prepare import prepare
 from resfu_jax.cli.probe import probe
@@ -27,6 +28,7 @@ from resfu_jax.cli.visualize import visualize
 # They return None or the exit status. Wrong input is a ValueError or OSError, shown in one line.
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "train": train,
+    "features": features,
     "predict": predict,
     "evaluate": evaluate,
     "probe": probe,
