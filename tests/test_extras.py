@@ -36,12 +36,11 @@ import importlib, pkgutil, runpy
 import numpy as np
 from safetensors.numpy import save_file
 
-assert smooth.shape == (1, 100, 90, 384)
 for name in ("ops", "upsamplers", "backbones", "heads", "convert"):
     package = importlib.import_module(f"resfu_jax.{name}")
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
-for name in ("inference", "model", "preprocess", "serving"):
+for name in ("features", "inference", "model", "preprocess", "serving"):
     importlib.import_module(f"resfu_jax.{name}")
 
 state = {"weight": np.ones((3, 3, 4, 4), np.float32), "bias": np.ones(3, np.float32)}
@@ -54,7 +53,10 @@ except ValueError as error:
     print(error)
 """
 
-NEED_TRAIN = ("data", "training", "images", "predictor", "export", "visualize", "self_supervised")
+NEED_TRAIN = (
+    *("data", "training", "tasks", "images", "predictor", "export", "visualize"),
+    "self_supervised",
+)
 REST = f"""
 for name in {NEED_TRAIN}:
     try:
@@ -113,7 +115,7 @@ def test_five_libraries_suffice(tmp_path):
     )
     assert done.returncode == 1, done.stderr  # the command's, which is the last
     shape, misfit, *told = done.stdout.splitlines()
-    assert shape == "(1, 120, 164, 384)" and "does not fit NAF" in misfit
+    assert shape == "(240, 320, 384)" and "does not fit NAF" in misfit
     assert [line.partition(":")[0] for line in told] == [*NEED_TRAIN, "Predictor", "train.py"]
     told += done.stderr.splitlines()
     assert len(told) == len(NEED_TRAIN) + 3

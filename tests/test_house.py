@@ -15,7 +15,13 @@ OPS = PACKAGE / "ops"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What `pip install resfu_jax` promises; the rest of the package needs an extra.
 BARE = ("ops", "upsamplers", "backbones", "heads", "convert")
-BARE_FILES = ("inference", "model", "preprocess", "serving")  # and those that begin with _
+BARE_FILES = (
+    "features",
+    "inference",
+    "model",
+    "preprocess",
+    "serving",
+)  # and those that begin with _
 # What users copy from, and so has to do with public names.
 USERS = [
     ROOT / "train.py",
