@@ -343,7 +343,8 @@ class FeaturePipeline:
         maps = [results[i].features for i in sorted(results)]
         tokens: list[Any] = [results[i].class_token for i in sorted(results)]
         if alone:
-            return (maps[0], tokens[0]) if class_token else maps[0]
+            whole = maps[0] if out is None else out
+            return (whole, tokens[0]) if class_token else whole
         if ndim == 4:
             stacked = np.stack(maps)
             return (stacked, np.stack(tokens)) if class_token else stacked
