@@ -33,10 +33,13 @@ sys.meta_path = [Finder if f is importlib.machinery.PathFinder else f for f in s
 # After the README's first example.
 PROMISED = """
 import importlib, pkgutil, runpy
-import numpy as np
+import jax.numpy as jnp
 from safetensors.numpy import save_file
 
-assert smooth.shape == (1, 100, 90, 384)
+low = jnp.ones((1, 6, 5, 16))
+up = resfu_jax.create_upsampler("resfu", features=16, guide_features=8, scale=4)
+assert up(low, jnp.ones((1, 24, 20, 8))).shape == (1, 24, 20, 16)
+assert resfu_jax.ops.resize(low, (10, 9), method="bicubic").shape == (1, 10, 9, 16)
 for name in ("ops", "upsamplers", "backbones", "heads", "convert"):
     package = importlib.import_module(f"resfu_jax.{name}")
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
@@ -113,7 +116,7 @@ def test_five_libraries_suffice(tmp_path):
     )
     assert done.returncode == 1, done.stderr  # the command's, which is the last
     shape, misfit, *told = done.stdout.splitlines()
-    assert shape == "(1, 120, 164, 384)" and "does not fit NAF" in misfit
+    assert shape == "(240, 320, 384)" and "does not fit NAF" in misfit
     assert [line.partition(":")[0] for line in told] == [*NEED_TRAIN, "Predictor", "train.py"]
     told += done.stderr.splitlines()
     assert len(told) == len(NEED_TRAIN) + 3
