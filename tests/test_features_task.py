@@ -4,13 +4,16 @@ import copy
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 import train
-from resfu_jax import data, tasks, training
+from resfu_jax import FeaturePipeline, data, tasks, training
 from resfu_jax.data.image_folder import OwnImages
+from resfu_jax.model import evaluating
 
 SIZE = 64
 BACKBONE = dict(patch_size=8, image_size=SIZE, width=32, depth=1, heads=2)
@@ -125,6 +128,25 @@ def test_a_run_learns_scores_draws_and_continues_bit_for_bit(run, tmp_path, capf
     run(tmp_path / "whole", config_of(), mode="eval")
     saved = json.loads((tmp_path / "whole" / "eval_6.json").read_text())
     assert saved["error"] == errors[6]
+    the_run_is_a_pipeline(tmp_path / "whole")
+
+
+def the_run_is_a_pipeline(workdir):
+    """Whose features are those of the model that was trained."""
+    task = tasks.create_task(training.read_config(workdir))
+    checkpoints = training.Checkpoints(workdir / "checkpoints", read_only=True)
+    arrays = checkpoints.read_weights(6)
+    checkpoints.close()
+    model = task.create_model(nnx.Rngs(0))
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        variable.set_value(jnp.asarray(arrays[".".join(map(str, path))]))
+        nnx.update(model, nnx.from_flat_state([(path, variable)]))
+    image = np.random.default_rng(1).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    with jax.numpy_dtype_promotion("standard"):
+        expected = evaluating(model)(jnp.asarray(image[None]))[0]
+    pipeline = FeaturePipeline.from_checkpoint(workdir)
+    assert (pipeline.name, pipeline.stride, pipeline.channels) == ("carafe", 8, 32)
+    np.testing.assert_allclose(pipeline(image, stride=4), expected, atol=2e-5)
 
 
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(run, tmp_path):

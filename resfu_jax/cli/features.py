@@ -9,6 +9,7 @@ import tyro
 
 from resfu_jax._checks import need
 from resfu_jax._files import local_path
+from resfu_jax._output import counted
 from resfu_jax.cli._run import start_jax
 
 if TYPE_CHECKING:
@@ -146,7 +147,8 @@ def features(
         path = out / f"similarity_{pixel[0]}_{pixel[1]}.png"
         shown = [kept[str(file)] for file in _files(images)]
         print(_correspondence(path, shown, pixel, stride, orientation))
-    print(f"{len(written)} images in {out}, {failed} failed; {time.perf_counter() - start:.1f} s")
+    said = f"{counted(len(written), 'image')} in {out}, {failed} failed"
+    print(f"{said}; {time.perf_counter() - start:.1f} s")
     return 1 if failed else 0
 
 
