@@ -120,8 +120,11 @@ class Memory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """What a machine needs whose device and host share their memory, as a CPU."""
-        return max(self.encode, self.upsample + self.result)
+        """What a machine needs whose device and host share their memory, as a CPU.
+
+        Of a single pass the result is the program's output itself, not a copy.
+        """
+        return max(self.encode, self.upsample + (self.result if self.passes > 1 else 0))
 
 
 class FeaturePipeline:

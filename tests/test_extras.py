@@ -33,9 +33,13 @@ sys.meta_path = [Finder if f is importlib.machinery.PathFinder else f for f in s
 # After the README's first example.
 PROMISED = """
 import importlib, pkgutil, runpy
-import numpy as np
+import jax.numpy as jnp
 from safetensors.numpy import save_file
 
+low = jnp.ones((1, 6, 5, 16))
+up = resfu_jax.create_upsampler("resfu", features=16, guide_features=8, scale=4)
+assert up(low, jnp.ones((1, 24, 20, 8))).shape == (1, 24, 20, 16)
+assert resfu_jax.ops.resize(low, (10, 9), method="bicubic").shape == (1, 10, 9, 16)
 for name in ("ops", "upsamplers", "backbones", "heads", "convert"):
     package = importlib.import_module(f"resfu_jax.{name}")
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):

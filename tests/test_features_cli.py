@@ -87,8 +87,12 @@ def test_correspondence(backbone, photos, tmp_path, capsys):
     )
     assert "with cosine 1.000" in told
     with Image.open(out / "similarity_9_22.png") as picture:
-        assert picture.width > 4 * 300
+        wide = picture.width
     assert not list(out.glob("*.npz")) and len(list((out / "pictures").iterdir())) == 2
+    assert main(command(backbone, files[:1], *words)) == 0
+    assert "similarity to pixel 9 22" in capsys.readouterr().out
+    with Image.open(out / "similarity_9_22.png") as picture:
+        assert abs(picture.width - wide / 2) < 5  # photo and similarity, not twice
 
 
 def test_one_bad_file_does_not_stop_the_others(backbone, photos, tmp_path, capsys):

@@ -248,7 +248,7 @@ def _correspondence(
         heat = Image.fromarray((255 * shown).round().astype(np.uint8))
         heat = np.asarray(heat.resize(photo.shape[1::-1], Image.Resampling.NEAREST))
         panels += [(result.path.name, mark(photo, place)), ("cosine similarity", mark(heat, place))]
-    save_grid(path, panels, columns=4, width=3.2)
+    save_grid(path, panels, columns=len(panels), width=3.2)
     if len(results) == 1:
         return f"{path}: similarity to pixel {pixel[0]} {pixel[1]}"
     return (
