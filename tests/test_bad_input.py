@@ -618,7 +618,7 @@ FIELDS = [
     ("optimizer.accumulate", True, "a whole number"),
     ("optimizer.accumulate", 0, "at least 1"),
     ("optimizer.ema_decay", 1.5, "between 0 and 1, or None"),
-    ("optimizer.name", "adam", "'adamw' or 'sgd'"),
+    ("optimizer.name", "adam", "'adamw', 'nadam' or 'sgd'"),
     ("loss.label_smoothing", -0.1, "at least 0 and less than 1"),
     ("loss.label_smoothing", NAN, "a finite number"),
     ("loss.class_weights", (1.0, -1.0) + (1.0,) * 6, "weights of 0 or more"),

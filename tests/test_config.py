@@ -14,9 +14,10 @@ import pytest
 from absl import flags
 from flax import nnx
 
-from resfu_jax import data
+from resfu_jax.data.fabricate import prepare_fabricated
 from resfu_jax.inference import Inference
 from resfu_jax.model import create_model
+from resfu_jax.tasks import create_task
 from resfu_jax.training import (
     Config,
     ConfigError,
@@ -49,11 +50,26 @@ def runnable(**changes):
     return config
 
 
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Where the recipes' dataset of one's own photos is prepared."""
+    directory = tmp_path_factory.mktemp("data")
+    prepare_fabricated("image_folder/photos", directory)
+    return str(directory)
+
+
+def config_of(name, photos):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    if config.data.name.startswith("image_folder/"):  # known once it is prepared
+        config.data.dir = photos
+    return config
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_configs_are_valid_and_say_how_to_run_them(name):
+def test_configs_are_valid_and_say_how_to_run_them(name, photos):
     module = importlib.import_module(f"configs.{name}")
+    validate(config_of(name, photos))
     config = module.get_config()
-    validate(config)
     assert module.get_config() is not config
     takes_upsampler = bool(inspect.signature(module.get_config).parameters)
     argument = ":[a-z_]+" if takes_upsampler else ""
@@ -63,9 +79,14 @@ def test_configs_are_valid_and_say_how_to_run_them(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_configs_build_a_model(name):
-    config = importlib.import_module(f"configs.{name}").get_config()
-    classes = data.dataset_info(config.data.name).num_classes
+def test_configs_build_a_model(name, photos):
+    config = config_of(name, photos)
+    task = create_task(config)
+    classes = task.info.num_classes
+    if config.task == "features":
+        model = nnx.eval_shape(lambda: task.create_model(nnx.Rngs(0)))
+        assert model.head.features == model.backbone.features[-1]
+        return
 
     def logits(images):
         return create_model(

@@ -115,8 +115,8 @@ def test_a_run_learns_scores_draws_and_continues_bit_for_bit(run, tmp_path, capf
     errors = {line["step"]: line["val/error"] for line in whole if "val/error" in line}
     assert list(errors) == [3, 6] and errors[6] < errors[3]
     assert (tmp_path / "whole/predictions/step0000006_0.png").is_file()
-    picture = Image.open(tmp_path / "whole/predictions/step0000006_0.png")
-    assert picture.size == (4 * SIZE, SIZE)
+    with Image.open(tmp_path / "whole/predictions/step0000006_0.png") as picture:
+        assert picture.size == (4 * SIZE, SIZE)
 
     first = copy.deepcopy(config)
     first.steps = 4
