@@ -25,9 +25,8 @@ Arrays need nothing but JAX, Flax and NumPy; files need Pillow (`pip install 're
 import dataclasses
 import os
 import pathlib
-import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +36,15 @@ from flax.typing import Dtype
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Num
 
-from resfu_jax._checks import check_flag, check_whole, is_number, need
-from resfu_jax._names import lookup
+from resfu_jax._checks import check_flag, check_whole, need
+from resfu_jax._feature_sources import (
+    COLOURS,
+    Normalisation,
+    Three,
+    backbone_colours,
+    check_upsampler,
+    create_member,
+)
 from resfu_jax._running import (
     Images,
     Item,
@@ -53,32 +59,15 @@ from resfu_jax._running import (
 )
 from resfu_jax.backbones import ViT
 from resfu_jax.backbones.vit import check_layers
-from resfu_jax.convert import load_backbone, load_upsampler
-from resfu_jax.convert._files import read_beside
-from resfu_jax.convert.catalogue import RELEASES, find_releases
+from resfu_jax.convert import load_backbone
 from resfu_jax.model import evaluating, normalise
 from resfu_jax.ops.resize import resize
-from resfu_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from resfu_jax.upsamplers import create_upsampler, keeps_space, list_upsamplers, upsampler_entry
+from resfu_jax.preprocess import Preprocess
+from resfu_jax.upsamplers import keeps_space, list_upsamplers, upsampler_entry
 
 if TYPE_CHECKING:
     from resfu_jax.images import ImageError
 
-Three = tuple[float, float, float]
-Colours = Literal["imagenet", "half", "clip", "unit"]
-Normalisation = Colours | tuple[Sequence[float], Sequence[float]]
-
-# Mean and deviation in 0 .. 255 of the ways in which images are normalised; names as in the
-# catalogue of released weights.
-COLOURS: dict[str, tuple[Three, Three]] = {
-    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
-    "half": ((127.5,) * 3, (127.5,) * 3),
-    "clip": (
-        (255 * 0.48145466, 255 * 0.4578275, 255 * 0.40821073),
-        (255 * 0.26862954, 255 * 0.26130258, 255 * 0.27577711),
-    ),
-    "unit": ((0.0,) * 3, (255.0,) * 3),
-}
 _LESS = "dtype='bfloat16', a larger stride or a smaller pass_bytes"
 
 
@@ -212,7 +201,7 @@ class FeaturePipeline:
         self._over_batch = NamedSharding(mesh, PartitionSpec("data"))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
 
-        _check_upsampler(upsampler, weights)
+        check_upsampler(upsampler, weights)
         source = None if isinstance(backbone, nnx.Module) else backbone
         if source is not None:
             need(
@@ -228,7 +217,7 @@ class FeaturePipeline:
         self._is_vit = isinstance(backbone, ViT)
         colours = COLOURS["imagenet"]
         if backbone is not None:
-            colours = _backbone_colours(backbone, source, normalisation)
+            colours = backbone_colours(backbone, source, normalisation)
             self._set_backbone(backbone, layers)
         else:
             for name, value in (("normalisation", normalisation), ("layers", layers)):
@@ -551,7 +540,7 @@ class FeaturePipeline:
     def _member(self, channels: int) -> "_Member":
         """The upsampler for features of so many channels."""
         if channels not in self._members:
-            module, colours = _create_upsampler(
+            module, colours = create_member(
                 self._upsampler,
                 self._weights_of_upsampler,
                 channels,
@@ -721,13 +710,13 @@ class _Member:
     """
 
     def __init__(self, module: Any, colours: tuple[Three, Three], pipeline: FeaturePipeline):
-        # A `GuidedUpsampler` holds the member, and makes guides of images by its stem.
+        # A `GuidedUpsampler` holds the member. It makes guides of maps itself, by its stem; of the
+        # image, as in this pipeline, the member sees all pixels.
         member = getattr(module, "upsample", module)
-        stem = getattr(module, "stem", None)
+        whole = module if getattr(module, "stem", None) is not None else member
         scale: Any = getattr(module, "scale", None) or getattr(member, "scale", 1)
-        whole = member.needs_whole_scale
         self.groups = member.value_groups if keeps_space(member) else 0
-        graphdef, weights = nnx.split(evaluating(module))
+        graphdef, weights = nnx.split(evaluating(whole))
         self.weights = jax.device_put(weights, pipeline._everywhere)
 
         def upsample(
@@ -737,20 +726,18 @@ class _Member:
             values: Array | None,
             size: tuple[int, int],
         ) -> Array:
-            module: Any = nnx.merge(graphdef, weights)
-            member = getattr(module, "upsample", module)
-            target = tuple(scale * n for n in features.shape[1:3]) if whole else size
+            up: Any = nnx.merge(graphdef, weights)
+            target = size
+            if member.needs_whole_scale:
+                target = scale * features.shape[1], scale * features.shape[2]
             options = {} if values is None else dict(values=values)
-            if member.guide == "none":
-                y = member(features, output_size=target, **options)
+            if whole is not member:
+                y = up(features, images, target, **options)
+            elif member.guide == "none":
+                y = up(features, output_size=target, **options)
             else:
-                image = normalise(images, *colours)
-                if stem is None:
-                    guide = image.astype(features.dtype)
-                    y = member(features, guide, output_size=target, **options)
-                else:
-                    image = resize(image, target, antialias=True)
-                    y = member(features, module.stem(image.astype(features.dtype)), **options)
+                image = normalise(images, *colours).astype(features.dtype)
+                y = up(features, image, output_size=target, **options)
             if y.shape[1:3] != size:
                 y = resize(y, size, antialias=True)
             return y.astype(features.dtype)
@@ -759,141 +746,6 @@ class _Member:
 
 
 # ------------------------------------------------------------------------------------------- parts
-def _check_upsampler(upsampler: Any, weights: Any) -> None:
-    """Raises a `ValueError` for what is no upsampler, or takes no weights."""
-    if isinstance(upsampler, str):
-        known = dict.fromkeys([*list_upsamplers(), *RELEASES])
-        lookup("upsampler", known, upsampler)
-        need(
-            weights is None or _is_released(upsampler),
-            f"weights are read for upsamplers with released ones; of {upsampler!r} there are none: "
-            "give the module with its weights, such as a GuidedUpsampler",
-        )
-        return
-    need(
-        isinstance(upsampler, nnx.Module) and weights is None,
-        f"upsampler must be a name, or a module, which has its weights; got "
-        f"{type(upsampler).__name__} with weights={weights!r}",
-    )
-    member = getattr(upsampler, "upsample", upsampler)
-    guided = getattr(upsampler, "stem", None) is not None
-    need(
-        getattr(member, "guide", None) in ("none", "image") or guided,
-        f"upsampler must be guided by the image or not at all, got {type(member).__name__}, which "
-        "is guided by features: a GuidedUpsampler makes these of the image",
-    )
-
-
-def _is_released(name: str) -> bool:
-    return name in RELEASES or name in {release.member for release in RELEASES.values()}
-
-
-def _create_upsampler(
-    upsampler: Any,
-    weights: Any,
-    channels: int,
-    *,
-    scale: int,
-    normalisation: Normalisation | None,
-) -> tuple[nnx.Module, tuple[Three, Three]]:
-    """The module for so many channels, and the colours of its images."""
-    if not isinstance(upsampler, str):
-        member = getattr(upsampler, "upsample", upsampler)
-        stem = getattr(upsampler, "stem", None)
-        own = "imagenet" if stem is not None else getattr(member, "image", "imagenet")
-        return upsampler, _colours(normalisation or own, "image_normalisation")
-    if _is_released(upsampler):
-        releases = find_releases(upsampler)
-        fit = {n: r for n, r in releases.items() if r.features in (None, channels)}
-        need(
-            bool(fit),
-            f"upsampler {upsampler!r} has released weights for features of "
-            f"{', '.join(sorted({str(r.features) for r in releases.values()}))} channels, and "
-            f"these have {channels}: naf and anyup take any number",
-        )
-        ways = {release.image for release in fit.values()}
-        member = upsampler_entry(next(iter(fit.values())).member).cls
-        if normalisation is None:
-            need(
-                len(ways) == 1,
-                f"upsampler {upsampler!r} was released for images normalised in several ways "
-                f"({', '.join(sorted(ways))}): name the release, one of {', '.join(fit)}, or give "
-                "image_normalisation",
-            )
-            (way,) = ways
-            normalisation = member.image if way == "any" else way
-        # The release whose width fits, where there are several and the file is given.
-        name = next(iter(fit)) if weights is not None else upsampler
-        return load_upsampler(name, weights), _colours(normalisation, "image_normalisation")
-    entry = upsampler_entry(upsampler)
-    if entry.cls.guide == "features":
-        from resfu_jax.self_supervised import GuidedUpsampler
-
-        module: Any = GuidedUpsampler(upsampler, channels, scale=scale, rngs=nnx.Rngs(0))
-    else:
-        module = create_upsampler(upsampler, features=channels, scale=scale, rngs=nnx.Rngs(0))
-    if jax.tree.leaves(nnx.state(module, nnx.Param)):
-        warnings.warn(
-            f"upsampler {upsampler!r} is untrained: its weights are random, and its features worse "
-            "than those of 'bilinear'. Fit it to photos without labels "
-            "(resfu_jax.self_supervised.fit) and give the module; or take 'naf' or 'anyup', whose "
-            "released weights are fetched, or 'jbu' or 'upsample_anything', which have none",
-            stacklevel=4,
-        )
-    own = getattr(module, "image", "imagenet")
-    return module, _colours(normalisation or own, "image_normalisation")
-
-
-def _backbone_colours(
-    backbone: Any, source: Any, normalisation: Normalisation | None
-) -> tuple[Three, Three]:
-    """Mean and deviation of the images that a backbone was trained with."""
-    if normalisation is not None:
-        return _colours(normalisation, "normalisation")
-    if source is not None:
-        said = read_beside(source, "preprocessor_config.json") or {}
-        config = read_beside(source, "config.json") or {} if not said else {}
-        config = config.get("pretrained_cfg", config)
-        for mean, std in (
-            (said.get("image_mean"), said.get("image_std")),
-            (config.get("mean"), config.get("std")),
-        ):
-            if _are_three(mean) and _are_three(std):
-                return _three(mean, 255), _three(std, 255)
-    mean, std = getattr(backbone, "mean", None), getattr(backbone, "std", None)
-    if _are_three(mean) and _are_three(std):
-        return _three(mean), _three(std)
-    plain = isinstance(backbone, ViT) and backbone.blocks[0].attention_scale is None
-    need(
-        not plain,
-        "normalisation is needed: plain ViTs were published with several, and nothing beside the "
-        "weights says which. 'half' is that of Google's and timm's augreg ViTs, 'imagenet' that of "
-        "DINO, DeiT and MAE, 'clip' that of CLIP",
-    )
-    return COLOURS["imagenet"]
-
-
-def _colours(normalisation: Any, name: str) -> tuple[Three, Three]:
-    if isinstance(normalisation, str):
-        return lookup(name, COLOURS, normalisation)
-    pair = isinstance(normalisation, tuple | list) and len(normalisation) == 2
-    need(
-        pair and all(map(_are_three, normalisation)) and min(normalisation[1]) > 0,
-        f"{name} must be one of {', '.join(COLOURS)}, or a mean and a deviation of three numbers "
-        f"in 0 .. 255, got {normalisation!r}",
-    )
-    return _three(normalisation[0]), _three(normalisation[1])
-
-
-def _are_three(values: Any) -> bool:
-    return isinstance(values, tuple | list) and len(values) == 3 and all(map(is_number, values))
-
-
-def _three(values: Any, factor: float = 1) -> Three:
-    a, b, c = (factor * float(v) for v in values)
-    return a, b, c
-
-
 def _name(module: Any) -> str:
     """The registry's name of a module's class, the shortest of several."""
     cls = type(getattr(module, "upsample", module))

@@ -26,16 +26,15 @@ all pixels in every epoch, as the papers do.
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,15 +45,15 @@ import resfu_jax
 from resfu_jax import data, training
 from resfu_jax._checks import check_whole, need
 from resfu_jax._extras import extra
-from resfu_jax._files import local_path, write_whole
-from resfu_jax._probe_settings import ProbeSettings
-from resfu_jax.data import transforms
+from resfu_jax._files import local_path
 from resfu_jax.ops.resize import resize
+from resfu_jax.probing.images import Batch, Encoder, Pipeline, Split
+from resfu_jax.probing.results import markdown, read_results, record
+from resfu_jax.probing.settings import ProbeSettings
 from resfu_jax.upsamplers import list_upsamplers, takes_values, upsampler_entry
 
 with extra("train"):
     import optax
-    from PIL import Image
     from tqdm import tqdm
 
 __all__ = [
@@ -69,37 +68,6 @@ __all__ = [
 
 PathLike = str | os.PathLike[str]
 Classifier = dict[str, Array]  # kernel (C, K) and bias (K,)
-
-
-@runtime_checkable
-class Pipeline(Protocol):
-    """What is probed: of a `FeaturePipeline`, or of anything that has its methods.
-
-    Attributes:
-      name: of the upsampler.
-      multiple: sides of the images that `encode` takes are multiples of it.
-      value_groups: blocks of channels that the upsampler gives weights of their own, for `values`;
-        0 if its output is more than a sum of features with weights.
-    """
-
-    name: str
-    multiple: int
-    value_groups: int
-
-    def encode(self, images: Num[np.ndarray, "b H W 3"]) -> Float[Array, "b h w c"]:
-        """Features of images in 0 .. 255."""
-        ...
-
-    def upsample(
-        self,
-        features: Float[Array, "b h w c"],
-        images: Num[np.ndarray, "b _H _W 3"],
-        size: tuple[int, int],
-        *,
-        values: Float[Array, "b h w d"] | None = None,
-    ) -> Float[Array, "b H W d"]:
-        """Features, or values with the features' weights, at a size; images guide, of any size."""
-        ...
 
 
 def probe(
@@ -146,7 +114,7 @@ def probe(
         data.open_source(dataset, split, data_dir)
         for split in (settings.train_split, settings.validation_split)
     ]
-    train, validation = (_Split(source, info, pipeline, settings) for source in sources)
+    train, validation = (Split(source, info, pipeline, settings) for source in sources)
     weights = None
     if settings.class_balance:
         counts = data.label_counts(sources[0], info)
@@ -156,7 +124,7 @@ def probe(
     # ------------------------------------------------------------------------- features of training
     methods = sorted({_fitted_on(method) for method in settings.protocols})
     encode, encode_validation = (
-        _Encoder(split, images_at_once, cache_dir) for split in (train, validation)
+        Encoder(split, images_at_once, cache_dir) for split in (train, validation)
     )
     _try(train, encode, groups, images_at_once, info.num_classes)
     rows: dict[str, Callable[[np.ndarray], tuple[Any, Any]]] = {}
@@ -347,131 +315,7 @@ def _stepper(
     return optimizer, step
 
 
-# --------------------------------------------------------------------------------------- the images
-class _Batch(NamedTuple):
-    """Images of one size."""
-
-    inputs: UInt8[np.ndarray, "b Hi Wi 3"]  # what the backbone sees
-    images: UInt8[np.ndarray, "b H W 3"]  # what guides
-    labels: UInt8[np.ndarray, "b H W"]
-    size: tuple[int, int]  # of the upsampled map
-    views: tuple[tuple[int, bool], ...]  # example, mirrored; further rows repeat the last one
-
-    @property
-    def filled(self) -> int:
-        return len(self.views)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Split:
-    """A split as the pipeline sees it."""
-
-    source: data.Source
-    info: data.DatasetInfo
-    pipeline: Pipeline
-    settings: ProbeSettings
-
-    def read(self, index: int, mirrored: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What the backbone sees, what guides, and the labels."""
-        example, s = self.source[index], self.settings
-        image, label = transforms.decode(example, self.info, self.source.where(example))
-        width, height = image.size
-        box, size = (0.0, 0.0, float(width), float(height)), (width, height)
-        if s.crop is not None:
-            side = min(width, height)
-            left, top = (width - side) / 2, (height - side) / 2
-            box, size = (left, top, left + side, top + side), (s.crop, s.crop)
-        m = self.pipeline.multiple
-        seen = [max(1, round(n * s.scale / m)) * m for n in size]
-        pictures = (
-            image.resize((seen[0], seen[1]), Image.Resampling.BILINEAR, box),
-            image.resize(size, Image.Resampling.BILINEAR, box),
-            label.resize(size, Image.Resampling.NEAREST, box),
-        )
-        arrays = [np.asarray(picture) for picture in pictures]
-        x, y, z = (np.ascontiguousarray(a[:, ::-1]) if mirrored else a for a in arrays)
-        return x, y, z
-
-    def batch(self, views: Sequence[int]) -> _Batch:
-        """These views of images that learn, which must be of one size."""
-        places = [divmod(view, 2) if self.settings.flip else (view, 0) for view in views]
-        examples = [self.read(index, mirrored == 1) for index, mirrored in places]
-        sizes = {label.shape for _, _, label in examples}
-        need(
-            len(sizes) == 1,
-            "pixels_per_image=None fits whole images of one size at once, and there are "
-            f"{' and '.join(f'{h}x{w}' for h, w in sorted(sizes))}: give crop, or batch_size=1",
-        )
-        return self._stack([(i, m == 1) for i, m in places], examples, len(examples))
-
-    def batches(self, at_once: int, *, flip: bool) -> Iterator[_Batch]:
-        """All views in order. Fewer of a size than `at_once` are filled up: one compilation."""
-        waiting: list[Any] = []
-        places: list[tuple[int, bool]] = []
-        for index in range(len(self.source)):
-            for mirrored in (False, True) if flip else (False,):
-                example = self.read(index, mirrored)
-                full = len(waiting) == at_once
-                if waiting and (full or waiting[0][2].shape != example[2].shape):
-                    yield self._stack(places, waiting, at_once)
-                    waiting, places = [], []
-                waiting.append(example)
-                places.append((index, mirrored))
-        yield self._stack(places, waiting, at_once)
-
-    def _stack(self, views: list[tuple[int, bool]], examples: list[Any], rows: int) -> _Batch:
-        filled = examples + examples[-1:] * (rows - len(examples))
-        inputs, images, labels = (np.stack(arrays) for arrays in zip(*filled, strict=True))
-        labels[len(examples) :] = self.info.ignore_label
-        stride = self.settings.output_stride
-        h, w = inputs.shape[1:3] if stride else labels.shape[1:3]
-        size = (h // stride, w // stride) if stride else (h, w)
-        return _Batch(inputs, images, labels, size, tuple(views))
-
-
-class _Encoder:
-    """The backbone's features of batches, kept on disk where there is a folder for them.
-
-    Other upsamplers, protocols and settings of the classifier find them there: a file for each
-    view, in a folder for what the images are, and what the backbone gives for the first of them.
-    """
-
-    def __init__(self, split: _Split, at_once: int, cache_dir: PathLike | None):
-        self._pipeline, self._folder = split.pipeline, None
-        if cache_dir is None:
-            return
-        s, digest = split.settings, hashlib.blake2b(digest_size=12)
-        digest.update(json.dumps([s.crop, s.scale, split.pipeline.multiple]).encode())
-        for example in split.source:
-            for name in ("image", "label"):
-                digest.update(hashlib.blake2b(example[name]).digest())
-        first = next(split.batches(at_once, flip=False))
-        low = np.asarray(split.pipeline.encode(first.inputs), np.float32)
-        digest.update(low[:1].tobytes())
-        self._folder = local_path(cache_dir, "cache_dir") / f"encoded_{digest.hexdigest()}"
-        self._folder.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, batch: _Batch) -> Any:
-        """Features `(b, h, w, C)`."""
-        if self._folder is None:
-            return self._pipeline.encode(batch.inputs)
-        paths = [self._folder / f"{i}{'_mirrored' if m else ''}.npy" for i, m in batch.views]
-        if not all(path.exists() for path in paths):
-            low = np.asarray(self._pipeline.encode(batch.inputs), np.float32)
-            for path, x in zip(paths, low, strict=False):
-                content = io.BytesIO()
-                np.save(content, x)
-                write_whole(path, content.getbuffer())
-        rows = [np.load(path) for path in paths]
-        return jnp.asarray(np.stack(rows + rows[-1:] * (len(batch.inputs) - len(rows))))
-
-    @property
-    def name(self) -> str:
-        """Of the folder: stands for the images and the backbone."""
-        return "" if self._folder is None else self._folder.name
-
-
-def _try(split: _Split, encode: _Encoder, groups: int, at_once: int, num_classes: int) -> None:
+def _try(split: Split, encode: Encoder, groups: int, at_once: int, num_classes: int) -> None:
     """Upsamples the first images, so that what does not fit is said at once."""
     batch, pipeline = next(split.batches(at_once, flip=split.settings.flip)), split.pipeline
     low = encode(batch)
@@ -499,7 +343,7 @@ def _nearest(size: tuple[int, int], of: tuple[int, int]) -> Integer[np.ndarray, 
     return rows[:, None] * of[1] + columns
 
 
-def _labels(batch: _Batch, size: tuple[int, int]) -> UInt8[np.ndarray, "b n"]:
+def _labels(batch: Batch, size: tuple[int, int]) -> UInt8[np.ndarray, "b n"]:
     """The label at the centre of every pixel of a map of this size, row after row."""
     labels = batch.labels.reshape(len(batch.labels), -1)
     return labels[:, _nearest(size, batch.labels.shape[1:]).ravel()]
@@ -513,7 +357,7 @@ def _take(x: Array, pixels: Array) -> Array:
 
 
 def _all_pixels(
-    split: _Split, encode: _Encoder, kind: str, views: np.ndarray
+    split: Split, encode: Encoder, kind: str, views: np.ndarray
 ) -> tuple[Float[Array, "b n c"], UInt8[np.ndarray, "b n"]]:
     """Features and labels of all pixels of some views."""
     batch = split.batch(views.tolist())
@@ -529,8 +373,8 @@ def _all_pixels(
 
 
 def _sampled(
-    split: _Split,
-    encode: _Encoder,
+    split: Split,
+    encode: Encoder,
     kinds: Sequence[str],
     at_once: int,
     cache_dir: PathLike | None,
@@ -571,7 +415,7 @@ def _sampled(
 
 
 def _samples(
-    split: _Split, encode: _Encoder, batch: _Batch, kinds: Sequence[str], first: int
+    split: Split, encode: Encoder, batch: Batch, kinds: Sequence[str], first: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Features and labels of the pixels of a batch, whose first view has this number."""
     s, ignored = split.settings, split.info.ignore_label
@@ -611,7 +455,7 @@ def _check_memory(shape: tuple[int, ...], stores: int) -> None:
     )
 
 
-def _digest(split: _Split, encode: _Encoder, kinds: Sequence[str], at_once: int) -> str:
+def _digest(split: Split, encode: Encoder, kinds: Sequence[str], at_once: int) -> str:
     """Of all that sampled features depend on: images, backbone, settings, and the upsampler.
 
     The last is known by what it gives for the first images.
@@ -698,7 +542,6 @@ def _value_groups(pipeline: Pipeline) -> int:
     return pipeline.value_groups
 
 
-# ------------------------------------------------------------------------------------------ results
 def _statistics(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Mean and standard deviation of all metrics that every run has."""
     names = [n for n in runs[0] if n not in ("seed", "loss") and all(n in run for run in runs)]
@@ -711,78 +554,6 @@ def _statistics(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def _jsonable(settings: ProbeSettings) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(settings)))
-
-
-def record(path: PathLike, entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """Adds a probe to a file of results, `{"probes": [...]}`, and returns all that it holds.
-
-    An entry of the same upsampler, dataset, settings and facts is replaced.
-
-    Args:
-      path: a JSON file; it need not exist.
-      entry: of `probe`.
-
-    Raises:
-      ValueError: the file holds something else.
-    """
-    file = local_path(path, "path")
-    probes = read_results(file) if file.exists() else []
-    changing = ("protocols", "seconds", "versions")
-
-    def key(entry: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in entry.items() if name not in changing}
-
-    probes = [other for other in probes if key(other) != key(entry)] + [entry]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps({"probes": probes}, indent=1) + "\n")
-    return probes
-
-
-def read_results(path: PathLike) -> list[dict[str, Any]]:
-    """The entries of a file that `record` wrote.
-
-    Raises:
-      ValueError: the file holds something else.
-    """
-    file = local_path(path, "path")
-    try:
-        probes = json.loads(file.read_text())["probes"]
-        fits = all("protocols" in entry and "upsampler" in entry for entry in probes)
-    except (ValueError, KeyError, TypeError):
-        fits = False
-    need(fits, f"{file} does not hold results of a probe; give another file")
-    return probes
-
-
-def markdown(probes: Sequence[dict[str, Any]], classes: Sequence[str] = ()) -> str:
-    """A table of results: a row for every upsampler and protocol, in the order of `probes`.
-
-    Args:
-      probes: entries of `probe`.
-      classes: names of classes whose IoU is shown, too.
-
-    Raises:
-      ValueError: a class that no entry has.
-    """
-    names = {"miou": "mIoU", "boundary_iou": "boundary IoU", "pixel_accuracy": "accuracy"}
-    for name in classes:
-        has = any(f"iou/{name}" in p["mean"] for e in probes for p in e["protocols"].values())
-        need(has, f"classes must be names of classes that were scored, got {name!r}")
-        names[f"iou/{name}"] = name
-    lines = [
-        f"| upsampler | dataset | protocol | {' | '.join(names.values())} | seeds |",
-        "|---" * (len(names) + 4) + "|",
-    ]
-    for entry in probes:
-        for method, result in entry["protocols"].items():
-            cells = []
-            for name in names:
-                mean, std = (result.get(kind, {}).get(name) for kind in ("mean", "std"))
-                text = "-" if mean is None else f"{mean:.3f}"
-                cells.append(text if std is None else f"{text} ± {std:.3f}")
-            start = f"| {entry['upsampler']} | {entry['dataset']} | {method} "
-            lines.append(f"{start}| {' | '.join(cells)} | {len(result['runs'])} |")
-    return "\n".join(lines) + "\n"
 
 
 # ----------------------------------------------------------------------------------------- progress

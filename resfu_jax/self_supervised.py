@@ -114,6 +114,8 @@ class GuidedUpsampler(nnx.Module):
         images: Num[Array, "b H W 3"],
         size: tuple[int, int] | None = None,
         guide_size: tuple[int, int] | None = None,
+        *,
+        values: Float[Array, "b h w v"] | None = None,
     ) -> Float[Array, "b oh ow d"]:
         """Features `(B, h, w, C)` at a larger size.
 
@@ -125,6 +127,8 @@ class GuidedUpsampler(nnx.Module):
             ones that an upsampler with `needs_whole_scale` can give.
           guide_size: of the image as the upsampler sees it; None: `size`. Only an upsampler that is
             guided by the image itself can have another one.
+          values: stand in for the features, which then only decide the weights, for upsamplers that
+            take them.
 
         Raises:
           ValueError: a size that the upsampler cannot give.
@@ -136,9 +140,10 @@ class GuidedUpsampler(nnx.Module):
             f"features, for {type(self.upsample).__name__}; got {size}",
         )
         guide = self.guide(features, images, size, guide_size)
-        if self.upsample.guide == "features":
-            return self.upsample(features, *guide)
-        return self.upsample(features, *guide, output_size=size)
+        options: dict[str, Any] = {} if values is None else dict(values=values)
+        if self.upsample.guide != "features":
+            options["output_size"] = size
+        return self.upsample(features, *guide, **options)
 
     def nearest_size(
         self, features: Float[Array, "b h w c"], size: tuple[int, int] | None

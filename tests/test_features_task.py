@@ -3,6 +3,7 @@
 import copy
 import json
 
+import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 import train
 from resfu_jax import FeaturePipeline, data, tasks, training
+from resfu_jax.convert import load_upsampler
 from resfu_jax.data.image_folder import OwnImages
 from resfu_jax.model import evaluating
 
@@ -160,8 +162,16 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(run, tmp_path):
 
 
 def test_an_upsampler_starts_from_released_weights(tmp_path, data_dir):
-    config = config_of(upsampler="naf", pretrained=str(tmp_path / "none.pth"))
+    path = str(goldens.index()["anyup_multi_backbone"]["path"])
+    config = config_of(upsampler="anyup", pretrained=path)
     config.data.dir = str(data_dir)
+    weights, said = tasks.create_task(config).initial_weights()
+    expected = nnx.to_flat_state(nnx.state(load_upsampler("anyup", path), nnx.Param))
+    found = dict(nnx.to_flat_state(weights))
+    assert said == f"anyup starts from {path}: {len(expected)} arrays" and len(expected) > 20
+    for key, value in expected:
+        np.testing.assert_array_equal(found["head", "upsample", *key], value[...])
+    config.model.head.pretrained = str(tmp_path / "none.pth")
     with pytest.raises(training.ConfigError, match="config.model.head.pretrained: .*none.pth"):
         tasks.create_task(config).initial_weights()
 

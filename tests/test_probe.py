@@ -280,7 +280,7 @@ def test_sizes_of_input_output_and_crop(place):
     pipeline = Pipeline("bilinear")
     settings = ProbeSettings(crop=32, scale=0.5, output_stride=2)
     source = data.open_source(NAME, "train", place)
-    split = probing._Split(source, data.dataset_info(NAME, place), pipeline, settings)
+    split = probing.Split(source, data.dataset_info(NAME, place), pipeline, settings)
     first, mirrored = (split.read(0, mirrored) for mirrored in (False, True))
     assert [a.shape for a in first] == [(16, 16, 3), (32, 32, 3), (32, 32)]
     for a, b in zip(first, mirrored, strict=True):
@@ -295,7 +295,7 @@ def test_sizes_of_input_output_and_crop(place):
     assert [batch.filled for batch in batches] == [2, 2, 2]
     assert batches[0].size == (8, 8)
 
-    whole = probing._Split(source, split.info, pipeline, ProbeSettings())
+    whole = probing.Split(source, split.info, pipeline, ProbeSettings())
     (batch,) = whole.batches(4, flip=False)
     assert batch.filled == 3 and batch.size == (16, 24)
     assert (batch.labels[3] == 255).all() and (batch.images[3] == batch.images[2]).all()
@@ -304,8 +304,8 @@ def test_sizes_of_input_output_and_crop(place):
 def test_samples_are_labelled_pixels_and_their_features(place):
     source, info = data.open_source(NAME, "train", place), data.dataset_info(NAME, place)
     pipeline = Pipeline("bilinear")
-    split = probing._Split(source, info, pipeline, ProbeSettings(pixels_per_image=365))
-    encode = probing._Encoder(split, 2, None)
+    split = probing.Split(source, info, pipeline, ProbeSettings(pixels_per_image=365))
+    encode = probing.Encoder(split, 2, None)
     found = probing._sampled(split, encode, ["cells", "upsampled"], 2, None)
     batch = split.batch(range(6))
     low = pipeline.encode(batch.inputs)

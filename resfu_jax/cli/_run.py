@@ -1,6 +1,8 @@
 """What commands that run a trained model share: its options, and the start of JAX."""
 
 import dataclasses
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -56,6 +58,43 @@ class Run:
             data_dir=self.data_dir,
             **options,
         )
+
+
+class Shown:
+    """What a stream of results gives, under a progress bar, without what cannot be used.
+
+    That is told on stderr and counted: images that could not be read, and those whose results would
+    replace another one's.
+
+    Args:
+      stream: results with `id` and `path`, or errors.
+      total: how many images there are.
+    """
+
+    def __init__(self, stream: Iterable[Any], total: int):
+        from tqdm import tqdm
+
+        self._stream = stream
+        self.bar = tqdm(total=total, unit="image", disable=None)
+        self.written: dict[str, Any] = {}
+        self.failed = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        with self.bar:
+            for result in self._stream:
+                self.bar.update()
+                error = result if isinstance(result, Exception) else None
+                if error is None and result.id in self.written:
+                    error = ValueError(
+                        f"{result.path}: its results would replace those of "
+                        f"{self.written[result.id]}; give it another --out"
+                    )
+                if error is not None:
+                    self.failed += 1
+                    self.bar.write(f"error: {error}", file=sys.stderr)
+                    continue
+                self.written[result.id] = result.path
+                yield result
 
 
 RunOptions = Annotated[Run, tyro.conf.arg(name="")]  # --which, not --run.which

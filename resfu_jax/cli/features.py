@@ -1,6 +1,5 @@
 """`resfu features`."""
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,7 +9,7 @@ import tyro
 from resfu_jax._checks import need
 from resfu_jax._files import local_path
 from resfu_jax._output import counted
-from resfu_jax.cli._run import start_jax
+from resfu_jax.cli._run import Shown, start_jax
 
 if TYPE_CHECKING:
     from resfu_jax.features import FeaturePipeline, ImageFeatures
@@ -74,8 +73,6 @@ def features(
       batch_size: images of the same size at once; by default one per device.
       orientation: turn photos as their EXIF data say, and so as viewers show them.
     """
-    from tqdm import tqdm
-
     need(bool(images), "no images: give files or folders: resfu features photo.jpg --backbone FILE")
     need(
         (backbone is None) != (run is None),
@@ -86,7 +83,7 @@ def features(
     run = None if run is None else local_path(run, "--run")
     from resfu_jax import visualize
     from resfu_jax._running import count_images
-    from resfu_jax.images import ImageError, image_size
+    from resfu_jax.images import image_size
 
     count = count_images(images)
     if pixel is not None:
@@ -113,43 +110,29 @@ def features(
     )
     out.mkdir(parents=True, exist_ok=True)
     last = start = time.perf_counter()
-    written: dict[str, Any] = {}
-    failed, kept = 0, {}
-    with tqdm(total=count, unit="image", disable=None) as bar:
-        for result in pipeline.stream(images, stride, class_token=class_token):
-            bar.update()
-            if not isinstance(result, ImageError) and result.id in written:
-                result = ImageError(
-                    f"{result.path}: its results would replace those of {written[result.id]}; give "
-                    "it another --out"
-                )
-            if isinstance(result, ImageError):
-                failed += 1
-                bar.write(f"error: {result}", file=sys.stderr)
-                continue
-            written[result.id] = result.path
-            _save(out, result, format)
-            if pictures:
-                visualize.save_png(
-                    out / "pictures" / f"{result.id}.png", _picture(pipeline, result)
-                )
-            if pixel is not None:
-                kept[str(result.path)] = result
-            now = time.perf_counter()
-            rows, columns, channels = result.features.shape
-            seen = "x".join(map(str, result.low.shape[:2]))
-            bar.write(
-                f"{result.path}: {seen} cells to {rows}x{columns} of {channels} channels, "
-                f"{result.features.nbytes / 1e6:.1f} MB; {now - last:.2f} s"
-            )
-            last = now
-    if pixel is not None and not failed:
+    kept = {}
+    shown = Shown(pipeline.stream(images, stride, class_token=class_token), count)
+    for result in shown:
+        _save(out, result, format)
+        if pictures:
+            visualize.save_png(out / "pictures" / f"{result.id}.png", _picture(pipeline, result))
+        if pixel is not None:
+            kept[str(result.path)] = result
+        now = time.perf_counter()
+        rows, columns, channels = result.features.shape
+        seen = "x".join(map(str, result.low.shape[:2]))
+        shown.bar.write(
+            f"{result.path}: {seen} cells to {rows}x{columns} of {channels} channels, "
+            f"{result.features.nbytes / 1e6:.1f} MB; {now - last:.2f} s"
+        )
+        last = now
+    if pixel is not None and not shown.failed:
         path = out / f"similarity_{pixel[0]}_{pixel[1]}.png"
-        shown = [kept[str(file)] for file in _files(images)]
-        print(_correspondence(path, shown, pixel, stride, orientation))
-    said = f"{counted(len(written), 'image')} in {out}, {failed} failed"
+        photos = [kept[str(file)] for file in _files(images)]
+        print(_correspondence(path, photos, pixel, stride, orientation))
+    said = f"{counted(len(shown.written), 'image')} in {out}, {shown.failed} failed"
     print(f"{said}; {time.perf_counter() - start:.1f} s")
-    return 1 if failed else 0
+    return 1 if shown.failed else 0
 
 
 def _files(images: tuple[Path, ...]) -> list[Path]:

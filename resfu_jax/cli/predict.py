@@ -11,7 +11,7 @@ import tyro
 
 from resfu_jax._files import local_path
 from resfu_jax._output import counted
-from resfu_jax.cli._run import Run, RunOptions
+from resfu_jax.cli._run import Run, RunOptions, Shown
 
 if TYPE_CHECKING:
     from resfu_jax.inference import Inference
@@ -50,8 +50,6 @@ def predict(
       growth: sizes are padded to steps of this ratio; 1 pads least and compiles most.
       max_compilations: most sizes that are compiled.
     """
-    from tqdm import tqdm
-
     if not images:
         raise ValueError("no images: give files or folders, for instance: resfu predict photo.jpg")
     if not 0 <= opacity <= 1:
@@ -68,7 +66,7 @@ def predict(
                 f", seen in windows of {height}x{width} as in training; --mode whole sees them in "
                 "one pass, which takes more memory"
             )
-        bar.write(text, file=sys.stderr)
+        shown.bar.write(text, file=sys.stderr)
 
     predictor = run.load(
         batch_size=batch_size,
@@ -78,46 +76,34 @@ def predict(
     )
     from resfu_jax import visualize
     from resfu_jax._running import count_images
-    from resfu_jax.images import ImageError
 
     large = run.mode is None and predictor.inference.mode == "whole"
     if large:
         predictor.inference = _windows_for_large(predictor, run)
     names, palette = predictor.class_names, predictor.palette
     last = start = time.perf_counter()
-    written, failed, compiled = {}, 0, 0.0
-    with tqdm(total=count_images(images), unit="image", disable=None) as bar:
-        for result in predictor.stream(images):
-            bar.update()
-            if not isinstance(result, ImageError) and result.id in written:
-                result = ImageError(
-                    f"{result.path}: its results would replace those of {written[result.id]}; give "
-                    "it another --out"
-                )
-            if isinstance(result, ImageError):
-                failed += 1
-                bar.write(f"error: {result}", file=sys.stderr)
-                continue
-            written[result.id] = result.path
-            name = f"{result.id}.png"
-            visualize.save_labels(out / "labels" / name, result.labels, palette)
-            image = predictor.read_image(result.path)
-            picture = visualize.overlay(image, result.labels, palette, opacity=opacity)
-            there = [(names[i], palette[i]) for i in result.shares]
-            picture = visualize.with_legend(picture, *zip(*there, strict=True))
-            visualize.save_png(out / "overlays" / name, picture)
-            now, total = time.perf_counter(), sum(predictor.compile_seconds)
-            seconds, last, compiled = now - last - (total - compiled), now, total
-            shares = ", ".join(f"{names[i]} {_percent(x)}" for i, x in result.shares.items())
-            size = f"{image.shape[1]}x{image.shape[0]}"
-            bar.write(f"{result.path}: {size}, {shares}; {seconds:.2f} s")
+    compiled = 0.0
+    shown = Shown(predictor.stream(images), count_images(images))
+    for result in shown:
+        name = f"{result.id}.png"
+        visualize.save_labels(out / "labels" / name, result.labels, palette)
+        image = predictor.read_image(result.path)
+        picture = visualize.overlay(image, result.labels, palette, opacity=opacity)
+        there = [(names[i], palette[i]) for i in result.shares]
+        picture = visualize.with_legend(picture, *zip(*there, strict=True))
+        visualize.save_png(out / "overlays" / name, picture)
+        now, total = time.perf_counter(), sum(predictor.compile_seconds)
+        seconds, last, compiled = now - last - (total - compiled), now, total
+        shares = ", ".join(f"{names[i]} {_percent(x)}" for i, x in result.shares.items())
+        size = f"{image.shape[1]}x{image.shape[0]}"
+        shown.bar.write(f"{result.path}: {size}, {shares}; {seconds:.2f} s")
     sizes = counted(len(predictor.compiled_shapes), "size")
     print(
-        f"{counted(len(written), 'image')} in {out}, {failed} failed; "
+        f"{counted(len(shown.written), 'image')} in {out}, {shown.failed} failed; "
         f"{time.perf_counter() - start:.1f} s, of which "
         f"{sum(predictor.compile_seconds):.1f} s for compiling {sizes}"
     )
-    return 1 if failed else 0
+    return 1 if shown.failed else 0
 
 
 def _percent(share: float) -> str:

@@ -7,8 +7,8 @@ import tyro
 
 from resfu_jax._checks import need
 from resfu_jax._files import local_path, write_whole
-from resfu_jax._probe_settings import ProbeSettings
 from resfu_jax.cli._run import start_jax
+from resfu_jax.probing.settings import ProbeSettings
 
 
 def probe(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 def train(arguments: Sequence[str]) -> None:
-    """Trains or evaluates a segmentation model: train.py, with all of its flags.
+    """Trains or evaluates a model: train.py, with all of its flags.
 
     resfu train --config my_config.py --workdir runs/mine
 

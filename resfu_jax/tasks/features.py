@@ -11,7 +11,6 @@ from flax import nnx
 from flax.struct import dataclass
 from jaxtyping import Array, Float, Num
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -21,11 +20,12 @@ from resfu_jax.convert import load_upsampler
 from resfu_jax.model import evaluating, normalise
 from resfu_jax.ops.resize import resize
 from resfu_jax.self_supervised import GuidedUpsampler
-from resfu_jax.tasks.objectives import Objective, create_objective
+from resfu_jax.tasks.objectives import Objective, cosine, create_objective
 from resfu_jax.tasks.task import Arrays, Batch, Task
 from resfu_jax.training.config import Config, model_arguments, size_multiple
 from resfu_jax.training.devices import local_rows
 from resfu_jax.training.pretrained import initial_weights
+from resfu_jax.training.reporting import print_with_facts
 from resfu_jax.training.state import blaming
 from resfu_jax.visualize import PCA
 
@@ -235,15 +235,13 @@ class Features(Task):
         def total(x: Array) -> Array:
             return (weight * x).sum(axis=(0, 1, 2))
 
-        norms = (jnp.sqrt(jnp.square(x).sum(axis=3, keepdims=True)) for x in (prediction, target))
-        product = (prediction * target).sum(axis=3, keepdims=True)
         sums = ErrorSums(
             places=total(jnp.ones_like(target[..., :1]))[0],
             target=total(target),
             squares=total(jnp.square(target)),
             errors=total(jnp.square(prediction - target)),
             bilinear=total(jnp.square(bilinear - target)),
-            cosine=total(product / jnp.maximum(next(norms) * next(norms), 1e-12))[0],
+            cosine=total(cosine(prediction, target)[..., None])[0],
         )
         every = target.shape[0] // batch["image"].shape[0]
         maps = dict(before=bilinear, after=prediction, teacher=target)
@@ -296,10 +294,7 @@ class Features(Task):
         name = self.config.model.head.upsampler
         table.add_row(Text(name), f"{metrics['error']:.4f}", f"{metrics['cosine']:.4f}")
         table.add_row("bilinear", f"{metrics['bilinear_error']:.4f}", "")
-        console = Console()
-        console.print(table)
-        for name, value in facts.items():
-            console.print(f"{name}: {value}", highlight=False, markup=False, emoji=False)
+        print_with_facts(table, facts)
 
 
 def _bilinear(

@@ -111,11 +111,12 @@ def cosine_and_error(prediction: Map, target: Map) -> Float[Array, "b"]:
     """
     low, high = (f(target, axis=3, keepdims=True) for f in (jnp.min, jnp.max))
     scale = 1 / (high - low + 1e-6)
-    cosine = _cosine(prediction, target)
-    return (1 - cosine).mean(axis=(1, 2)) + squared_error(prediction * scale, target * scale)
+    apart = (1 - cosine(prediction, target)).mean(axis=(1, 2))
+    return apart + squared_error(prediction * scale, target * scale)
 
 
-def _cosine(a: Map, b: Map) -> Float[Array, "b h w"]:
+def cosine(a: Map, b: Map) -> Float[Array, "b h w"]:
+    """<a, b> / |a| |b| at each place."""
     squares = (jnp.square(a).sum(axis=3) + 1e-12) * (jnp.square(b).sum(axis=3) + 1e-12)
     return (a * b).sum(axis=3) / jnp.sqrt(squares)
 

@@ -357,6 +357,11 @@ def print_table(
     table.add_section()
     table.add_row("mean", f"{metrics['miou']:.4f}", f"{metrics['boundary_iou']:.4f}")
     table.add_row("pixel accuracy", f"{metrics['pixel_accuracy']:.4f}", "")
+    print_with_facts(table, facts)
+
+
+def print_with_facts(table: Table, facts: Mapping[str, str]) -> None:
+    """Prints a table, and a line for each fact."""
     console = Console()
     console.print(table)
     for name, value in facts.items():
