@@ -28,6 +28,12 @@ with extra("train"):
         open_source,
         prepare,
     )
+    from resfu_jax.data.matting_folder import OwnMattes
+    from resfu_jax.data.matting_pipeline import (
+        MattingEvalBatches,
+        matting_eval_batches,
+        matting_train_batches,
+    )
     from resfu_jax.data.pipeline import (
         EvalBatches,
         TrainBatches,
@@ -43,7 +49,9 @@ __all__ = [
     "DatasetInfo",
     "DatasetNotPrepared",
     "EvalBatches",
+    "MattingEvalBatches",
     "OwnImages",
+    "OwnMattes",
     "Source",
     "TrainBatches",
     "balanced_weights",
@@ -55,6 +63,8 @@ __all__ = [
     "label_counts",
     "label_pixels",
     "list_datasets",
+    "matting_eval_batches",
+    "matting_train_batches",
     "open_source",
     "prepare",
     "skip_corrupt",

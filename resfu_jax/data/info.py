@@ -12,6 +12,7 @@ class DatasetInfo:
       class_names: names in the order of the label values 0, 1, ...
       palette: an (R, G, B) colour for every class.
       ignore_label: label value of pixels that count neither in the loss nor in the metrics.
+      mattes: examples are foregrounds, alpha mattes and backgrounds, for matting.
       embedded: True if `prepare` needs neither a download nor files from elsewhere.
       examples: number of training and validation images as published; None if unknown.
       download: size of the raw archives, in words.
@@ -20,9 +21,10 @@ class DatasetInfo:
     """
 
     name: str
-    class_names: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
+    class_names: tuple[str, ...] = ()
+    palette: tuple[tuple[int, int, int], ...] = ()
     ignore_label: int = 255
+    mattes: bool = False
     embedded: bool = False
     examples: tuple[int, int] | None = None
     download: str = "none"
