@@ -11,7 +11,13 @@ from flax import nnx
 
 from resfu_jax import data
 from resfu_jax.training.config import Config
-from resfu_jax.training.input import eval_batches, open_sources, prepare_embedded, train_batches
+from resfu_jax.training.input import (
+    blank_batch,
+    eval_batches,
+    open_sources,
+    prepare_embedded,
+    train_batches,
+)
 from resfu_jax.visualize import save_png
 
 Batch = dict[str, np.ndarray]
@@ -68,6 +74,10 @@ class Task(abc.ABC):
         """Opens the dataset."""
         self.train_source, self.val_source = open_sources(self.config, self.info)
 
+    def blank_batch(self) -> Batch:
+        """What a batch for training is like, but for its content."""
+        return blank_batch(self.config)
+
     def train_batches(self) -> Any:
         """Batches for training, the rows of this process; an iterator whose place can be saved."""
         return train_batches(self.config, self.train_source, self.info)
@@ -110,6 +120,11 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def evaluate(self, model: Any, batch: Arrays) -> tuple[Any, Any]:
         """Counts of a batch, and what pictures are drawn from; works inside `jit`."""
+
+    def complete(self, counts: Any, batch: Batch, drawn: Any) -> Any:
+        """The counts of a batch, with what is counted on the host, from what pictures show."""
+        del batch, drawn
+        return counts
 
     @abc.abstractmethod
     def no_counts(self) -> Any:
