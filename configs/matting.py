@@ -79,7 +79,7 @@ def soft_shapes() -> Config:
             backbone=BackboneConfig(
                 name="resnet",
                 variant="18",
-                options=dict(widths=(16, 32, 64, 64), depths=(1, 1, 1, 1), stem_width=16),
+                options=dict(widths=(16, 32, 64, 64), depths=(1, 1, 1, 1), stem_width=8),
             ),
             head=HeadConfig(upsampler="fade", dropout=0.1),
         ),

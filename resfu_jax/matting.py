@@ -1,21 +1,29 @@
 """Matting models: an image and a trimap to the opacity of every pixel.
 
-    model = create_matting_model(upsampler="fade", rngs=nnx.Rngs(0))
+    pipeline = MattingPipeline.from_checkpoint("runs/matting_fade")
+    alpha = pipeline("photo.jpg", "trimap.png")  # (H, W) uint8
+
+or, in JAX,
+
+    model = create_matting_model(head={"upsampler": "fade"}, rngs=nnx.Rngs(0))
     alpha = evaluating(model).matte(images, trimaps)  # (B, H, W) in 0 .. 1
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Num, UInt8
 
 from resfu_jax._checks import check_flag, need
+from resfu_jax._running import Path, compute_type, restore, run_folder
 from resfu_jax.backbones.matting import MattingEncoder
 from resfu_jax.heads.matting import MattingHead
-from resfu_jax.model import normalise
+from resfu_jax.model import evaluating, normalise
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
@@ -123,3 +131,89 @@ def create_matting_model(
     # Some upsamplers are made for evaluation. Here they learn: `evaluating`.
     decoder.set_attributes(use_running_average=False, raise_if_not_found=False)
     return MattingModel(encoder, decoder, mean=mean, std=std, frozen=frozen)
+
+
+class MattingPipeline:
+    """Mattes of images of any size; a program is compiled for every size, in multiples of 16.
+
+    Args:
+      model: a `MattingModel`.
+
+    Attributes:
+      step: of the checkpoint, if made by `from_checkpoint`; else None.
+    """
+
+    def __init__(self, model: MattingModel):
+        self.step: int | None = None
+        graphdef, self._weights = nnx.split(evaluating(model))
+
+        def matte(weights: Any, image: Array, trimap: Array) -> Array:
+            alpha = nnx.merge(graphdef, weights).matte(image[None], trimap[None])[0]
+            return jnp.round(255 * alpha).astype(jnp.uint8)
+
+        self._matte = jax.jit(matte)
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: Path, which: str | int = "best", *, dtype: Dtype | None = None
+    ) -> "MattingPipeline":
+        """A run of train.py with `task = "matting"`.
+
+        Args:
+          path: the workdir, or one checkpoint in it, `WORKDIR/checkpoints/STEP`.
+          which: "best" by SAD, "latest", or a step.
+          dtype: compute type; None: that of the run.
+
+        Raises:
+          ValueError: the folder does not hold such a run.
+          CheckpointError: there is no such checkpoint, or it is of another architecture.
+        """
+        from resfu_jax import tasks, training
+
+        compute = None if dtype is None else compute_type(dtype)
+        workdir, which = training.find_run(run_folder(path), str(which))
+        config = training.read_config(workdir)
+        need(
+            config.task == "matting",
+            f"path must be a run of matting, and {workdir} has task={config.task!r}",
+        )
+        config.model.dtype = compute or config.model.dtype
+        model, step = restore(
+            workdir,
+            which,
+            lambda: tasks.matting_model(config, nnx.Rngs(0)),
+            jax.local_devices()[:1],
+        )
+        pipeline = cls(model)
+        pipeline.step = step
+        return pipeline
+
+    def __call__(
+        self, image: str | UInt8[np.ndarray, "h w 3"], trimap: str | UInt8[np.ndarray, "h w"]
+    ) -> UInt8[np.ndarray, "h w"]:
+        """The alpha matte in 8 bits.
+
+        Args:
+          image: a file, or its RGB pixels.
+          trimap: a file, or its values: 0 for background, 128 for unknown, 255 for foreground.
+
+        Raises:
+          ImageError: a file that cannot be read.
+          DataError: a trimap of another size, with other values, or without unknown pixels.
+        """
+        from PIL import Image
+
+        from resfu_jax.data.composition import check_same_size, check_trimap
+        from resfu_jax.images import read_image
+
+        pixels = image if isinstance(image, np.ndarray) else read_image(image)
+        if not isinstance(trimap, np.ndarray):
+            name, trimap = f"the trimap {trimap}", read_image(trimap)[..., 0]
+        else:
+            name = "trimap"
+        check_same_size(Image.fromarray(pixels), Image.fromarray(trimap), name)
+        check_trimap(trimap, name)
+        height, width = trimap.shape
+        sides = (0, -height % 16), (0, -width % 16)
+        padded = np.pad(pixels, (*sides, (0, 0)), "symmetric"), np.pad(trimap, sides)
+        return np.asarray(self._matte(self._weights, *padded))[:height, :width]

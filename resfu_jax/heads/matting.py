@@ -46,7 +46,8 @@ class MattingHead(nnx.Module):
 
     Args:
       features: channels of the encoder's maps at strides 2, 4, 8 and 16.
-      guide_features: channels of its guides at strides 1, 2, 4 and 8.
+      guide_features: channels of its guides at strides 1, 2, 4 and 8, as many as what they guide
+        has.
       upsampler: a name of `list_upsamplers()`.
       upsampler_options: options of that upsampler.
       dropout: rate after the ASPP.
@@ -78,18 +79,16 @@ class MattingHead(nnx.Module):
         sizes: dict[str, Any] = dict(
             bottleneck=False, stride=1, dilations=(1, 1), frozen=False, **types
         )
-        half, quarter, eighth, sixteenth = features
         # What the upsamplers at strides 16, 8, 4 and 2 take, and what leaves the last slot.
-        widths = sixteenth, eighth, quarter, half, max(half // 2, 1)
-        added = eighth, quarter, half, in_channels
-        self.context = ASPP(sixteenth, _DILATIONS, **types)
+        widths = *reversed(guide_features), max(guide_features[0] // 2, 1)
+        *added, deepest = features
+        added = *reversed(added), in_channels
+        self.context = ASPP(deepest, _DILATIONS, **types)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         self.upsample = nnx.List(
             [
-                create_head_upsampler(
-                    upsampler, width, 2, upsampler_options, guide_features=guide, **types
-                )
-                for width, guide in zip(widths[:-1], reversed(guide_features), strict=True)
+                create_head_upsampler(upsampler, width, 2, upsampler_options, **types)
+                for width in widths[:-1]
             ]
         )
         self.shortcut = nnx.List(
