@@ -91,7 +91,7 @@ def run(
     schedule = training.create_schedule(config.optimizer, config.steps)
     optimizer = training.create_optimizer(config.optimizer, config.steps)
     with training.blaming(task.blamed):  # options that do not fit
-        blank = task.draw(training.blank_batch(config), 1)
+        blank = task.draw(task.blank_batch(), 1)
         graphdef, abstract = training.abstract_state(
             config, task.create_model, optimizer, lambda model: task.try_out(model, blank)
         )
