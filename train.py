@@ -164,7 +164,7 @@ def run(
             batch = task.draw_for_evaluation(batch)
             inputs = layout.to_devices(with_features(batch) if task.sees_whole_images else batch)
             batch_counts, predictions = compiled_eval(state, inputs)
-            counts = counts.merge(batch_counts)
+            counts = counts.merge(task.complete(batch_counts, batch, predictions))
             pictures.draw(batch, predictions)
         return task.metrics(counts)
 

@@ -30,6 +30,12 @@ with extra("train"):
         open_source,
         prepare,
     )
+    from resfu_jax.data.matting_folder import OwnMattes
+    from resfu_jax.data.matting_pipeline import (
+        MattingEvalBatches,
+        matting_eval_batches,
+        matting_train_batches,
+    )
     from resfu_jax.data.pipeline import (
         EvalBatches,
         TrainBatches,
@@ -47,7 +53,9 @@ __all__ = [
     "DatasetNotPrepared",
     "DepthMap",
     "EvalBatches",
+    "MattingEvalBatches",
     "OwnImages",
+    "OwnMattes",
     "Source",
     "TrainBatches",
     "balanced_weights",
@@ -59,6 +67,8 @@ __all__ = [
     "label_counts",
     "label_pixels",
     "list_datasets",
+    "matting_eval_batches",
+    "matting_train_batches",
     "open_source",
     "prepare",
     "skip_corrupt",

@@ -83,6 +83,7 @@ class DatasetInfo:
       palette: an (R, G, B) colour for every class.
       ignore_label: label value of pixels that count neither in the loss nor in the metrics.
       depth: what the numbers of depth maps mean; None: label maps hold classes.
+      mattes: examples are foregrounds, alpha mattes and backgrounds, for matting.
       embedded: True if `prepare` needs neither a download nor files from elsewhere.
       examples: number of training and validation images as published; None if unknown.
       download: size of the raw archives, in words.
@@ -95,6 +96,7 @@ class DatasetInfo:
     palette: tuple[tuple[int, int, int], ...] = ()
     ignore_label: int = 255
     depth: DepthMap | None = None
+    mattes: bool = False
     embedded: bool = False
     examples: tuple[int, int] | None = None
     download: str = "none"

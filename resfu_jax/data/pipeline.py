@@ -96,13 +96,40 @@ def train_batches(
         photometric,
         info.target.fill,
     )
+    augmented = functools.partial(_augmented, source=source, info=info, augment=augment)
+    return augmented_batches(
+        source,
+        augmented,
+        batch_size=batch_size,
+        seed=seed,
+        num_workers=num_workers,
+        shard=shard,
+    )
+
+
+def augmented_batches(
+    source: Source,
+    augmented: Callable[[dict[str, bytes], np.random.Generator], dict[str, Any]],
+    *,
+    batch_size: int,
+    seed: int,
+    num_workers: int,
+    shard: tuple[int, int],
+) -> "TrainBatches":
+    """The machinery of `train_batches`: an endless stream of examples, shuffled, in batches.
+
+    Args:
+      source: encoded examples.
+      augmented: of an encoded example and the generator of its place in the stream, one row of a
+        batch: arrays by name.
+      batch_size: as for `train_batches`, and the others, which are right.
+      seed: as well.
+      num_workers: as well.
+      shard: as well.
+    """
     index, count = shard
     examples = (
-        grain.MapDataset.source(source)
-        .seed(seed)
-        .shuffle()
-        .repeat(None)
-        .random_map(functools.partial(_augmented, source=source, info=info, augment=augment))
+        grain.MapDataset.source(source).seed(seed).shuffle().repeat(None).random_map(augmented)
     )
 
     def batches_from(position: int) -> grain.DatasetIterator:

@@ -121,6 +121,11 @@ class Task(abc.ABC):
     def evaluate(self, model: Any, batch: Arrays) -> tuple[Any, Any]:
         """Counts of a batch, and what pictures are drawn from; works inside `jit`."""
 
+    def complete(self, counts: Any, batch: Batch, drawn: Any) -> Any:
+        """The counts of a batch, with what is counted on the host, from what pictures show."""
+        del batch, drawn
+        return counts
+
     @abc.abstractmethod
     def no_counts(self) -> Any:
         """Counts of no batch; has `merge(counts)`."""
