@@ -12,10 +12,12 @@ from resfu_jax._extras import extra
 with extra("train"):
     from resfu_jax.data.image_folder import OwnImages
     from resfu_jax.data.info import (
+        ClassMap,
         CorruptExampleError,
         DataError,
         DatasetInfo,
         DatasetNotPrepared,
+        DepthMap,
     )
     from resfu_jax.data.load import (
         Source,
@@ -44,10 +46,12 @@ with extra("train"):
     from resfu_jax.data.statistics import balanced_weights, label_counts
 
 __all__ = [
+    "ClassMap",
     "CorruptExampleError",
     "DataError",
     "DatasetInfo",
     "DatasetNotPrepared",
+    "DepthMap",
     "EvalBatches",
     "MattingEvalBatches",
     "OwnImages",

@@ -34,7 +34,7 @@ class Task(abc.ABC):
 
     Attributes:
       config: likewise.
-      info: the dataset's classes.
+      info: what is known of the dataset.
       train_source: the examples for training, once `open` was called.
       val_source: likewise, for validation.
       metric: the metric whose best value is a run's best checkpoint, as it is in `metrics.jsonl`
@@ -76,7 +76,7 @@ class Task(abc.ABC):
 
     def blank_batch(self) -> Batch:
         """What a batch for training is like, but for its content."""
-        return blank_batch(self.config)
+        return blank_batch(self.config, self.info)
 
     def train_batches(self) -> Any:
         """Batches for training, the rows of this process; an iterator whose place can be saved."""
