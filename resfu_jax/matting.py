@@ -148,7 +148,8 @@ class MattingPipeline:
         graphdef, self._weights = nnx.split(evaluating(model))
 
         def matte(weights: Any, image: Array, trimap: Array) -> Array:
-            alpha = nnx.merge(graphdef, weights).matte(image[None], trimap[None])[0]
+            network: Any = nnx.merge(graphdef, weights)
+            alpha = network.matte(image[None], trimap[None])[0]
             return jnp.round(255 * alpha).astype(jnp.uint8)
 
         self._matte = jax.jit(matte)
@@ -189,7 +190,7 @@ class MattingPipeline:
         return pipeline
 
     def __call__(
-        self, image: str | UInt8[np.ndarray, "h w 3"], trimap: str | UInt8[np.ndarray, "h w"]
+        self, image: Path | UInt8[np.ndarray, "h w 3"], trimap: Path | UInt8[np.ndarray, "_h _w"]
     ) -> UInt8[np.ndarray, "h w"]:
         """The alpha matte in 8 bits.
 

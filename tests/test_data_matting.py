@@ -66,7 +66,8 @@ def test_two_foregrounds_let_through_what_both_do():
 def test_batches_do_not_depend_on_shards_and_continue(tmp_path):
     prepare_fabricated("matting_folder/mine", tmp_path)
     source, backgrounds = (
-        data.open_source("matting_folder/mine", split, tmp_path) for split in ("train", "background")
+        data.open_source("matting_folder/mine", split, tmp_path)
+        for split in ("train", "background")
     )
 
     def batches(size, shard=(0, 1)):

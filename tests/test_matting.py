@@ -25,11 +25,11 @@ def grey(*shape):
     return RNG.integers(0, 256, shape, np.uint8)
 
 
-# ------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 def test_metrics_are_those_of_the_matlab_code():
     with np.load(goldens.index()["metric_matting_lemur"]["path"]) as file:
         golden = {name: file[name] for name in file.files}
-    mattes = [golden[f"in/{name}"] for name in ("pred", "alpha", "trimap")]
+    mattes = tuple(golden[f"in/{name}"] for name in ("pred", "alpha", "trimap"))
     errors = training.matting_errors(*mattes)
     for name in ("sad", "mse", "grad", "conn"):
         assert errors[name] == pytest.approx(float(golden[f"out/{name}"]), rel=1e-9)
@@ -61,10 +61,12 @@ def test_losses_are_their_formula():
     assert ((gradient != 0) == unknown).all()
 
 
-# --------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 def test_parameters_are_as_many_as_published():
     """Of bilinear upsampling 8.05 million; and what the others add to it, in thousands."""
-    published = dict(bilinear=(8050, 5), fade=(120, 5), fade_lite=(27, 0.5), carafe=(260, 5), sapa=(40, 5))
+    published = dict(
+        bilinear=(8050, 5), fade=(120, 5), fade_lite=(27, 0.5), carafe=(260, 5), sapa=(40, 5)
+    )
     count = {}
     for name in published:
         model = nnx.eval_shape(
@@ -88,12 +90,15 @@ def test_upsamplers_of_all_kinds_fit_the_slots(upsampler, as_users_call):
     trimaps = jax.ShapeDtypeStruct((2, 32, 48), jnp.uint8)
     assert jax.eval_shape(alpha, images, trimaps).shape == (2, 32, 48)
     with pytest.raises(ValueError, match="sides that are multiples of 16"):
-        jax.eval_shape(alpha, *(jax.ShapeDtypeStruct((1, 24, *x.shape[2:]), x.dtype) for x in (images, trimaps)))
+        jax.eval_shape(
+            alpha,
+            *(jax.ShapeDtypeStruct((1, 24, *x.shape[2:]), x.dtype) for x in (images, trimaps)),
+        )
     with pytest.raises(ValueError, match="trimaps must be uint8 of shape"):
         jax.eval_shape(alpha, images, jax.ShapeDtypeStruct((2, 32, 48), jnp.float32))
 
 
-# ----------------------------------------------------------------------------------------------- run
+# ---------------------------------------------------------------------------------------------- run
 def config_of():
     return training.Config(
         task="matting",

@@ -142,7 +142,7 @@ class MattingEncoder(nnx.Module):
                     x, guide = x
                     guides.append(guide)
             maps.append(x)
-        return Pyramid(tuple(guides), tuple(maps))
+        return Pyramid((full, half, guides[2], guides[3]), (half, maps[1], maps[2], maps[3]))
 
 
 class PoolingBlock(nnx.Module):

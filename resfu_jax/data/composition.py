@@ -85,8 +85,8 @@ def check_trimap(trimap: np.ndarray, name: str) -> None:
     values = np.unique(trimap).tolist()
     if wrong := [value for value in values if value not in (0, UNKNOWN, 255)]:
         raise DataError(
-            f"{name} holds the values {wrong[:5]}; a trimap has 0 (background), {UNKNOWN} (unknown) "
-            "and 255 (foreground)."
+            f"{name} holds the values {wrong[:5]}; a trimap has 0 (background), {UNKNOWN} "
+            "(unknown) and 255 (foreground)."
         )
     if UNKNOWN not in values:
         raise DataError(f"{name} has no unknown pixel (value {UNKNOWN}): nothing is left to find.")

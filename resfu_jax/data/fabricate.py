@@ -19,8 +19,8 @@ import tensorflow_datasets as tfds
 from PIL import Image, ImageFilter
 
 from resfu_jax.data import camvid, coco_stuff, voc
-from resfu_jax.data.matting_folder import OwnMattes
 from resfu_jax.data.load import create_builder, list_datasets, prepare
+from resfu_jax.data.matting_folder import OwnMattes
 from resfu_jax.data.raw import palette
 
 Files = dict[str, bytes]  # by their path in an archive
@@ -285,7 +285,9 @@ def _composition_1k(folder: Path, draw: Draw, examples: int) -> None:
         for k in range(2 if index == 0 else 1):
             files[f"Test_set/merged/boy-{index}_1920_{k}.png"] = image
             files[f"Test_set/trimaps/boy-{index}_1920_{k}.png"] = trimap
-    _write_zip(folder / "Combined_Dataset.zip", {f"Combined_Dataset/{p}": d for p, d in files.items()})
+    _write_zip(
+        folder / "Combined_Dataset.zip", {f"Combined_Dataset/{p}": d for p, d in files.items()}
+    )
 
 
 _WRITERS: dict[str, Callable[[Path, Draw, int], None]] = {

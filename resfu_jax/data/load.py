@@ -65,8 +65,8 @@ def list_datasets(data_dir: str | os.PathLike | None = None) -> list[str]:
 
     Args:
       data_dir: where datasets are kept; `default_data_dir()` if None. Your own datasets
-        (`image_folder/NAME`, `matting_folder/NAME`) are listed once they are prepared there; those that are damaged
-        are not, see `damaged_datasets`.
+        (`image_folder/NAME`, `matting_folder/NAME`) are listed once they are prepared there; those
+        that are damaged are not, see `damaged_datasets`.
     """
     names = (name for name in _own(data_dir) if not _damage(name, data_dir))
     return sorted([*_DATASETS, *(name for name in names if is_prepared(name, data_dir))])
@@ -170,7 +170,9 @@ def prepare(
             raise ValueError(f"{name} has {kind} of its own; yours are {prefix}/NAME.")
         images = getattr(own, "images", None)
         if images is not None and manual_dir is not None:
-            raise ValueError(f"images {images} and manual_dir {manual_dir} are two places; give one.")
+            raise ValueError(
+                f"images {images} and manual_dir {manual_dir} are two places; give one."
+            )
         config = _own_kind(name)[0].create_config(name, own)
         manual_dir = images or manual_dir
     if manual_dir is not None:
@@ -259,7 +261,7 @@ class Source:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, bytes]:
-        """The example as encoded `image` and `label` and its `id`, all bytes; see `mattes` for theirs."""
+        """The example as encoded `image` and `label`, or what mattes have, and its `id`: bytes."""
         return self.records[index]
 
     def __iter__(self) -> Iterator[dict[str, bytes]]:
@@ -276,8 +278,8 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike | None = None
 
     Args:
       name: one of `list_datasets()`.
-      split: `"train"` or `"validation"`, of mattes also `"background"`; a slice as tfds writes it, such as `"train[:10%]"`,
-        opens a part.
+      split: `"train"` or `"validation"`, of mattes also `"background"`; a slice as tfds writes it,
+        such as `"train[:10%]"`, opens a part.
       data_dir: where the dataset was prepared; `default_data_dir()` if None.
 
     Raises:
@@ -301,7 +303,9 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike | None = None
         ) from error
     if part.num_examples < 1:
         raise ValueError(f"split {split!r} of {name} holds no examples.")
-    encoded = {n: skip for n, f in builder.info.features.items() if isinstance(f, tfds.features.Image)}
+    encoded = {
+        n: skip for n, f in builder.info.features.items() if isinstance(f, tfds.features.Image)
+    }
     examples: Any = builder.as_data_source(split, decoders=encoded)
     records = _Records(
         examples,

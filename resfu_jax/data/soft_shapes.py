@@ -3,7 +3,7 @@
 Its shapes have what makes alpha hard to find. HAIR: strands around a solid body, thinner than a
 pixel towards their ends. GLASS: a body that lets the same share of the background through
 everywhere, within a denser rim, with opaque glints. DEFOCUS: an outline that is blurred over many
-pixels. Foregrounds and backgrounds are textured alike, so that colours alone do not tell them apart.
+pixels. Foregrounds and backgrounds are textured alike: colours alone do not tell them apart.
 """
 
 import math

@@ -14,8 +14,8 @@ and guides g of `MattingEncoder`, their stride in brackets, and the input x of f
 Every upsampler doubles the size. One with a guide gets the encoder's map in front of the pooling
 that it undoes, which has as many channels as the features; one that the image guides gets the
 image; others get the size. `decode` is two residual blocks, `shortcut` a 3x3 convolution with
-BatchNorm and ReLU, `predict` two 3x3 convolutions to a channel, the first with BatchNorm and a leaky
-ReLU. Atrous spatial pyramid pooling (ASPP) is that of DeepLabv3+ with depthwise separable
+BatchNorm and ReLU, `predict` two 3x3 convolutions to a channel, BatchNorm and a leaky ReLU between
+them. Atrous spatial pyramid pooling (ASPP) is that of DeepLabv3+ with depthwise separable
 convolutions. The output is not bounded: `MattingModel` clips it for use.
 
 The released code has leaky ReLUs of slope 0.01 in place of all ReLUs.

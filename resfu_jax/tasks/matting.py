@@ -63,7 +63,9 @@ class Matting(Task):
     def blank_batch(self) -> Batch:
         """Composed images of the size of crops."""
         size = self.config.batch_size // jax.process_count(), *self.config.data.crop_size
-        colours = dict.fromkeys(("image", "foreground", "background"), np.zeros((*size, 3), np.uint8))
+        colours = dict.fromkeys(
+            ("image", "foreground", "background"), np.zeros((*size, 3), np.uint8)
+        )
         return colours | dict.fromkeys(("alpha", "trimap"), np.zeros(size, np.uint8))
 
     def train_batches(self) -> data.TrainBatches:

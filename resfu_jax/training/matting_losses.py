@@ -20,10 +20,10 @@ def matting_losses(
     """Alpha and composition loss of each image (Xu et al., "Deep Image Matting", CVPR 2017, 4.1).
 
     With F, B the colours of foreground and background in 0 .. 1, a the alpha, p the predicted one
-    and rho(d) = sqrt(d^2 + 1e-12), over the n unknown pixels of an image:
+    and rho(d) = sqrt(d^2 + 1e-12), over the n unknown pixels of an image, of which each gives
 
-        alpha        sum_i rho(p_i - a_i) / (n + 1)
-        composition  sum_i sum_c rho(p_i F_ic + (1 - p_i) B_ic - a_i F_ic - (1 - a_i) B_ic) / (n + 1)
+        alpha        rho(p - a) / (n + 1)
+        composition  sum_c rho(p F_c + (1 - p) B_c - a F_c - (1 - a) B_c) / (n + 1)
 
     The colours are summed, as in the released code of IndexNet and A2U.
 

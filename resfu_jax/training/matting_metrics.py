@@ -91,7 +91,7 @@ def matting_errors(prediction: Matte, alpha: Matte, trimap: Matte) -> dict[str, 
 def gradient_error(prediction: Matte, alpha: Matte, unknown: Bool[np.ndarray, "h w"]) -> float:
     """Sum of squared differences of the gradients' magnitudes.
 
-    Mattes are scaled so that their least and largest values are 0 and 1. The derivative filter along
+    Mattes are scaled so that their least and largest values are 0 and 1. The derivative filter of
     an axis is the outer product of a Gaussian and its derivative, of standard deviation 1.4 and 9
     taps, divided by its L2 norm; the border is replicated.
     """
@@ -113,7 +113,7 @@ def gradient_error(prediction: Matte, alpha: Matte, unknown: Bool[np.ndarray, "h
 def python_gradient_error(
     prediction: Matte, alpha: Matte, unknown: Bool[np.ndarray, "h w"]
 ) -> float:
-    """The same by the Python code of IndexNet and A2U: SciPy's Gaussian derivatives, not normalised.
+    """The same by the Python code of IndexNet and A2U: SciPy's Gaussian derivatives as they are.
 
     A tenth of it is close to a thousandth of `gradient_error`, but is not the published metric.
     """
