@@ -91,7 +91,7 @@ def run(
     schedule = training.create_schedule(config.optimizer, config.steps)
     optimizer = training.create_optimizer(config.optimizer, config.steps)
     with training.blaming(task.blamed):  # options that do not fit
-        blank = task.draw(training.blank_batch(config), 1)
+        blank = task.draw(task.blank_batch(), 1)
         graphdef, abstract = training.abstract_state(
             config, task.create_model, optimizer, lambda model: task.try_out(model, blank)
         )
@@ -164,7 +164,7 @@ def run(
             batch = task.draw_for_evaluation(batch)
             inputs = layout.to_devices(with_features(batch) if task.sees_whole_images else batch)
             batch_counts, predictions = compiled_eval(state, inputs)
-            counts = counts.merge(batch_counts)
+            counts = counts.merge(task.complete(batch_counts, batch, predictions))
             pictures.draw(batch, predictions)
         return task.metrics(counts)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8, UInt32
+from jaxtyping import Float32, UInt8, UInt32
 
 from resfu_jax._extras import extra
 
@@ -161,6 +161,38 @@ def read_label(
             f"'P').{_about_channels(image)}"
         )
     return _numbers(image, bits, name)
+
+
+def read_values(
+    source: Source,
+    name: str | None = None,
+    *,
+    orientation: bool = True,
+    max_pixels: int | None = None,
+) -> Float32[np.ndarray, "h w"]:
+    """The numbers in a map of measurements, such as depths: a PNG or TIFF file with one channel.
+
+    They count as they are stored: 8 or 16 bits of a PNG file, whole or floating-point numbers of a
+    TIFF file. It is turned by its own EXIF data, if it has any.
+
+    Args:
+      source: as for `read_image`.
+      name: as well.
+      orientation: as well.
+      max_pixels: as well.
+
+    Raises:
+      ImageError: the file cannot be decoded, is neither PNG nor TIFF, or has several channels.
+    """
+    name, data = _read(source, name)
+    image, turn = _load(data, name, orientation, max_pixels, FORMATS)
+    if image.format not in ("PNG", "TIFF"):
+        raise ImageError(
+            f"{name}: a map of numbers has to be a PNG or TIFF file, and this is {image.format}"
+        )
+    if image.mode not in ("L", "I", "F") and not image.mode.startswith("I;16"):
+        raise ImageError(f"{name} has PIL mode {image.mode!r}; numbers need one channel")
+    return np.array(_turned(Image.fromarray(np.asarray(image, np.float32)), turn))
 
 
 class Mask(NamedTuple):

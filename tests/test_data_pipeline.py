@@ -336,7 +336,9 @@ def test_crops_of_one_class_are_drawn_anew():
 
 
 def test_a_class_share_ignores_what_is_ignored():
-    augment = transforms.Augment((4, 4), Preprocess(), (1.0, 1.0), 0.75, False, False, 255)
+    augment = transforms.Augment(
+        (4, 4), Preprocess(), (1.0, 1.0), 0.75, False, False, np.uint8(255)
+    )
     label = np.full((4, 4), 255, np.uint8)
     for first, second, mixed in ((3, 1, False), (2, 1, True), (4, 0, False), (0, 0, False)):
         label[0], label[1] = [0] * first + [255] * (4 - first), [1] * second + [255] * (4 - second)

@@ -207,9 +207,12 @@ def test_sharded_batch_equals_unsharded(name):
 
 
 @every
-@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu"])
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
 def test_devices_do_not_wait_for_each_other(name, implementation, monkeypatch):
-    """Each has its part of the batch; gradients to parameters are not asked for."""
+    """Each has its part of the batch; gradients to parameters are not asked for.
+
+    In the forms that are chosen: what gathers in a literal form are made of is of no consequence.
+    """
     if implementation == "cpu":
         monkeypatch.setattr(rows, "BLOCK_VALUES", 500)  # several blocks
         jax.clear_caches()  # of programs with other blocks
@@ -218,10 +221,8 @@ def test_devices_do_not_wait_for_each_other(name, implementation, monkeypatch):
     up = nnx.clone(build(name))
     if hasattr(up, "implementation"):
         up.implementation = implementation
-    elif implementation != "reference":
+    elif implementation != "xla":
         pytest.skip("it has only one form")
-    if implementation == "reference" and name.startswith("resfu"):
-        pytest.skip("XLA gathers what grouped convolutions read")
     graphdef, params = nnx.split(up)
 
     def value_and_gradients(*arrays):

@@ -17,6 +17,7 @@ from resfu_jax._output import readers_may_leave
 from resfu_jax.cli.evaluate import evaluate
 from resfu_jax.cli.export import export
 from resfu_jax.cli.features import features
+from resfu_jax.cli.matte import matte
 from resfu_jax.cli.predict import predict
 from resfu_jax.cli.prepare import prepare
 from resfu_jax.cli.probe import probe
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "train": train,
     "features": features,
     "predict": predict,
+    "matte": matte,
     "evaluate": evaluate,
     "probe": probe,
     "visualize": visualize,

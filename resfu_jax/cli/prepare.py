@@ -31,6 +31,22 @@ class Own:
     """Take the classes that the label maps hold."""
 
 
+@dataclass(frozen=True)
+class Mattes:
+    """Your own mattes (matting_folder/NAME)."""
+
+    foregrounds: Path | None = None
+    """Folder of foregrounds."""
+    alphas: Path | None = None
+    """Folder of their alpha mattes, images of the same names."""
+    backgrounds: Path | None = None
+    """Folder of images to compose them over."""
+    trimaps: Path | None = None
+    """Folder of trimaps for validation; else they are drawn from alpha."""
+    trimap_width: int | None = None
+    """Of those, the diameter in pixels by which known regions are eroded; else 25."""
+
+
 def prepare(
     name: tyro.conf.Positional[str | None] = None,
     *,
@@ -38,6 +54,7 @@ def prepare(
     manual_dir: Path | None = None,
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
     own: Annotated[Own, tyro.conf.arg(name="")] = Own(),  # noqa: B008 - frozen
+    mattes: Annotated[Mattes, tyro.conf.arg(name="")] = Mattes(),  # noqa: B008 - frozen
 ) -> None:
     """Prepares a dataset for training and evaluation; without a name, lists them.
 
@@ -47,14 +64,18 @@ def prepare(
 
     resfu prepare image_folder/mine --images photos --labels masks
 
+    resfu prepare matting_folder/mine --foregrounds fg --alphas alpha --backgrounds photos
+
     The same as `python -m resfu_jax.data`.
 
     Args:
-      name: of the dataset, or image_folder/NAME for your own images.
+      name: of the dataset, or image_folder/NAME for your own images, matting_folder/NAME for your
+        own mattes.
       data_dir: where datasets are kept.
       manual_dir: folder of raw files that were fetched by hand.
       overwrite: build anew, and replace what is prepared.
       own: your own images.
+      mattes: your own mattes.
     """
     from resfu_jax.data.__main__ import main
 
@@ -63,7 +84,8 @@ def prepare(
         main([*argv, "list"])
         return
     argv += ["prepare", name]
-    for option, value in (dict(manual_dir=manual_dir, overwrite=overwrite) | asdict(own)).items():
+    options = dict(manual_dir=manual_dir, overwrite=overwrite) | asdict(own) | asdict(mattes)
+    for option, value in options.items():
         if value is None or value is False or value == ():
             continue
         values = value if isinstance(value, tuple) else () if value is True else (value,)

@@ -12,10 +12,12 @@ from resfu_jax._extras import extra
 with extra("train"):
     from resfu_jax.data.image_folder import OwnImages
     from resfu_jax.data.info import (
+        ClassMap,
         CorruptExampleError,
         DataError,
         DatasetInfo,
         DatasetNotPrepared,
+        DepthMap,
     )
     from resfu_jax.data.load import (
         Source,
@@ -28,6 +30,12 @@ with extra("train"):
         open_source,
         prepare,
     )
+    from resfu_jax.data.matting_folder import OwnMattes
+    from resfu_jax.data.matting_pipeline import (
+        MattingEvalBatches,
+        matting_eval_batches,
+        matting_train_batches,
+    )
     from resfu_jax.data.pipeline import (
         EvalBatches,
         TrainBatches,
@@ -38,12 +46,16 @@ with extra("train"):
     from resfu_jax.data.statistics import balanced_weights, label_counts
 
 __all__ = [
+    "ClassMap",
     "CorruptExampleError",
     "DataError",
     "DatasetInfo",
     "DatasetNotPrepared",
+    "DepthMap",
     "EvalBatches",
+    "MattingEvalBatches",
     "OwnImages",
+    "OwnMattes",
     "Source",
     "TrainBatches",
     "balanced_weights",
@@ -55,6 +67,8 @@ __all__ = [
     "label_counts",
     "label_pixels",
     "list_datasets",
+    "matting_eval_batches",
+    "matting_train_batches",
     "open_source",
     "prepare",
     "skip_corrupt",

@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 from resfu_jax._output import readers_may_leave
 from resfu_jax.data import (
     OwnImages,
+    OwnMattes,
     damaged_datasets,
     dataset_info,
     default_data_dir,
@@ -47,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     build = commands.add_parser("prepare", help="download if need be, and build a dataset")
     build.add_argument(
         "name",
-        help=f"one of: {', '.join(list_datasets())}; or image_folder/NAME for your own images",
+        help=f"one of: {', '.join(list_datasets())}; or image_folder/NAME for your own images, "
+        "matting_folder/NAME for your own mattes",
     )
     build.add_argument("--manual-dir", help="folder of raw files that were fetched by hand")
     own = build.add_argument_group("your own images (image_folder/NAME)")
@@ -74,6 +76,18 @@ def _parser() -> argparse.ArgumentParser:
         help="leave images as they are stored, not turned as their EXIF data say",
     )
     own.add_argument("--yes", action="store_true", help="take the classes that the label maps hold")
+    mattes = build.add_argument_group("your own mattes (matting_folder/NAME)")
+    mattes.add_argument("--foregrounds", help="folder of foregrounds")
+    mattes.add_argument("--alphas", help="folder of their alpha mattes, images of the same names")
+    mattes.add_argument("--backgrounds", help="folder of images to compose them over")
+    mattes.add_argument(
+        "--trimaps", help="folder of trimaps for validation (default: drawn from alpha)"
+    )
+    mattes.add_argument(
+        "--trimap-width",
+        type=int,
+        help="of those, the diameter in pixels by which known regions are eroded (default: 25)",
+    )
     build.add_argument(
         "--overwrite", action="store_true", help="build anew, and replace what is prepared"
     )
@@ -96,8 +110,12 @@ def _run(args: argparse.Namespace) -> None:
     print(f"prepared in {path}{again}")
 
 
-def _own(args: argparse.Namespace) -> OwnImages | None:
-    """What the command says of one's own images; None if that is nothing."""
+def _own(args: argparse.Namespace) -> OwnImages | OwnMattes | None:
+    """What the command says of one's own images or mattes; None if that is nothing."""
+    places = ("foregrounds", "alphas", "backgrounds", "trimaps", "trimap_width")
+    mattes = {name: getattr(args, name) for name in places if getattr(args, name) is not None}
+    if mattes:
+        return OwnMattes(**mattes)
     folders = ("images", "labels", "validation_images", "validation_labels", "ignore_label")
     given = {name: getattr(args, name) for name in folders if getattr(args, name) is not None}
     if args.classes:

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from resfu_jax.data import camvid, coco_stuff, voc
+from resfu_jax.data.matting_folder import OwnMattes
 from resfu_jax.data.load import create_builder, list_datasets, prepare
 from resfu_jax.data.raw import palette
 
@@ -37,7 +38,7 @@ def fabricate(
     """Writes raw files as the dataset's authors distribute them, holding random blobs.
 
     Args:
-      name: a dataset that is built from raw files, or `image_folder/NAME`.
+      name: a dataset that is built from raw files, `image_folder/NAME` or `matting_folder/NAME`.
       directory: where to write; becomes the `manual_dir` of `prepare`.
       examples: images in each split; `voc/train_aug` and `camvid/clean` distribute them anew.
       size: (height, width) of the images.
@@ -54,7 +55,7 @@ def fabricate(
         known = [n for n in list_datasets() if n.partition("/")[0] in _WRITERS]
         raise ValueError(
             f"{name!r} has no raw files to fabricate; {', '.join(known)} have, and "
-            "image_folder/NAME."
+            "image_folder/NAME and matting_folder/NAME."
         )
     if examples < 1 or min(size) < 8:
         raise ValueError(f"examples and size must be at least 1 and 8, got {examples} and {size}.")
@@ -89,7 +90,7 @@ def prepare_fabricated(
     """Prepares a stand-in for a dataset: what `fabricate` writes, or few of what is drawn here.
 
     Args:
-      name: any dataset, or `image_folder/NAME`.
+      name: any dataset, `image_folder/NAME` or `matting_folder/NAME`.
       data_dir: an empty or temporary folder: what is in it will be taken for the dataset.
       examples: images in each split, as for `fabricate`.
       size: (height, width) of fabricated images.
@@ -101,7 +102,11 @@ def prepare_fabricated(
     if name.partition("/")[0] in _WRITERS:
         with tempfile.TemporaryDirectory() as raw:
             fabricate(name, raw, examples=examples, size=size)
-            prepare(name, data_dir, manual_dir=raw)
+            if name.startswith("matting_folder/"):
+                folders = {path.name: path for path in Path(raw).iterdir()}
+                prepare(name, data_dir, own=OwnMattes(**folders))
+            else:
+                prepare(name, data_dir, manual_dir=raw)
     else:
         few = tfds.download.DownloadConfig(max_examples_per_split=examples)
         builder.download_and_prepare(file_format="array_record", download_config=few)
@@ -249,12 +254,48 @@ def _image_folder(folder: Path, draw: Draw, examples: int) -> None:
             (folder / "labels" / split / f"{split}_{index}.png").write_bytes(_encode(label))
 
 
+def _matte(draw: Draw) -> tuple[bytes, bytes, bytes]:
+    """Files of an image, of cells with soft outlines as its alpha, and of a trimap."""
+    image, label = draw((0, 0, 255))
+    alpha = Image.fromarray(label).filter(ImageFilter.GaussianBlur(2))
+    values = np.asarray(alpha)
+    trimap = np.where((values > 0) & (values < 255), 128, values).astype(np.uint8)
+    return _encode(image), _encode(values), _encode(trimap)
+
+
+def _matting_folder(folder: Path, draw: Draw, examples: int) -> None:
+    for index in range(2 * examples):
+        image, alpha, _ = _matte(draw)
+        for kind, data in dict(foregrounds=image, alphas=alpha, backgrounds=image).items():
+            part = "" if kind == "backgrounds" else ("train", "validation")[index % 2]
+            (folder / kind / part).mkdir(parents=True, exist_ok=True)
+            (folder / kind / part / f"{index}.png").write_bytes(data)
+
+
+def _composition_1k(folder: Path, draw: Draw, examples: int) -> None:
+    files = {}
+    for index in range(examples):
+        image, alpha, _ = _matte(draw)
+        part = f"Training_set/{('Adobe-licensed images', 'Other')[index % 2]}"
+        files[f"{part}/fg/plant-{index}.png"] = image
+        files[f"{part}/alpha/plant-{index}.png"] = alpha
+        files[f"bg/COCO_train2014_{index:012d}.jpg"] = _encode(draw((0, 1))[0], "JPEG")
+        image, alpha, trimap = _matte(draw)
+        files[f"Test_set/alpha/boy-{index}_1920.png"] = alpha
+        for k in range(2 if index == 0 else 1):
+            files[f"Test_set/merged/boy-{index}_1920_{k}.png"] = image
+            files[f"Test_set/trimaps/boy-{index}_1920_{k}.png"] = trimap
+    _write_zip(folder / "Combined_Dataset.zip", {f"Combined_Dataset/{p}": d for p, d in files.items()})
+
+
 _WRITERS: dict[str, Callable[[Path, Draw, int], None]] = {
     "ade20k": _ade20k,
     "camvid": _camvid,
     "cityscapes": _cityscapes,
     "coco_stuff": _coco_stuff,
+    "composition_1k": _composition_1k,
     "image_folder": _image_folder,
+    "matting_folder": _matting_folder,
     "oxford_pet": _oxford_pet,
     "voc": _voc,
 }

@@ -32,7 +32,6 @@ from pathlib import Path, PurePath
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging as absl_logging
 from jaxtyping import Int16, UInt8
 from tqdm import tqdm
 
@@ -52,7 +51,7 @@ from resfu_jax.data.own_classes import (
     read_classes,
     read_values,
 )
-from resfu_jax.data.raw import RawBuilder, RawExample, RawFiles, label_table
+from resfu_jax.data.raw import OwnConfigs, RawBuilder, RawExample, RawFiles, label_table
 from resfu_jax.data.transforms import different_sizes
 from resfu_jax.images import SUFFIXES
 from resfu_jax.serving import is_integer
@@ -176,7 +175,7 @@ class FolderConfig(tfds.core.BuilderConfig):
     own: OwnImages = OwnImages()
 
 
-class ImageFolder(RawBuilder):
+class ImageFolder(OwnConfigs, RawBuilder):
     """Images and label maps of a folder; 255 is ignored."""
 
     TITLE = "image_folder"
@@ -186,14 +185,6 @@ names of the classes, one a line, into DIR/classes.txt. Then run
     python -m resfu_jax.data prepare image_folder/NAME --manual-dir DIR
 or, with folders of any names, and classes that are found in the label maps,
     python -m resfu_jax.data prepare image_folder/NAME --images DIR --labels DIR"""
-
-    def __init__(self, **kwargs: object) -> None:
-        verbosity = absl_logging.get_verbosity()
-        absl_logging.set_verbosity(absl_logging.ERROR)  # tfds would warn of every unknown NAME
-        try:
-            super().__init__(**kwargs)
-        finally:
-            absl_logging.set_verbosity(verbosity)
 
     @property
     def table(self) -> Int16[np.ndarray, "256"]:

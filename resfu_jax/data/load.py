@@ -24,8 +24,11 @@ from resfu_jax.data import (
     cityscapes,
     coco_stuff,
     image_folder,
+    mattes,
+    matting_folder,
     oxford_pet,
     shapes,
+    soft_shapes,
     voc,
 )
 from resfu_jax.data.info import DataError, DatasetInfo, DatasetNotPrepared
@@ -41,12 +44,20 @@ _DATASETS: dict[str, _Entry] = {
     "cityscapes": (cityscapes.INFO, cityscapes.Cityscapes, None),
     "coco_stuff": (coco_stuff.INFO, coco_stuff.CocoStuff, "default"),
     "coco_stuff/27": (coco_stuff.COARSE_INFO, coco_stuff.CocoStuff, "27"),
+    "composition_1k": (mattes.INFO, mattes.Composition1k, None),
     "oxford_pet": (oxford_pet.INFO, oxford_pet.OxfordPet, None),
     "shapes": (shapes.INFO, shapes.Shapes, "default"),
     "shapes/outline_ignored": (shapes.OUTLINE_IGNORED_INFO, shapes.Shapes, "outline_ignored"),
+    "soft_shapes": (soft_shapes.INFO, soft_shapes.SoftShapes, "default"),
     "voc": (voc.INFO, voc.Voc, "default"),
     "voc/train_aug": (voc.TRAIN_AUG_INFO, voc.Voc, "train_aug"),
 }
+# What users make of their own files, by what the names begin with: the module and its builder.
+_OWN: dict[str, tuple[Any, type[tfds.core.GeneratorBasedBuilder]]] = {
+    image_folder.PREFIX: (image_folder, image_folder.ImageFolder),
+    matting_folder.PREFIX: (matting_folder, matting_folder.MattingFolder),
+}
+OwnFiles = image_folder.OwnImages | matting_folder.OwnMattes
 
 
 def list_datasets(data_dir: str | os.PathLike | None = None) -> list[str]:
@@ -54,7 +65,7 @@ def list_datasets(data_dir: str | os.PathLike | None = None) -> list[str]:
 
     Args:
       data_dir: where datasets are kept; `default_data_dir()` if None. Your own datasets
-        (`image_folder/NAME`) are listed once they are prepared there; those that are damaged
+        (`image_folder/NAME`, `matting_folder/NAME`) are listed once they are prepared there; those that are damaged
         are not, see `damaged_datasets`.
     """
     names = (name for name in _own(data_dir) if not _damage(name, data_dir))
@@ -88,7 +99,7 @@ def dataset_info(name: str, data_dir: str | os.PathLike | None = None) -> Datase
         return _lookup(name)[0]
     builder = _open(name, data_dir)
     try:
-        return image_folder.read_info(name, builder)
+        return _own_kind(name)[0].read_info(name, builder)
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(name, data_dir, f"its metadata.json cannot be read ({error})") from error
 
@@ -122,7 +133,7 @@ def prepare(
     data_dir: str | os.PathLike | None = None,
     manual_dir: str | os.PathLike | None = None,
     *,
-    own: image_folder.OwnImages | None = None,
+    own: OwnFiles | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Builds a dataset; does nothing if that has been done before.
@@ -133,10 +144,12 @@ def prepare(
     others wait for it.
 
     Args:
-      name: one of `list_datasets()`, or `image_folder/NAME`, for any NAME, for your own images.
+      name: one of `list_datasets()`, or `image_folder/NAME`, for any NAME, for your own images, or
+        `matting_folder/NAME` for your own mattes.
       data_dir: where to write; `default_data_dir()` if None.
       manual_dir: raw files that were fetched by hand; None downloads them if need be.
-      own: of an `image_folder/NAME`: its folders and classes, if not as a manual folder has them.
+      own: of an `image_folder/NAME`: its folders and classes, if not as a manual folder has them;
+        of a `matting_folder/NAME`: its folders.
       overwrite: build anew, and replace what is there, which stays if that fails.
 
     Returns:
@@ -150,16 +163,16 @@ def prepare(
     """
     cls, config, folder = _place(name, data_dir)
     if own is not None:
-        if not _is_own(name):
-            raise ValueError(
-                f"{name} has images and classes of its own; yours are image_folder/NAME."
-            )
-        if own.images is not None and manual_dir is not None:
-            raise ValueError(
-                f"images {own.images} and manual_dir {manual_dir} are two places; give one."
-            )
-        config = image_folder.create_config(name, own)
-        manual_dir = own.images or manual_dir
+        mine = isinstance(own, image_folder.OwnImages)
+        prefix = image_folder.PREFIX if mine else matting_folder.PREFIX
+        if not name.startswith(prefix):
+            kind = "images and classes" if mine else "mattes"
+            raise ValueError(f"{name} has {kind} of its own; yours are {prefix}/NAME.")
+        images = getattr(own, "images", None)
+        if images is not None and manual_dir is not None:
+            raise ValueError(f"images {images} and manual_dir {manual_dir} are two places; give one.")
+        config = _own_kind(name)[0].create_config(name, own)
+        manual_dir = images or manual_dir
     if manual_dir is not None:
         manual_dir = _expand(manual_dir, "manual_dir")
         if not manual_dir.is_dir() or not any(manual_dir.iterdir()):
@@ -246,7 +259,7 @@ class Source:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, bytes]:
-        """The example as encoded `image` and `label` and its `id`, all bytes."""
+        """The example as encoded `image` and `label` and its `id`, all bytes; see `mattes` for theirs."""
         return self.records[index]
 
     def __iter__(self) -> Iterator[dict[str, bytes]]:
@@ -263,7 +276,7 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike | None = None
 
     Args:
       name: one of `list_datasets()`.
-      split: `"train"` or `"validation"`; a slice as tfds writes it, such as `"train[:10%]"`,
+      split: `"train"` or `"validation"`, of mattes also `"background"`; a slice as tfds writes it, such as `"train[:10%]"`,
         opens a part.
       data_dir: where the dataset was prepared; `default_data_dir()` if None.
 
@@ -272,9 +285,11 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike | None = None
       DataError: it is damaged.
       ValueError: unknown dataset or split.
     """
-    if not isinstance(split, str) or split.partition("[")[0] not in ("train", "validation"):
-        _place(name, data_dir)  # an unknown dataset comes first
-        raise ValueError(f"{name} has no split {split!r}; it has 'train' and 'validation'.")
+    cls, _, _ = _place(name, data_dir)  # an unknown dataset comes first
+    *most, last = getattr(cls, "SPLITS", ("train", "validation"))
+    if not isinstance(split, str) or split.partition("[")[0] not in (*most, last):
+        known = f"{', '.join(map(repr, most))} and {last!r}"
+        raise ValueError(f"{name} has no split {split!r}; it has {known}.")
     builder = _open(name, data_dir)
     skip = tfds.decode.SkipDecoding()
     try:
@@ -286,7 +301,8 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike | None = None
         ) from error
     if part.num_examples < 1:
         raise ValueError(f"split {split!r} of {name} holds no examples.")
-    examples: Any = builder.as_data_source(split, decoders={"image": skip, "label": skip})
+    encoded = {n: skip for n, f in builder.info.features.items() if isinstance(f, tfds.features.Image)}
+    examples: Any = builder.as_data_source(split, decoders=encoded)
     records = _Records(
         examples,
         f"{name}, split {split!r}",
@@ -399,6 +415,8 @@ def _command(name: str, data_dir: str | os.PathLike | None) -> str:
     command = ["python", "-m", "resfu_jax.data", "prepare", name]
     if name.startswith(image_folder.PREFIX):
         command += ["--manual-dir", "DIR"]
+    if name.startswith(matting_folder.PREFIX):
+        command += ["--foregrounds", "DIR", "--alphas", "DIR", "--backgrounds", "DIR"]
     if data_dir is not None:
         command += ["--data-dir", os.fspath(data_dir)]
     return shlex.join(command)
@@ -410,15 +428,23 @@ def first_line(error: BaseException) -> str:
 
 
 def _own(data_dir: str | os.PathLike | None) -> list[str]:
-    """Folders of `image_folder/` that a NAME could have made."""
-    names = [f"{image_folder.PREFIX}/{p.name}" for p in _root(data_dir).glob("image_folder/[!.]*")]
-    return sorted(name for name in names if image_folder.is_name(name))
+    """Folders of `image_folder/` and `matting_folder/` that a NAME could have made."""
+    return sorted(
+        name
+        for prefix, (module, _) in _OWN.items()
+        for path in _root(data_dir).glob(f"{prefix}/[!.]*")
+        if module.is_name(name := f"{prefix}/{path.name}")
+    )
 
 
 def _is_own(name: str) -> bool:
     if not isinstance(name, str):
         raise ValueError(f"name must be that of a dataset, got {name!r}.")
-    return name.startswith(image_folder.PREFIX)
+    return name.startswith(tuple(_OWN))
+
+
+def _own_kind(name: str) -> tuple[Any, type[tfds.core.GeneratorBasedBuilder]]:
+    return next(kind for prefix, kind in _OWN.items() if name.startswith(prefix))
 
 
 def _lookup(name: str) -> _Entry:
@@ -427,7 +453,7 @@ def _lookup(name: str) -> _Entry:
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(
             f"There is no dataset {name!r}.{hint} Available: {', '.join(sorted(_DATASETS))}, and "
-            "image_folder/NAME for your own images."
+            "image_folder/NAME for your own images, matting_folder/NAME for your own mattes."
         )
     return _DATASETS[name]
 
@@ -459,7 +485,8 @@ def _place(
     tfds itself reads the folder before it tells its name.
     """
     if _is_own(name):
-        cls, config = image_folder.ImageFolder, image_folder.create_config(name)
+        module, cls = _own_kind(name)
+        config = module.create_config(name)
     else:
         _, cls, config = _lookup(name)
     part = config.name if isinstance(config, tfds.core.BuilderConfig) else config or ""

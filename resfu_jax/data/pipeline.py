@@ -66,7 +66,8 @@ def train_batches(
       shard: (index, count) of this process among those that share the dataset.
 
     Returns:
-      Iterator over `{"image": uint8 (B, h, w, 3), "label": uint8 (B, h, w), "id": bytes (B,)}`.
+      Iterator over `{"image": uint8 (B, h, w, 3), "label": uint8 (B, h, w), "id": bytes (B,)}`;
+      labels of datasets with depths are float32, 0 where nothing is known, as in padding.
       Its `get_state` and `set_state` save and restore the exact position, also where the sizes of
       batches, workers or shards are others by then; `close` it when done.
 
@@ -93,15 +94,42 @@ def train_batches(
         max_class_share,
         flip,
         photometric,
-        info.ignore_label,
+        info.target.fill,
     )
+    augmented = functools.partial(_augmented, source=source, info=info, augment=augment)
+    return augmented_batches(
+        source,
+        augmented,
+        batch_size=batch_size,
+        seed=seed,
+        num_workers=num_workers,
+        shard=shard,
+    )
+
+
+def augmented_batches(
+    source: Source,
+    augmented: Callable[[dict[str, bytes], np.random.Generator], dict[str, Any]],
+    *,
+    batch_size: int,
+    seed: int,
+    num_workers: int,
+    shard: tuple[int, int],
+) -> "TrainBatches":
+    """The machinery of `train_batches`: an endless stream of examples, shuffled, in batches.
+
+    Args:
+      source: encoded examples.
+      augmented: of an encoded example and the generator of its place in the stream, one row of a
+        batch: arrays by name.
+      batch_size: as for `train_batches`, and the others, which are right.
+      seed: as well.
+      num_workers: as well.
+      shard: as well.
+    """
     index, count = shard
     examples = (
-        grain.MapDataset.source(source)
-        .seed(seed)
-        .shuffle()
-        .repeat(None)
-        .random_map(functools.partial(_augmented, source=source, info=info, augment=augment))
+        grain.MapDataset.source(source).seed(seed).shuffle().repeat(None).random_map(augmented)
     )
 
     def batches_from(position: int) -> grain.DatasetIterator:
@@ -175,7 +203,7 @@ class EvalBatches:
 
     Attributes:
       source: the examples.
-      info: the dataset's classes.
+      info: what is known of the dataset.
       batch_size: rows of each batch of this process.
       preprocess: how images and label maps are resized and padded.
       slots: the rows of all processes in order: the index of an example, or None for a row that
@@ -207,7 +235,7 @@ class EvalBatches:
 
     def _row(self, slot: int) -> dict[str, Any]:
         index, (height, width) = self.slots[slot]
-        filling = height, width, self.preprocess.pad_color, self.info.ignore_label
+        filling = height, width, self.preprocess.pad_color, self.info.target.fill
         if index is None:
             empty = Image.new("RGB", (0, 0)), Image.new("L", (0, 0))
             image, label = transforms.pad(*empty, *filling)
@@ -263,7 +291,8 @@ def eval_batches(
     Returns:
       An iterable, with a length, of `{"image": uint8 (B, h, w, 3), "label": uint8 (B, h, w),
       "id": bytes (B,), "size": int32 (B, 2)}`; `size` is the height and width of each image
-      before padding, (0, 0) for the rows that fill up. It can be iterated any number of times.
+      before padding, (0, 0) for the rows that fill up. Labels are float32 for depths. It can be
+      iterated any number of times.
 
     Raises:
       ValueError: an argument is out of range.
@@ -347,8 +376,8 @@ def _augmented(
     image, label = transforms.decode(
         example, info, source.where(example), orientation=augment.preprocess.orientation
     )
-    pixels, classes = augment(image, label, rng)
-    return {"image": pixels, "label": classes, "id": example["id"]}
+    pixels, values = augment(image, label, rng)
+    return {"image": pixels, "label": values, "id": example["id"]}
 
 
 def _stack(rows: Sequence[dict[str, Any]]) -> Batch:

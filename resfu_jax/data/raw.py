@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging as absl_logging
 from jaxtyping import Int16, Integer
 from PIL import Image
 from tensorflow_datasets.core.download.checksums import UrlInfo
@@ -402,6 +403,18 @@ def palette(count: int) -> tuple[tuple[int, int, int], ...]:
 
 
 # ----------------------------------------------------------------------------------------- builder
+class OwnConfigs:
+    """Mixin of builders whose configurations have names that their users choose."""
+
+    def __init__(self, **kwargs: object) -> None:
+        verbosity = absl_logging.get_verbosity()
+        absl_logging.set_verbosity(absl_logging.ERROR)  # tfds would warn of every unknown NAME
+        try:
+            super().__init__(**kwargs)
+        finally:
+            absl_logging.set_verbosity(verbosity)
+
+
 class RawBuilder(tfds.core.GeneratorBasedBuilder):
     """Base of the builders that convert raw files.
 

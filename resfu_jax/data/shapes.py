@@ -69,7 +69,7 @@ def draw_example(
     """
     count = int(rng.integers(1, max_shapes + 1))
     colours = [_colour(rng, 0, [])]  # background
-    image = _texture(rng, size, colours[0], background=True)
+    image = texture(rng, size, colours[0], background=True)
     label = np.zeros((size, size), np.uint8)
     owner = np.zeros((size, size), np.int32)  # which shape is on top; 0 is the background
     areas: list[int] = []
@@ -96,8 +96,8 @@ def draw_example(
         patches = _colour(rng, kind, [*colours, ground])
         colours += [ground, patches]
         inside = _bounding_box(coverage)
-        mottled = (_smooth_noise(rng, size, cells=size // 8)[inside] > 0)[..., None]
-        fill = _texture(rng, size, ground, inside) + mottled * (patches - ground)
+        mottled = (smooth_noise(rng, size, cells=size // 8)[inside] > 0)[..., None]
+        fill = texture(rng, size, ground, inside) + mottled * (patches - ground)
         alpha = coverage[inside][..., None]
         image[inside] = image[inside] * (1 - alpha) + fill * alpha
 
@@ -122,7 +122,7 @@ def _colour(rng: np.random.Generator, kind: int | None, others: list[np.ndarray]
         contrast *= 0.98  # a crowded image must not stall the loop
 
 
-def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
+def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
     """Unit-variance noise on a grid of `cells`, bicubically enlarged to (size, size)."""
     coarse = rng.standard_normal((cells, cells), np.float32)
     return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
@@ -134,7 +134,7 @@ def _bounding_box(coverage: np.ndarray) -> tuple[slice, slice]:
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
-def _texture(
+def texture(
     rng: np.random.Generator,
     size: int,
     colour: np.ndarray,
@@ -155,7 +155,7 @@ def _texture(
     if background or rng.random() < 0.5:
         cells = int(rng.integers(3, 24))
         strength = rng.uniform(4, 12)
-        out = out + strength * _smooth_noise(rng, size, cells)[inside][..., None] * tint
+        out = out + strength * smooth_noise(rng, size, cells)[inside][..., None] * tint
     return out
 
 

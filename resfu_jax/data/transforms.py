@@ -8,7 +8,7 @@ label nearest, both with the same box, so they stay aligned at every scale.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Num, UInt8
 from PIL import Image
 
 from resfu_jax import images
@@ -23,12 +23,12 @@ def decode(
 
     Args:
       example: encoded `image` and `label`.
-      info: classes that the label may hold, besides the ignore label.
+      info: what the label map may hold.
       where: dataset, split and id of the example, for messages.
       orientation: turn image and label map as their EXIF data say.
 
     Returns:
-      An RGB image and a label map of 8-bit class indices; see
+      An RGB image and a label map, of 8-bit class indices or of 32-bit depths; see
       `resfu_jax.images`.
 
     Raises:
@@ -40,10 +40,8 @@ def decode(
         image = images.open_image(
             example["image"], f"the image of {where}", orientation=orientation
         )
-        label = Image.fromarray(
-            images.read_label(
-                example["label"], f"the label map of {where}", orientation=orientation
-            )
+        label = info.target.read(
+            example["label"], f"the label map of {where}", orientation=orientation
         )
     except images.ImageError as error:
         raise CorruptExampleError(str(error)) from error
@@ -52,16 +50,7 @@ def decode(
             f"Image and label map of {where} "
             f"{different_sizes(example['image'], image.size, label.size)}"
         )
-    wrong = [
-        value
-        for value, count in enumerate(label.histogram())
-        if count and value >= info.num_classes and value != info.ignore_label
-    ]
-    if wrong:
-        raise DataError(
-            f"The label map of {where} holds the values {wrong}; {info.name} has classes 0 to "
-            f"{info.num_classes - 1} and the ignore label {info.ignore_label}."
-        )
+    info.target.check(label, where)
     return image, label
 
 
@@ -100,7 +89,7 @@ def resample(
 
     Args:
       image: RGB image.
-      label: class indices, of the same size.
+      label: label map, of the same size.
       scale: factor on both sides.
       window: (left, top, right, bottom) in pixels of the scaled image; None for all of it.
 
@@ -134,15 +123,15 @@ def pad(
     height: int,
     width: int,
     color: tuple[int, int, int],
-    ignore_label: int,
-) -> tuple[UInt8[np.ndarray, "{height} {width} 3"], UInt8[np.ndarray, "{height} {width}"]]:
-    """Arrays of a fixed size: `color` and the ignore label at the bottom and right."""
+    fill: np.generic,
+) -> tuple[UInt8[np.ndarray, "{height} {width} 3"], Num[np.ndarray, "{height} {width}"]]:
+    """Arrays of a fixed size: `color` and `fill`, in its type, at the bottom and right."""
     pixels = np.empty((height, width, 3), np.uint8)
     pixels[:] = color
-    classes = np.full((height, width), ignore_label, np.uint8)
+    values = np.full((height, width), fill)
     pixels[: image.height, : image.width] = np.asarray(image)
-    classes[: label.height, : label.width] = np.asarray(label)
-    return pixels, classes
+    values[: label.height, : label.width] = np.asarray(label)
+    return pixels, values
 
 
 @dataclass(frozen=True)
@@ -157,7 +146,7 @@ class Augment:
         anew, up to ten times; 1 takes the first. MMSegmentation's `cat_max_ratio`.
       flip: mirror left-right with probability 1/2.
       photometric: `photometric_jitter` on the image.
-      ignore_label: label of padded pixels.
+      fill: label of padded pixels, of the type of label maps.
     """
 
     crop_size: tuple[int, int]
@@ -166,11 +155,11 @@ class Augment:
     max_class_share: float
     flip: bool
     photometric: bool
-    ignore_label: int
+    fill: np.generic
 
     def __call__(
         self, image: Image.Image, label: Image.Image, rng: np.random.Generator
-    ) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]:
+    ) -> tuple[UInt8[np.ndarray, "h w 3"], Num[np.ndarray, "h w"]]:
         """Draws everything from `rng`, so equal generators give equal results."""
         height, width = self.crop_size
         scale = self.preprocess.resize_scale(*image.size)
@@ -180,20 +169,20 @@ class Augment:
             left = int(rng.integers(max(full_width - width, 0) + 1))
             top = int(rng.integers(max(full_height - height, 0) + 1))
             window = (left, top, min(left + width, full_width), min(top + height, full_height))
-            classes = _resample(label, scale, window, Image.Resampling.NEAREST)
-            if self.max_class_share == 1 or self._is_mixed(classes):
+            cut = _resample(label, scale, window, Image.Resampling.NEAREST)
+            if self.max_class_share == 1 or self._is_mixed(cut):
                 break
-        image, label = _resample(image, scale, window, Image.Resampling.BILINEAR), classes
+        image, label = _resample(image, scale, window, Image.Resampling.BILINEAR), cut
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             label = label.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.photometric:
             image = photometric_jitter(image, rng)
-        return pad(image, label, height, width, self.preprocess.pad_color, self.ignore_label)
+        return pad(image, label, height, width, self.preprocess.pad_color, self.fill)
 
     def _is_mixed(self, label: Image.Image) -> bool:
         counts = label.histogram()
-        counts[self.ignore_label] = 0
+        counts[int(self.fill)] = 0
         return max(counts) < self.max_class_share * sum(counts)
 
 

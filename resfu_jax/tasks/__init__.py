@@ -4,13 +4,27 @@ from resfu_jax._extras import extra
 
 with extra("train"):
     from resfu_jax.tasks.features import Features
+    from resfu_jax.tasks.matting import Matting, matting_model
     from resfu_jax.tasks.segmentation import Segmentation, evaluate_batch
     from resfu_jax.tasks.task import Pictures, Task
     from resfu_jax.training.config import Config
 
-__all__ = ["Features", "Pictures", "Segmentation", "Task", "create_task", "evaluate_batch"]
+__all__ = [
+    "Features",
+    "Matting",
+    "Pictures",
+    "Segmentation",
+    "Task",
+    "create_task",
+    "evaluate_batch",
+    "matting_model",
+]
 
-_TASKS: dict[str, type[Task]] = {"segmentation": Segmentation, "features": Features}
+_TASKS: dict[str, type[Task]] = {
+    "segmentation": Segmentation,
+    "features": Features,
+    "matting": Matting,
+}
 
 
 def create_task(config: Config) -> Task:

@@ -11,7 +11,13 @@ from flax import nnx
 
 from resfu_jax import data
 from resfu_jax.training.config import Config
-from resfu_jax.training.input import eval_batches, open_sources, prepare_embedded, train_batches
+from resfu_jax.training.input import (
+    blank_batch,
+    eval_batches,
+    open_sources,
+    prepare_embedded,
+    train_batches,
+)
 from resfu_jax.visualize import save_png
 
 Batch = dict[str, np.ndarray]
@@ -28,7 +34,7 @@ class Task(abc.ABC):
 
     Attributes:
       config: likewise.
-      info: the dataset's classes.
+      info: what is known of the dataset.
       train_source: the examples for training, once `open` was called.
       val_source: likewise, for validation.
       metric: the metric whose best value is a run's best checkpoint, as it is in `metrics.jsonl`
@@ -67,6 +73,10 @@ class Task(abc.ABC):
     def open(self) -> None:
         """Opens the dataset."""
         self.train_source, self.val_source = open_sources(self.config, self.info)
+
+    def blank_batch(self) -> Batch:
+        """What a batch for training is like, but for its content."""
+        return blank_batch(self.config, self.info)
 
     def train_batches(self) -> Any:
         """Batches for training, the rows of this process; an iterator whose place can be saved."""
@@ -110,6 +120,11 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def evaluate(self, model: Any, batch: Arrays) -> tuple[Any, Any]:
         """Counts of a batch, and what pictures are drawn from; works inside `jit`."""
+
+    def complete(self, counts: Any, batch: Batch, drawn: Any) -> Any:
+        """The counts of a batch, with what is counted on the host, from what pictures show."""
+        del batch, drawn
+        return counts
 
     @abc.abstractmethod
     def no_counts(self) -> Any:

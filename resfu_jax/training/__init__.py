@@ -15,6 +15,7 @@ with extra("train"):
         EvalConfig,
         HeadConfig,
         LossConfig,
+        MattingConfig,
         ModelConfig,
         ObjectiveConfig,
         OptimizerConfig,
@@ -52,6 +53,8 @@ with extra("train"):
         train_batches,
     )
     from resfu_jax.training.losses import class_weights, cross_entropy, pixel_weights
+    from resfu_jax.training.matting_losses import matting_losses
+    from resfu_jax.training.matting_metrics import MattingCounts, count_mattes, matting_errors
     from resfu_jax.training.metrics import SegmentationCounts, count
     from resfu_jax.training.optimizer import (
         accumulate_gradients,
@@ -99,6 +102,8 @@ __all__ = [
     "HeadConfig",
     "Layout",
     "LossConfig",
+    "MattingConfig",
+    "MattingCounts",
     "MetricsWindow",
     "ModelConfig",
     "NonFiniteError",
@@ -124,6 +129,7 @@ __all__ = [
     "class_weights",
     "count",
     "count_flops",
+    "count_mattes",
     "count_step_flops",
     "feature_lookup",
     "create_inference",
@@ -143,6 +149,8 @@ __all__ = [
     "is_main_process",
     "load_config",
     "local_rows",
+    "matting_errors",
+    "matting_losses",
     "merge_model",
     "model_arguments",
     "one_after_another",

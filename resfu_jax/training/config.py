@@ -56,7 +56,8 @@ class HeadConfig:
 
     name: str = "segformer"
     """Architecture: "segformer", "upernet", "fpn", "linear" or "linear_probe". The task "features"
-    has none: of this group it reads upsampler, upsampler_options, pretrained, scale and width."""
+    has none: of this group it reads upsampler, upsampler_options, pretrained, scale and width;
+    "matting" has its own, and reads upsampler, upsampler_options and dropout."""
     upsampler: str = "resfu"
     """Any of `resfu_jax.list_upsamplers()`."""
     upsampler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -165,6 +166,8 @@ class OptimizerConfig:
     """Rate of the first step of the warm-up over the peak rate."""
     power: float = 1.0
     """Exponent of the polynomial decay from the peak to `final_learning_rate`."""
+    milestones: tuple[int, ...] = ()
+    """Steps from which on the rate is a tenth of that before, instead of the polynomial decay."""
     clip_norm: float | None = None
     """Largest global norm of the gradient; None does not clip."""
     accumulate: int = 1
@@ -195,6 +198,17 @@ class ObjectiveConfig:
     """"naf", "jafar", "anyup", "featup", "loftup" or "stitch": `resfu_jax.tasks.objectives`."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Its options where they are not the published ones, for instance {"ratios": (0.25, 0.5)}."""
+
+
+@dataclasses.dataclass
+class MattingConfig:
+    """Loss and trimaps of the task "matting"."""
+
+    composition_weight: float = 0.5
+    """Share of the composition loss; the alpha loss has the rest."""
+    trimap_width: tuple[int, ...] = (1, 29)
+    """Smallest and largest diameter, in pixels, by which the known regions are eroded where a
+    trimap is drawn for training."""
 
 
 @dataclasses.dataclass
@@ -266,8 +280,8 @@ class Config:
     """One experiment."""
 
     task: str = "segmentation"
-    """What is learned: "segmentation"; or "features", an upsampler of a frozen backbone's features,
-    without labels."""
+    """What is learned: "segmentation"; "features", an upsampler of a frozen backbone's features,
+    without labels; or "matting"."""
     steps: int = 1000
     """Total number of optimizer steps."""
     batch_size: int = 16
@@ -290,6 +304,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    matting: MattingConfig = dataclasses.field(default_factory=MattingConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)

@@ -52,10 +52,13 @@ def train_batches(config: Config, source: data.Source, info: data.DatasetInfo) -
     )
 
 
-def blank_batch(config: Config) -> dict[str, np.ndarray]:
+def blank_batch(config: Config, info: data.DatasetInfo) -> dict[str, np.ndarray]:
     """A batch of this process, but for its content."""
     shape = (config.batch_size // jax.process_count(), *config.data.crop_size)
-    return {"image": np.zeros((*shape, 3), np.uint8), "label": np.zeros(shape, np.uint8)}
+    return {
+        "image": np.zeros((*shape, 3), np.uint8),
+        "label": np.zeros(shape, info.target.fill.dtype),
+    }
 
 
 def eval_batches(config: Config, source: data.Source, info: data.DatasetInfo) -> Any:

@@ -23,10 +23,17 @@ def create_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
     so the peak is the rate of step W, and `final` that of the last step, T - 1, as MMEngine's
     `PolyLR` reaches its `eta_min`. A run of W + 1 steps or fewer ends before the decay begins.
+
+    With `milestones` M instead: lr · 0.1^(number of m in M with step >= m).
     """
     warmup = optax.linear_schedule(
         config.learning_rate * config.warmup_start, config.learning_rate, config.warmup_steps
     )
+    decay: optax.Schedule
+    if config.milestones:
+        tenths = {m - config.warmup_steps: 0.1 for m in config.milestones}
+        decay = optax.piecewise_constant_schedule(config.learning_rate, tenths)
+        return optax.join_schedules([warmup, decay], [config.warmup_steps])
     decay = optax.polynomial_schedule(
         config.learning_rate,
         config.final_learning_rate,

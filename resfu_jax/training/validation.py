@@ -12,11 +12,13 @@ from resfu_jax import data
 from resfu_jax._checks import is_number
 from resfu_jax._output import counted
 from resfu_jax.backbones import check_backbone_options
+from resfu_jax.backbones.matting import DEPTHS
 from resfu_jax.heads import check_head_options
 from resfu_jax.training.config import (
     Config,
     ConfigError,
     LossConfig,
+    MattingConfig,
     ObjectiveConfig,
     all_fields,
     create_inference,
@@ -120,13 +122,24 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
     require("model.dtype", lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
     names = ("adamw", "nadam", "sgd")
     require("optimizer.name", lambda v: v in names, "'adamw', 'nadam' or 'sgd'")
-    tasks = ("segmentation", "features")
-    require("task", lambda v: v in tasks, "'segmentation' or 'features'")
+    tasks = ("segmentation", "features", "matting")
+    require("task", lambda v: v in tasks, "'segmentation', 'features' or 'matting'")
     require("optimizer.layer_decay", lambda v: 0 < v <= 1, "above 0, at most 1")
     require(
         "optimizer.final_learning_rate",
         lambda v: 0 <= v <= config.optimizer.learning_rate,
         "from 0 to config.optimizer.learning_rate",
+    )
+    require(
+        "optimizer.milestones",
+        lambda v: list(v) == sorted(set(v)) and all(m > config.optimizer.warmup_steps for m in v),
+        "increasing steps after config.optimizer.warmup_steps",
+    )
+    require("matting.composition_weight", lambda v: 0 <= v <= 1, "between 0 and 1")
+    require(
+        "matting.trimap_width",
+        lambda v: len(v) == 2 and 1 <= v[0] <= v[1],
+        "(smallest, largest), both at least 1",
     )
     require("loss.class_balance", lambda v: 0 <= v <= 1, "between 0 and 1")
     require(
@@ -196,18 +209,28 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         json.dumps(config.model.head.upsampler_options)
     except (ValueError, TypeError) as error:
         wrong.append(f"config.model.head.upsampler_options: {error}")
-    if config.task == "features":
-        wrong += _features(config)
-    else:
-        wrong += _segmentation(config)
+    checks = {"features": _features, "matting": _matting}
+    wrong += checks.get(config.task, _segmentation)(config)
+    if config.task != "matting" and config.matting != MattingConfig():
+        wrong.append(
+            f"config.matting is {config.matting!r}; it has to be {MattingConfig()!r} unless "
+            "config.task is 'matting'"
+        )
     try:
-        classes = data.dataset_info(config.data.name, config.data.dir).num_classes
+        info = data.dataset_info(config.data.name, config.data.dir)
+        classes = info.num_classes
+        if info.mattes != (config.task == "matting"):
+            has = "has alpha mattes" if info.mattes else "has none"
+            wrong.append(
+                f"config.data.name is {config.data.name!r}, which {has}; config.task 'matting' "
+                "needs a dataset of alpha mattes, and no other task takes one"
+            )
         require(
             "loss.class_weights",
             lambda v: v is None or len(v) == classes,
             f"one weight for each of the {classes} classes of {config.data.name!r}, or None",
         )
-        if not classes and config.task == "segmentation":
+        if not (classes or info.mattes) and config.task == "segmentation":
             wrong.append(
                 f"config.data.name is {config.data.name!r}, images without label maps; it has to "
                 "be a dataset with classes, or config.task 'features'"
@@ -269,6 +292,51 @@ def _features(config: Config) -> list[str]:
         json.dumps(config.objective.options)
     except (ValueError, TypeError) as error:
         wrong.append(f"config.objective.options: {error}")
+    return wrong
+
+
+# Fields that have one value in this task.
+_FIXED_IN_MATTING: dict[str, Any] = {
+    "model.backbone.name": "resnet",
+    "model.backbone.cache_features": False,
+    **{
+        f"model.head.{name}": None
+        for name in ("pretrained", "width", "wiring", "project", "pool_sizes", "scale")
+        + ("guide_stride", "norm")
+    },
+    "data.resize_scale": 1.0,
+    "data.resize_to": None,
+    "data.max_class_share": 1.0,
+    "data.on_corrupt": "raise",
+    "eval.mode": "whole",
+    "eval.scales": (1.0,),
+    "eval.flip": False,
+    "loss": LossConfig(),
+    "objective": ObjectiveConfig(),
+}
+
+
+def _matting(config: Config) -> list[str]:
+    """Likewise."""
+    values = dict(all_fields(config))
+    wrong = [
+        f"config.{field} is {values[field]!r}; it has to be {fixed!r} where config.task is "
+        "'matting'"
+        for field, fixed in _FIXED_IN_MATTING.items()
+        if (tuple(values[field]) if isinstance(values[field], list) else values[field]) != fixed
+    ]
+    backbone = config.model.backbone
+    if backbone.variant not in DEPTHS:
+        wrong.append(
+            f"config.model.backbone.variant is {backbone.variant!r}; it has to be "
+            f"{' or '.join(map(repr, DEPTHS))} where config.task is 'matting'"
+        )
+    takes = ("widths", "depths", "stem_width", "freeze_norm")
+    for option in backbone.options.keys() - set(takes):
+        wrong.append(
+            f"config.model.backbone.options holds {option!r}; it can hold {', '.join(takes)} where "
+            "config.task is 'matting'"
+        )
     return wrong
 
 

@@ -1,0 +1,219 @@
+"""Matting models: an image and a trimap to the opacity of every pixel.
+
+    pipeline = MattingPipeline.from_checkpoint("runs/matting_fade")
+    alpha = pipeline("photo.jpg", "trimap.png")  # (H, W) uint8
+
+or, in JAX,
+
+    model = create_matting_model(head={"upsampler": "fade"}, rngs=nnx.Rngs(0))
+    alpha = evaluating(model).matte(images, trimaps)  # (B, H, W) in 0 .. 1
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.typing import Dtype
+from jaxtyping import Array, Float, Num, UInt8
+
+from resfu_jax._checks import check_flag, need
+from resfu_jax._running import Path, compute_type, restore, run_folder
+from resfu_jax.backbones.matting import MattingEncoder
+from resfu_jax.heads.matting import MattingHead
+from resfu_jax.model import evaluating, normalise
+from resfu_jax.ops.dtypes import at_least_float32
+from resfu_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD
+
+BACKGROUND, UNKNOWN, FOREGROUND = 0, 128, 255
+
+
+class MattingModel(nnx.Module):
+    """Encoder and decoder of A2U matting, and what is around them.
+
+    Modules are built for training; `evaluating(model)` is the model to evaluate.
+
+    Args:
+      backbone: `MattingEncoder`.
+      head: `MattingHead`.
+      mean: mean of the three colours, in 0 .. 255.
+      std: their standard deviation.
+      frozen: the encoder's parameters do not learn.
+    """
+
+    def __init__(
+        self,
+        backbone: MattingEncoder,
+        head: MattingHead,
+        *,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        frozen: bool = False,
+    ):
+        check_flag(frozen=frozen)
+        self.backbone, self.head = backbone, head
+        self.mean, self.std, self.frozen = tuple(mean), tuple(std), frozen
+
+    def __call__(
+        self, images: Num[Array, "b h w 3"], trimaps: UInt8[Array, "b h w"]
+    ) -> Float[Array, "b h w"]:
+        """Alpha of every pixel as it comes out of the network, not bounded; float32 at least.
+
+        Args:
+          images: RGB in 0 .. 255, uint8 or floating point; sides are multiples of 16.
+          trimaps: 0 where alpha is known to be 0, 255 where it is known to be 1, else 128.
+
+        Raises:
+          ValueError: images or trimaps of other sizes or types.
+        """
+        need(
+            trimaps.shape == images.shape[:3] and trimaps.dtype == jnp.uint8,
+            f"trimaps must be uint8 of shape {images.shape[:3]}, as the images, got "
+            f"{trimaps.dtype} of {trimaps.shape}",
+        )
+        colours = normalise(images, self.mean, self.std)
+        inputs = jnp.concatenate([colours, trimaps[..., None].astype(colours.dtype) / 255], -1)
+        alpha = self.head(self.backbone(inputs), inputs, colours)
+        return alpha.astype(at_least_float32(alpha.dtype))
+
+    def matte(
+        self, images: Num[Array, "b h w 3"], trimaps: UInt8[Array, "b h w"]
+    ) -> Float[Array, "b h w"]:
+        """Alpha in 0 .. 1; where the trimap knows it, what it says. Arguments as for a call."""
+        alpha = jnp.clip(self(images, trimaps), 0, 1)
+        alpha = jnp.where(trimaps == BACKGROUND, 0, alpha)
+        return jnp.where(trimaps == FOREGROUND, 1, alpha)
+
+    def trainable(self, path: tuple, variable: Any) -> bool:
+        """Filter for `nnx.split`: the parameters that learn."""
+        return isinstance(variable, nnx.Param) and not (self.frozen and path[0] == "backbone")
+
+
+def create_matting_model(
+    *,
+    backbone: dict[str, Any] | None = None,
+    head: dict[str, Any] | None = None,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    frozen: bool = False,
+    dtype: Dtype | None = None,
+    param_dtype: Dtype = jnp.float32,
+    remat: bool = False,
+    rngs: nnx.Rngs,
+) -> MattingModel:
+    """Build a model from the settings of its parts.
+
+    Args:
+      backbone: arguments of `MattingEncoder`.
+      head: arguments of `MattingHead`: `{"upsampler": "sapa"}`.
+      mean: mean of the three colours, in 0 .. 255.
+      std: their standard deviation.
+      frozen: the encoder does not learn.
+      dtype: compute type; float32 images compute in float32 by default.
+      param_dtype: type of the parameters.
+      remat: recompute the encoder's activations in the backward pass instead of keeping them.
+      rngs: source of initial weights and dropout.
+
+    Raises:
+      ValueError: unknown names, or options that do not fit together.
+    """
+    types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    encoder = MattingEncoder(**(backbone or {}), remat=remat, **types)
+    decoder = MattingHead(
+        encoder.features,
+        encoder.guide_features,
+        in_channels=encoder.in_channels,
+        **(head or {}),
+        **types,
+    )
+    # Some upsamplers are made for evaluation. Here they learn: `evaluating`.
+    decoder.set_attributes(use_running_average=False, raise_if_not_found=False)
+    return MattingModel(encoder, decoder, mean=mean, std=std, frozen=frozen)
+
+
+class MattingPipeline:
+    """Mattes of images of any size; a program is compiled for every size, in multiples of 16.
+
+    Args:
+      model: a `MattingModel`.
+
+    Attributes:
+      step: of the checkpoint, if made by `from_checkpoint`; else None.
+    """
+
+    def __init__(self, model: MattingModel):
+        self.step: int | None = None
+        graphdef, self._weights = nnx.split(evaluating(model))
+
+        def matte(weights: Any, image: Array, trimap: Array) -> Array:
+            alpha = nnx.merge(graphdef, weights).matte(image[None], trimap[None])[0]
+            return jnp.round(255 * alpha).astype(jnp.uint8)
+
+        self._matte = jax.jit(matte)
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: Path, which: str | int = "best", *, dtype: Dtype | None = None
+    ) -> "MattingPipeline":
+        """A run of train.py with `task = "matting"`.
+
+        Args:
+          path: the workdir, or one checkpoint in it, `WORKDIR/checkpoints/STEP`.
+          which: "best" by SAD, "latest", or a step.
+          dtype: compute type; None: that of the run.
+
+        Raises:
+          ValueError: the folder does not hold such a run.
+          CheckpointError: there is no such checkpoint, or it is of another architecture.
+        """
+        from resfu_jax import tasks, training
+
+        compute = None if dtype is None else compute_type(dtype)
+        workdir, which = training.find_run(run_folder(path), str(which))
+        config = training.read_config(workdir)
+        need(
+            config.task == "matting",
+            f"path must be a run of matting, and {workdir} has task={config.task!r}",
+        )
+        config.model.dtype = compute or config.model.dtype
+        model, step = restore(
+            workdir,
+            which,
+            lambda: tasks.matting_model(config, nnx.Rngs(0)),
+            jax.local_devices()[:1],
+        )
+        pipeline = cls(model)
+        pipeline.step = step
+        return pipeline
+
+    def __call__(
+        self, image: str | UInt8[np.ndarray, "h w 3"], trimap: str | UInt8[np.ndarray, "h w"]
+    ) -> UInt8[np.ndarray, "h w"]:
+        """The alpha matte in 8 bits.
+
+        Args:
+          image: a file, or its RGB pixels.
+          trimap: a file, or its values: 0 for background, 128 for unknown, 255 for foreground.
+
+        Raises:
+          ImageError: a file that cannot be read.
+          DataError: a trimap of another size, with other values, or without unknown pixels.
+        """
+        from PIL import Image
+
+        from resfu_jax.data.composition import check_same_size, check_trimap
+        from resfu_jax.images import read_image
+
+        pixels = image if isinstance(image, np.ndarray) else read_image(image)
+        if not isinstance(trimap, np.ndarray):
+            name, trimap = f"the trimap {trimap}", read_image(trimap)[..., 0]
+        else:
+            name = "trimap"
+        check_same_size(Image.fromarray(pixels), Image.fromarray(trimap), name)
+        check_trimap(trimap, name)
+        height, width = trimap.shape
+        sides = (0, -height % 16), (0, -width % 16)
+        padded = np.pad(pixels, (*sides, (0, 0)), "symmetric"), np.pad(trimap, sides)
+        return np.asarray(self._matte(self._weights, *padded))[:height, :width]
