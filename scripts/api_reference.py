@@ -28,6 +28,7 @@ MODULES = {
     "resfu_jax.serving": "loads them, without model code",
     "resfu_jax.visualize": "pictures of features and weights",
     "resfu_jax.probe": "what a classifier reads off features",
+    "resfu_jax.explain": "what a classifier looked at, on upsampled activations",
     "resfu_jax.convert": "official weights",
     "resfu_jax.data": "datasets and the input pipeline",
     "resfu_jax.training": "what a training script composes",

@@ -21,7 +21,7 @@ Values equal timm's `VisionTransformer` and the models of Hugging Face transform
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -280,10 +280,45 @@ class ViT(nnx.Module):
         Raises:
           ValueError: a model without `num_classes`; images as for `__call__`.
         """
-        if self.head is None:
-            raise ValueError("there is no classifier: build the ViT with num_classes")
+        self._need_classifier()
         (x,) = self._run(images, (len(self.blocks) - 1,))
         return self.head(x[:, 0])
+
+    def last_activations(
+        self, images: Float[Array, "b H W c"]
+    ) -> tuple[Float[Array, "b h w d"], Callable[[Array], Array]]:
+        """The patches' activations that decide a class, and the logits as a function of them.
+
+        They are what the last block's attention reads, the output of its first LayerNorm: the
+        classifier sees the class token alone, which the patches no longer reach behind it.
+
+        Returns:
+          The activations, and the function from activations of their shape to logits (B, K); of
+          those that came with it, the logits are those of `classify`.
+
+        Raises:
+          ValueError: as for `classify`.
+        """
+        self._need_classifier()
+        self._check_images(images)
+        x, rotation = self._tokens(images if self.dtype is None else images.astype(self.dtype))
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x, rotation)
+        normalised, prefix = last.attention_norm(x), self._prefix_length()
+        b, h, w, _ = images.shape
+        h, w = h // self.strides[0], w // self.strides[0]
+
+        def logits(maps: Array) -> Array:
+            patches = maps.reshape(b, h * w, maps.shape[-1])
+            tokens = jnp.concatenate([normalised[:, :prefix], patches], axis=1)
+            return self.head(self.norm(last.branches(x, tokens, rotation))[:, 0])
+
+        return normalised[:, prefix:].reshape(b, h, w, x.shape[-1]), logits
+
+    def _need_classifier(self) -> None:
+        if self.head is None:
+            raise ValueError("there is no classifier: build the ViT with num_classes")
 
     def _run(self, images: Array, layers: tuple[int, ...]) -> list[Array]:
         """The normalised tokens after these blocks."""
@@ -461,13 +496,22 @@ class Block(nnx.Module):
         self, x: Float[Array, "b n c"], rotation: tuple[Array, Array] | None
     ) -> Float[Array, "b n c"]:
         """Both residual branches."""
+        return self.branches(x, self.attention_norm(x), rotation)
+
+    def branches(
+        self,
+        x: Float[Array, "b n c"],
+        normalised: Float[Array, "b n c"],
+        rotation: tuple[Array, Array] | None,
+    ) -> Float[Array, "b n c"]:
+        """The same with norm(x), which attention reads, given apart."""
 
         def scaled(y: Array, scale: nnx.Param | None) -> Array:
             if scale is not None:
                 y = y * jnp.expand_dims(scale[...].astype(y.dtype), (0, 1))
             return self.drop_path(y)
 
-        x = x + scaled(self.attention(self.attention_norm(x), rotation), self.attention_scale)
+        x = x + scaled(self.attention(normalised, rotation), self.attention_scale)
         return x + scaled(self.ffn(self.ffn_norm(x)), self.ffn_scale)
 
 

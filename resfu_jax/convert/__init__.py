@@ -22,14 +22,26 @@ from resfu_jax.convert.jafar import jafar
 from resfu_jax.convert.lda_aqu import lda_aqu
 from resfu_jax.convert.loftup import loftup
 from resfu_jax.convert.naf import naf
-from resfu_jax.convert.pretrained import load_backbone, load_pretrained, read_entries
+from resfu_jax.convert.pretrained import (
+    load_backbone,
+    load_classifier,
+    load_pretrained,
+    read_entries,
+)
 from resfu_jax.convert.raysup import raysup
 from resfu_jax.convert.released import load_upsampler
 from resfu_jax.convert.resfu import pcdc_block, resfu
 from resfu_jax.convert.sapa import sapa, sapa_base, sapa_deform, sapa_exp
 from resfu_jax.convert.uplift import uplift
 
-__all__ = ["from_torch", "load_backbone", "load_pretrained", "load_upsampler", "read_entries"]
+__all__ = [
+    "from_torch",
+    "load_backbone",
+    "load_classifier",
+    "load_pretrained",
+    "load_upsampler",
+    "read_entries",
+]
 
 _CONVERTERS: dict[str, Callable[..., nnx.Module]] = {
     "zmhhmz/ReSFU:ReSFU": resfu,

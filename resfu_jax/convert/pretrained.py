@@ -152,6 +152,41 @@ def load_backbone(
     )
 
 
+def load_classifier(
+    path_or_repo: str | os.PathLike[str], *, dtype: Dtype | None = None, **options: Any
+) -> ViT:
+    """The ViT whose published checkpoint this is, with its classifier: `ViT.classify`.
+
+        vit = load_classifier("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+
+    Args:
+      path_or_repo: as for `load_pretrained`: a `ViT` that this loads, with the entries
+        `head.weight` of timm or `classifier.weight` of transformers.
+      dtype: compute type.
+      **options: as for `load_backbone`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_backbone`; a ValueError also for weights of another
+        network, or without a classifier.
+    """
+    shapes = {name: shape_of(value) for name, value in read_entries(path_or_repo).items()}
+    heads = {
+        shape[0]
+        for name, shape in shapes.items()
+        if re.search(r"(^|\.)(head|classifier)\.weight$", name) and len(shape) == 2
+    }
+    is_vit = any(name.endswith("cls_token") for name in shapes)
+    if not is_vit or len(heads) != 1:
+        raise ValueError(
+            f"{os.fspath(path_or_repo)} holds no {'classifier of the ViT' if is_vit else 'ViT'}: "
+            "give weights of a ViT that were trained or fine-tuned to classify, such as "
+            "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+        )
+    vit = load_backbone(path_or_repo, dtype=dtype, num_classes=heads.pop(), **options)
+    assert isinstance(vit, ViT)
+    return vit
+
+
 def read_entries(path_or_repo: str | os.PathLike[str]) -> dict[str, Any]:
     """The entries of a file of weights, by name; what NumPy makes arrays of.
 
