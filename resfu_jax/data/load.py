@@ -43,6 +43,7 @@ _DATASETS: dict[str, _Entry] = {
     "coco_stuff/27": (coco_stuff.COARSE_INFO, coco_stuff.CocoStuff, "27"),
     "oxford_pet": (oxford_pet.INFO, oxford_pet.OxfordPet, None),
     "shapes": (shapes.INFO, shapes.Shapes, "default"),
+    "shapes/depth": (shapes.DEPTH_INFO, shapes.Shapes, "depth"),
     "shapes/outline_ignored": (shapes.OUTLINE_IGNORED_INFO, shapes.Shapes, "outline_ignored"),
     "voc": (voc.INFO, voc.Voc, "default"),
     "voc/train_aug": (voc.TRAIN_AUG_INFO, voc.Voc, "train_aug"),

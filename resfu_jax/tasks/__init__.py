@@ -3,14 +3,19 @@
 from resfu_jax._extras import extra
 
 with extra("train"):
+    from resfu_jax.tasks.depth import Depth
     from resfu_jax.tasks.features import Features
     from resfu_jax.tasks.segmentation import Segmentation, evaluate_batch
     from resfu_jax.tasks.task import Pictures, Task
     from resfu_jax.training.config import Config
 
-__all__ = ["Features", "Pictures", "Segmentation", "Task", "create_task", "evaluate_batch"]
+__all__ = ["Depth", "Features", "Pictures", "Segmentation", "Task", "create_task", "evaluate_batch"]
 
-_TASKS: dict[str, type[Task]] = {"segmentation": Segmentation, "features": Features}
+_TASKS: dict[str, type[Task]] = {
+    "segmentation": Segmentation,
+    "depth": Depth,
+    "features": Features,
+}
 
 
 def create_task(config: Config) -> Task:
