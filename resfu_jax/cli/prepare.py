@@ -31,6 +31,20 @@ class Own:
     """Take the classes that the label maps hold."""
 
 
+@dataclass(frozen=True)
+class OwnDepth:
+    """Your own depth maps (depth_folder/NAME, with --images)."""
+
+    depth: Path | None = None
+    """Folder of the depth maps: PNG, TIFF, .npy or .npz files of the same names."""
+    validation_depth: Path | None = None
+    """Folder of the depth maps of --validation-images."""
+    scale: float | None = None
+    """Metres that the number 1 stands for; else 0.001."""
+    invalid: float | None = None
+    """Number that says that nothing is known; else 0."""
+
+
 def prepare(
     name: tyro.conf.Positional[str | None] = None,
     *,
@@ -38,6 +52,7 @@ def prepare(
     manual_dir: Path | None = None,
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
     own: Annotated[Own, tyro.conf.arg(name="")] = Own(),  # noqa: B008 - frozen
+    own_depth: Annotated[OwnDepth, tyro.conf.arg(name="")] = OwnDepth(),  # noqa: B008 - frozen
 ) -> None:
     """Prepares a dataset for training and evaluation; without a name, lists them.
 
@@ -47,14 +62,17 @@ def prepare(
 
     resfu prepare image_folder/mine --images photos --labels masks
 
+    resfu prepare depth_folder/mine --images photos --depth depths --scale 0.001
+
     The same as `python -m resfu_jax.data`.
 
     Args:
-      name: of the dataset, or image_folder/NAME for your own images.
+      name: of the dataset, or image_folder/NAME or depth_folder/NAME for your own images.
       data_dir: where datasets are kept.
       manual_dir: folder of raw files that were fetched by hand.
       overwrite: build anew, and replace what is prepared.
       own: your own images.
+      own_depth: your own depth maps.
     """
     from resfu_jax.data.__main__ import main
 
@@ -63,7 +81,8 @@ def prepare(
         main([*argv, "list"])
         return
     argv += ["prepare", name]
-    for option, value in (dict(manual_dir=manual_dir, overwrite=overwrite) | asdict(own)).items():
+    options = dict(manual_dir=manual_dir, overwrite=overwrite) | asdict(own) | asdict(own_depth)
+    for option, value in options.items():
         if value is None or value is False or value == ():
             continue
         values = value if isinstance(value, tuple) else () if value is True else (value,)

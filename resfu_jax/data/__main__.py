@@ -8,6 +8,7 @@ import tensorflow_datasets as tfds
 
 from resfu_jax._output import readers_may_leave
 from resfu_jax.data import (
+    OwnDepth,
     OwnImages,
     damaged_datasets,
     dataset_info,
@@ -47,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     build = commands.add_parser("prepare", help="download if need be, and build a dataset")
     build.add_argument(
         "name",
-        help=f"one of: {', '.join(list_datasets())}; or image_folder/NAME for your own images",
+        help=f"one of: {', '.join(list_datasets())}; image_folder/NAME or "
+        "depth_folder/NAME for your own images",
     )
     build.add_argument("--manual-dir", help="folder of raw files that were fetched by hand")
     own = build.add_argument_group("your own images (image_folder/NAME)")
@@ -74,6 +76,17 @@ def _parser() -> argparse.ArgumentParser:
         help="leave images as they are stored, not turned as their EXIF data say",
     )
     own.add_argument("--yes", action="store_true", help="take the classes that the label maps hold")
+    depth = build.add_argument_group("your own depth maps (depth_folder/NAME, with --images)")
+    depth.add_argument(
+        "--depth", help="folder of the depth maps: PNG, TIFF, .npy or .npz files of the same names"
+    )
+    depth.add_argument("--validation-depth", help="folder of the depth maps of --validation-images")
+    depth.add_argument(
+        "--scale", type=float, help="metres that the number 1 stands for (default: 0.001)"
+    )
+    depth.add_argument(
+        "--invalid", type=float, help="number that says that nothing is known (default: 0)"
+    )
     build.add_argument(
         "--overwrite", action="store_true", help="build anew, and replace what is prepared"
     )
@@ -96,10 +109,21 @@ def _run(args: argparse.Namespace) -> None:
     print(f"prepared in {path}{again}")
 
 
-def _own(args: argparse.Namespace) -> OwnImages | None:
+def _own(args: argparse.Namespace) -> OwnImages | OwnDepth | None:
     """What the command says of one's own images; None if that is nothing."""
-    folders = ("images", "labels", "validation_images", "validation_labels", "ignore_label")
-    given = {name: getattr(args, name) for name in folders if getattr(args, name) is not None}
+    shared = ("images", "validation_images")
+    of_classes = ("labels", "validation_labels", "classes", "ignore_label")
+    of_depth = ("depth", "validation_depth", "scale", "invalid")
+    is_depth = args.name.startswith("depth_folder/")
+    for name in of_classes if is_depth else of_depth:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is no option of {args.name}.")
+    names = shared + (of_depth if is_depth else of_classes)
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if is_depth:
+        if args.ignore_exif:
+            given["orientation"] = False
+        return OwnDepth(**given) if given else None
     if args.classes:
         given["classes"] = args.classes if args.classes[1:] else args.classes[0]
     if args.ignore_exif:
@@ -146,7 +170,8 @@ def _print_list(data_dir: str | None) -> None:
         info = dataset_info(name, data_dir)
         state = "yes" if is_prepared(name, data_dir) else "no"
         counts = info.examples or ("?", "?")
-        print(form.format(name, info.num_classes, *counts, state, info.download, info.terms))
+        classes = info.num_classes if info.depth is None else "depth"
+        print(form.format(name, classes, *counts, state, info.download, info.terms))
     for name, problem in damaged_datasets(data_dir).items():
         print(f"warning: {name} is damaged: {problem}. Prepare it again with --overwrite.")
 

@@ -23,7 +23,9 @@ from resfu_jax.data import (
     camvid,
     cityscapes,
     coco_stuff,
+    depth_folder,
     image_folder,
+    nyu_depth,
     oxford_pet,
     shapes,
     voc,
@@ -41,6 +43,8 @@ _DATASETS: dict[str, _Entry] = {
     "cityscapes": (cityscapes.INFO, cityscapes.Cityscapes, None),
     "coco_stuff": (coco_stuff.INFO, coco_stuff.CocoStuff, "default"),
     "coco_stuff/27": (coco_stuff.COARSE_INFO, coco_stuff.CocoStuff, "27"),
+    "nyu_depth_v2": (nyu_depth.INFO, nyu_depth.NyuDepth, "default"),
+    "nyu_depth_v2/filled": (nyu_depth.FILLED_INFO, nyu_depth.NyuDepth, "filled"),
     "oxford_pet": (oxford_pet.INFO, oxford_pet.OxfordPet, None),
     "shapes": (shapes.INFO, shapes.Shapes, "default"),
     "shapes/depth": (shapes.DEPTH_INFO, shapes.Shapes, "depth"),
@@ -48,6 +52,8 @@ _DATASETS: dict[str, _Entry] = {
     "voc": (voc.INFO, voc.Voc, "default"),
     "voc/train_aug": (voc.TRAIN_AUG_INFO, voc.Voc, "train_aug"),
 }
+# One's own, prefix/NAME.
+_OWN = {image_folder.PREFIX: image_folder, depth_folder.PREFIX: depth_folder}
 
 
 def list_datasets(data_dir: str | os.PathLike | None = None) -> list[str]:
@@ -55,7 +61,7 @@ def list_datasets(data_dir: str | os.PathLike | None = None) -> list[str]:
 
     Args:
       data_dir: where datasets are kept; `default_data_dir()` if None. Your own datasets
-        (`image_folder/NAME`) are listed once they are prepared there; those that are damaged
+        (`image_folder/NAME`, `depth_folder/NAME`) are listed once they are prepared there; those that are damaged
         are not, see `damaged_datasets`.
     """
     names = (name for name in _own(data_dir) if not _damage(name, data_dir))
@@ -85,11 +91,12 @@ def dataset_info(name: str, data_dir: str | os.PathLike | None = None) -> Datase
       DatasetNotPrepared: the classes of an `image_folder/NAME` are not known yet.
       DataError: the prepared dataset is damaged.
     """
-    if not _is_own(name):
+    own = _own_module(name)
+    if own is None:
         return _lookup(name)[0]
     builder = _open(name, data_dir)
     try:
-        return image_folder.read_info(name, builder)
+        return own.read_info(name, builder)
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(name, data_dir, f"its metadata.json cannot be read ({error})") from error
 
@@ -123,7 +130,7 @@ def prepare(
     data_dir: str | os.PathLike | None = None,
     manual_dir: str | os.PathLike | None = None,
     *,
-    own: image_folder.OwnImages | None = None,
+    own: image_folder.OwnImages | depth_folder.OwnDepth | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Builds a dataset; does nothing if that has been done before.
@@ -134,10 +141,12 @@ def prepare(
     others wait for it.
 
     Args:
-      name: one of `list_datasets()`, or `image_folder/NAME`, for any NAME, for your own images.
+      name: one of `list_datasets()`, or `image_folder/NAME` or `depth_folder/NAME`, for any NAME,
+        for your own images.
       data_dir: where to write; `default_data_dir()` if None.
       manual_dir: raw files that were fetched by hand; None downloads them if need be.
-      own: of an `image_folder/NAME`: its folders and classes, if not as a manual folder has them.
+      own: of an `image_folder/NAME` its folders and classes, of a `depth_folder/NAME` its folders
+        and scale, if not as a manual folder has them.
       overwrite: build anew, and replace what is there, which stays if that fails.
 
     Returns:
@@ -151,15 +160,18 @@ def prepare(
     """
     cls, config, folder = _place(name, data_dir)
     if own is not None:
-        if not _is_own(name):
+        module = _own_module(name)
+        if module is None:
             raise ValueError(
                 f"{name} has images and classes of its own; yours are image_folder/NAME."
             )
+        if isinstance(own, depth_folder.OwnDepth) != (module is depth_folder):
+            raise ValueError(f"own must be what {name} takes, got {type(own).__name__}.")
         if own.images is not None and manual_dir is not None:
             raise ValueError(
                 f"images {own.images} and manual_dir {manual_dir} are two places; give one."
             )
-        config = image_folder.create_config(name, own)
+        config = module.create_config(name, own)
         manual_dir = own.images or manual_dir
     if manual_dir is not None:
         manual_dir = _expand(manual_dir, "manual_dir")
@@ -367,7 +379,7 @@ def _damage(name: str, data_dir: str | os.PathLike | None) -> str | None:
                 return f"{path} is no JSON object"
         except FileNotFoundError:
             # Earlier versions wrote no metadata of published datasets.
-            if path.name != "metadata.json" or name.startswith(image_folder.PREFIX):
+            if path.name != "metadata.json" or _own_module(name) is not None:
                 return f"it has no {path.name}"
         except (OSError, ValueError) as error:
             return f"{path} cannot be read ({first_line(error)})"
@@ -398,7 +410,7 @@ def _advice(name: str, data_dir: str | os.PathLike | None) -> str:
 
 def _command(name: str, data_dir: str | os.PathLike | None) -> str:
     command = ["python", "-m", "resfu_jax.data", "prepare", name]
-    if name.startswith(image_folder.PREFIX):
+    if _own_module(name) is not None:
         command += ["--manual-dir", "DIR"]
     if data_dir is not None:
         command += ["--data-dir", os.fspath(data_dir)]
@@ -411,15 +423,20 @@ def first_line(error: BaseException) -> str:
 
 
 def _own(data_dir: str | os.PathLike | None) -> list[str]:
-    """Folders of `image_folder/` that a NAME could have made."""
-    names = [f"{image_folder.PREFIX}/{p.name}" for p in _root(data_dir).glob("image_folder/[!.]*")]
-    return sorted(name for name in names if image_folder.is_name(name))
+    """Folders of `image_folder/` and `depth_folder/` that a NAME could have made."""
+    names = [
+        (f"{prefix}/{path.name}", prefix)
+        for prefix in _OWN
+        for path in _root(data_dir).glob(f"{prefix}/[!.]*")
+    ]
+    return sorted(name for name, prefix in names if image_folder.is_name(name, prefix))
 
 
-def _is_own(name: str) -> bool:
+def _own_module(name: str) -> Any:
+    """What prepares one's own images of this name; None for published datasets."""
     if not isinstance(name, str):
         raise ValueError(f"name must be that of a dataset, got {name!r}.")
-    return name.startswith(image_folder.PREFIX)
+    return next((module for prefix, module in _OWN.items() if name.startswith(prefix)), None)
 
 
 def _lookup(name: str) -> _Entry:
@@ -459,8 +476,9 @@ def _place(
 
     tfds itself reads the folder before it tells its name.
     """
-    if _is_own(name):
-        cls, config = image_folder.ImageFolder, image_folder.create_config(name)
+    own = _own_module(name)
+    if own is not None:
+        cls, config = own.BUILDER, own.create_config(name)
     else:
         _, cls, config = _lookup(name)
     part = config.name if isinstance(config, tfds.core.BuilderConfig) else config or ""
