@@ -61,8 +61,8 @@ def list_datasets(data_dir: str | os.PathLike | None = None) -> list[str]:
 
     Args:
       data_dir: where datasets are kept; `default_data_dir()` if None. Your own datasets
-        (`image_folder/NAME`, `depth_folder/NAME`) are listed once they are prepared there; those that are damaged
-        are not, see `damaged_datasets`.
+        (`image_folder/NAME`, `depth_folder/NAME`) are listed once they are prepared there; those
+        that are damaged are not, see `damaged_datasets`.
     """
     names = (name for name in _own(data_dir) if not _damage(name, data_dir))
     return sorted([*_DATASETS, *(name for name in names if is_prepared(name, data_dir))])
