@@ -6,7 +6,7 @@
     python -m resfu_jax.data prepare depth_folder/photos --images DIR --depth DIR --scale 0.001
     python train.py --config configs/depth.py:jafar --workdir runs/depth_jafar
 
-bts     ResNet-50, a decoder with `sapa_b`; crops of 416x544, 50 epochs of 24,231 images in batches
+bts     ResNet-50, a decoder with `sapa`; crops of 416x544, 50 epochs of 24,231 images in batches
         of 4, AdamW 1e-4 to 1e-5 (power 0.9), decay 0.01, the silog loss; Eigen's crop, 10 m
 jafar   DINOv2 ViT-S/14 at 448, frozen; upsampled features and class token to 256 bins; batches of
         2, 5 epochs of COCO (118,287 images), AdamW 5e-3; sig loss and half the gradient loss
@@ -56,7 +56,7 @@ def bts() -> Config:
             backbone=BackboneConfig(
                 name="resnet", variant="50", pretrained="timm/resnet50.tv_in1k"
             ),
-            head=HeadConfig(name="depth_decoder", upsampler="sapa_b", width=128),
+            head=HeadConfig(name="depth_decoder", upsampler="sapa", width=128),
         ),
         data=DataConfig(
             name="nyu_depth_v2", crop_size=(416, 544), scale_range=(1.0, 1.0), num_workers=8

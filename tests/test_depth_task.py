@@ -15,6 +15,7 @@ from resfu_jax import data, tasks, training
 from resfu_jax.data import transforms
 from resfu_jax.data.fabricate import prepare_fabricated
 from resfu_jax.heads import create_head
+from resfu_jax.model import evaluating
 from resfu_jax.predictor import Predictor
 from resfu_jax.tasks.depth import depth_picture
 
@@ -113,6 +114,7 @@ def test_the_decoder_sees_all_maps_and_keeps_to_its_range():
         jnp.asarray(rng.normal(size=(2, 8 >> i, 12 >> i, c)), jnp.float32)
         for i, c in enumerate((4, 6, 8))
     ]
+    head = evaluating(head)
     depth = head(maps)
     assert depth.shape == (2, 8, 12, 1) and 0 < depth.min() < depth.max() < 10
     slopes = jax.grad(lambda maps: head(maps).sum())(maps)

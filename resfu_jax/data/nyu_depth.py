@@ -37,7 +37,7 @@ FILLED_INFO = dataclasses.replace(INFO, name="nyu_depth_v2/filled", examples=(79
 _LABELLED, _SPLITS = "nyu_depth_v2_labeled.mat", "splits.mat"
 
 
-class NyuDepth(RawBuilder):
+class NyuDepthV2(RawBuilder):
     """NYU Depth V2: images and depths in millimetres, 0 where nothing was measured."""
 
     TITLE = "NYU Depth V2"
