@@ -14,8 +14,9 @@ A run continues with the config that it began with, but for its length and what 
 `--dry_run` instead of `--workdir` tries a config out: two steps, evaluation and checkpoint with a
 made-up dataset, small crops and random weights, in a temporary folder.
 
-What is learned is `config.task`: "segmentation", or "features", an upsampler of a frozen backbone's
-features. A task (`resfu_jax/tasks`) has the model, batches, loss and metrics; the loop is here.
+What is learned is `config.task`: "segmentation", "depth", or "features", an upsampler of a frozen
+backbone's features. A task (`resfu_jax/tasks`) has the model, batches, loss and metrics; the loop
+is here.
 
 Several hosts run the same command, with `--distributed` on a TPU pod or under Slurm, or else with
 `--coordinator_address`, `--num_processes` and `--process_id`: docs/scaling.md.

@@ -113,8 +113,8 @@ def adcc(coherency: Any, complexity: Any, drop: Any) -> Float[Array, "..."]:
 
     Tables usually have it of the three averages, the authors' code the average over images.
     """
-    parts = [jnp.asarray(x) for x in (coherency, 1 - complexity, 1 - drop)]
-    return 3 / sum(1 / x for x in parts)
+    a, b, c = (1 / jnp.asarray(x) for x in (coherency, 1 - complexity, 1 - drop))
+    return 3 / (a + b + c)
 
 
 # ------------------------------------------------------------------------------------------ masking

@@ -235,7 +235,7 @@ class Predictor:
         if config.task != "segmentation":
             raise ValueError(
                 f"path must be a run that segments, and {workdir} has task={config.task!r}: "
-                "FeaturePipeline.from_checkpoint loads it"
+                "FeaturePipeline.from_checkpoint loads those of 'features'"
             )
         config.model.dtype = compute or config.model.dtype
         if info is None:

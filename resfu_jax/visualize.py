@@ -128,6 +128,45 @@ def save_grid(
     figure.savefig(path)
 
 
+def heatmap(
+    values: Float[np.ndarray, "h w"], low: float, high: float, colours: str = "viridis"
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Numbers from `low` to `high` in colours of Matplotlib; grey where they are not finite."""
+    with extra("train"):
+        from matplotlib import colormaps
+
+    finite = np.isfinite(values)
+    share = (np.where(finite, values, low) - low) / max(high - low, 1e-12)
+    picture = colormaps[colours](np.clip(share, 0, 1), bytes=True)[..., :3]
+    return np.where(finite[..., None], picture, np.uint8(128))
+
+
+def panels_with_scales(
+    panels: Sequence[tuple[UInt8[np.ndarray, "h w 3"], tuple[float, float, str] | None]],
+    *,
+    gap: int = 4,
+) -> UInt8[np.ndarray, "tall wide 3"]:
+    """Pictures of one size side by side; below each the scale (low, high, colours) of a heatmap."""
+    height, width = panels[0][0].shape[:2]
+    size = max(10, width // 24)  # of letters; the bar is half as high
+    font = ImageFont.load_default(size)
+    page = Image.new(
+        "RGB", (len(panels) * (width + gap) - gap, height + gap + size // 2 + size + gap), "white"
+    )
+    draw = ImageDraw.Draw(page)
+    for i, (picture, scale) in enumerate(panels):
+        left, top = i * (width + gap), height + gap
+        page.paste(Image.fromarray(picture), (left, 0))
+        if scale is None:
+            continue
+        low, high, colours = scale
+        ramp = np.broadcast_to(np.linspace(0, 1, width), (size // 2, width))
+        page.paste(Image.fromarray(heatmap(ramp, 0.0, 1.0, colours)), (left, top))
+        draw.text((left, top + size // 2), f"{low:.3g}", "black", font, anchor="lt")
+        draw.text((left + width, top + size // 2), f"{high:.3g}", "black", font, anchor="rt")
+    return np.asarray(page)
+
+
 @dataclasses.dataclass(frozen=True)
 class PCA:
     """The three main directions of a set of feature vectors, as colours.

@@ -87,6 +87,11 @@ def test_configs_build_a_model(name, photos):
         model = nnx.eval_shape(lambda: task.create_model(nnx.Rngs(0)))
         assert model.head.features == model.backbone.features[-1]
         return
+    images = jax.ShapeDtypeStruct((1, *config.data.crop_size, 3), jnp.uint8)
+    if config.task == "depth":
+        depth = jax.eval_shape(lambda x: task.create_model(nnx.Rngs(0))(x), images)
+        assert depth.shape == (1, *config.data.crop_size, 1)
+        return
 
     def logits(images):
         return create_model(
@@ -95,7 +100,6 @@ def test_configs_build_a_model(name, photos):
             rngs=nnx.Rngs(0),
         )(images)
 
-    images = jax.ShapeDtypeStruct((1, *config.data.crop_size, 3), jnp.uint8)
     assert jax.eval_shape(logits, images).shape == (1, *config.data.crop_size, classes)
 
 

@@ -280,9 +280,9 @@ class ViT(nnx.Module):
         Raises:
           ValueError: a model without `num_classes`; images as for `__call__`.
         """
-        self._need_classifier()
+        head = self._classifier()
         (x,) = self._run(images, (len(self.blocks) - 1,))
-        return self.head(x[:, 0])
+        return head(x[:, 0])
 
     def last_activations(
         self, images: Float[Array, "b H W c"]
@@ -299,7 +299,7 @@ class ViT(nnx.Module):
         Raises:
           ValueError: as for `classify`.
         """
-        self._need_classifier()
+        head = self._classifier()
         self._check_images(images)
         x, rotation = self._tokens(images if self.dtype is None else images.astype(self.dtype))
         *blocks, last = self.blocks
@@ -312,13 +312,14 @@ class ViT(nnx.Module):
         def logits(maps: Array) -> Array:
             patches = maps.reshape(b, h * w, maps.shape[-1])
             tokens = jnp.concatenate([normalised[:, :prefix], patches], axis=1)
-            return self.head(self.norm(last.branches(x, tokens, rotation))[:, 0])
+            return head(self.norm(last.branches(x, tokens, rotation))[:, 0])
 
         return normalised[:, prefix:].reshape(b, h, w, x.shape[-1]), logits
 
-    def _need_classifier(self) -> None:
+    def _classifier(self) -> Callable[[Array], Array]:
         if self.head is None:
             raise ValueError("there is no classifier: build the ViT with num_classes")
+        return self.head
 
     def _run(self, images: Array, layers: tuple[int, ...]) -> list[Array]:
         """The normalised tokens after these blocks."""

@@ -32,7 +32,21 @@ class Own:
 
 
 @dataclass(frozen=True)
-class Mattes:
+class OwnDepth:
+    """Your own depth maps (depth_folder/NAME, with --images)."""
+
+    depth: Path | None = None
+    """Folder of the depth maps: PNG, TIFF, .npy or .npz files of the same names."""
+    validation_depth: Path | None = None
+    """Folder of the depth maps of --validation-images."""
+    scale: float | None = None
+    """Metres that the number 1 stands for; else 0.001."""
+    invalid: float | None = None
+    """Number that says that nothing is known; else 0."""
+
+
+@dataclass(frozen=True)
+class OwnMattes:
     """Your own mattes (matting_folder/NAME)."""
 
     foregrounds: Path | None = None
@@ -54,7 +68,8 @@ def prepare(
     manual_dir: Path | None = None,
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
     own: Annotated[Own, tyro.conf.arg(name="")] = Own(),  # noqa: B008 - frozen
-    mattes: Annotated[Mattes, tyro.conf.arg(name="")] = Mattes(),  # noqa: B008 - frozen
+    depth: Annotated[OwnDepth, tyro.conf.arg(name="")] = OwnDepth(),  # noqa: B008 - frozen
+    mattes: Annotated[OwnMattes, tyro.conf.arg(name="")] = OwnMattes(),  # noqa: B008 - frozen
 ) -> None:
     """Prepares a dataset for training and evaluation; without a name, lists them.
 
@@ -64,17 +79,20 @@ def prepare(
 
     resfu prepare image_folder/mine --images photos --labels masks
 
+    resfu prepare depth_folder/mine --images photos --depth depths --scale 0.001
+
     resfu prepare matting_folder/mine --foregrounds fg --alphas alpha --backgrounds photos
 
     The same as `python -m resfu_jax.data`.
 
     Args:
-      name: of the dataset, or image_folder/NAME for your own images, matting_folder/NAME for your
-        own mattes.
+      name: of the dataset, or image_folder/NAME for your own images, depth_folder/NAME for your own
+        depth maps, matting_folder/NAME for your own mattes.
       data_dir: where datasets are kept.
       manual_dir: folder of raw files that were fetched by hand.
       overwrite: build anew, and replace what is prepared.
       own: your own images.
+      depth: your own depth maps.
       mattes: your own mattes.
     """
     from resfu_jax.data.__main__ import main
@@ -84,7 +102,9 @@ def prepare(
         main([*argv, "list"])
         return
     argv += ["prepare", name]
-    options = dict(manual_dir=manual_dir, overwrite=overwrite) | asdict(own) | asdict(mattes)
+    options = dict(manual_dir=manual_dir, overwrite=overwrite)
+    for group in (own, depth, mattes):
+        options |= asdict(group)
     for option, value in options.items():
         if value is None or value is False or value == ():
             continue

@@ -10,6 +10,7 @@ batch = next(batches)                              # image, label, id
 from resfu_jax._extras import extra
 
 with extra("train"):
+    from resfu_jax.data.depth_folder import OwnDepth
     from resfu_jax.data.image_folder import OwnImages
     from resfu_jax.data.info import (
         ClassMap,
@@ -54,6 +55,7 @@ __all__ = [
     "DepthMap",
     "EvalBatches",
     "MattingEvalBatches",
+    "OwnDepth",
     "OwnImages",
     "OwnMattes",
     "Source",

@@ -8,6 +8,7 @@ import tensorflow_datasets as tfds
 
 from resfu_jax._output import readers_may_leave
 from resfu_jax.data import (
+    OwnDepth,
     OwnImages,
     OwnMattes,
     damaged_datasets,
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "name",
         help=f"one of: {', '.join(list_datasets())}; or image_folder/NAME for your own images, "
-        "matting_folder/NAME for your own mattes",
+        "depth_folder/NAME for your own depth maps, matting_folder/NAME for your own mattes",
     )
     build.add_argument("--manual-dir", help="folder of raw files that were fetched by hand")
     own = build.add_argument_group("your own images (image_folder/NAME)")
@@ -76,6 +77,17 @@ def _parser() -> argparse.ArgumentParser:
         help="leave images as they are stored, not turned as their EXIF data say",
     )
     own.add_argument("--yes", action="store_true", help="take the classes that the label maps hold")
+    depth = build.add_argument_group("your own depth maps (depth_folder/NAME, with --images)")
+    depth.add_argument(
+        "--depth", help="folder of the depth maps: PNG, TIFF, .npy or .npz files of the same names"
+    )
+    depth.add_argument("--validation-depth", help="folder of the depth maps of --validation-images")
+    depth.add_argument(
+        "--scale", type=float, help="metres that the number 1 stands for (default: 0.001)"
+    )
+    depth.add_argument(
+        "--invalid", type=float, help="number that says that nothing is known (default: 0)"
+    )
     mattes = build.add_argument_group("your own mattes (matting_folder/NAME)")
     mattes.add_argument("--foregrounds", help="folder of foregrounds")
     mattes.add_argument("--alphas", help="folder of their alpha mattes, images of the same names")
@@ -110,14 +122,37 @@ def _run(args: argparse.Namespace) -> None:
     print(f"prepared in {path}{again}")
 
 
-def _own(args: argparse.Namespace) -> OwnImages | OwnMattes | None:
-    """What the command says of one's own images or mattes; None if that is nothing."""
-    places = ("foregrounds", "alphas", "backgrounds", "trimaps", "trimap_width")
-    mattes = {name: getattr(args, name) for name in places if getattr(args, name) is not None}
-    if mattes:
-        return OwnMattes(**mattes)
-    folders = ("images", "labels", "validation_images", "validation_labels", "ignore_label")
-    given = {name: getattr(args, name) for name in folders if getattr(args, name) is not None}
+# Options of each kind of files of one's own.
+_OWN_OPTIONS = {
+    "image_folder": (
+        *("images", "labels", "validation_images", "validation_labels"),
+        *("classes", "ignore_label"),
+    ),
+    "depth_folder": (
+        *("images", "depth", "validation_images", "validation_depth"),
+        *("scale", "invalid"),
+    ),
+    "matting_folder": ("foregrounds", "alphas", "backgrounds", "trimaps", "trimap_width"),
+}
+
+
+def _own(args: argparse.Namespace) -> OwnImages | OwnDepth | OwnMattes | None:
+    """What the command says of one's own files; None if that is nothing."""
+    kind = args.name.partition("/")[0]
+    allowed = _OWN_OPTIONS.get(kind, _OWN_OPTIONS["image_folder"])
+    given = {}
+    for name in dict.fromkeys(name for names in _OWN_OPTIONS.values() for name in names):
+        value = getattr(args, name)
+        if value is not None and name not in allowed:
+            raise ValueError(f"--{name.replace('_', '-')} is no option of {args.name}.")
+        if value is not None:
+            given[name] = value
+    if kind == "matting_folder":
+        return OwnMattes(**given) if given else None
+    if kind == "depth_folder":
+        if args.ignore_exif:
+            given["orientation"] = False
+        return OwnDepth(**given) if given else None
     if args.classes:
         given["classes"] = args.classes if args.classes[1:] else args.classes[0]
     if args.ignore_exif:
@@ -164,7 +199,8 @@ def _print_list(data_dir: str | None) -> None:
         info = dataset_info(name, data_dir)
         state = "yes" if is_prepared(name, data_dir) else "no"
         counts = info.examples or ("?", "?")
-        print(form.format(name, info.num_classes, *counts, state, info.download, info.terms))
+        classes = info.num_classes if info.depth is None else "depth"
+        print(form.format(name, classes, *counts, state, info.download, info.terms))
     for name, problem in damaged_datasets(data_dir).items():
         print(f"warning: {name} is damaged: {problem}. Prepare it again with --overwrite.")
 

@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageFilter
 
+from resfu_jax._extras import extra
 from resfu_jax.data import camvid, coco_stuff, voc
 from resfu_jax.data.load import create_builder, list_datasets, prepare
 from resfu_jax.data.matting_folder import OwnMattes
@@ -38,7 +39,8 @@ def fabricate(
     """Writes raw files as the dataset's authors distribute them, holding random blobs.
 
     Args:
-      name: a dataset that is built from raw files, `image_folder/NAME` or `matting_folder/NAME`.
+      name: a dataset that is built from raw files, or `image_folder/NAME`, `depth_folder/NAME` or
+        `matting_folder/NAME`.
       directory: where to write; becomes the `manual_dir` of `prepare`.
       examples: images in each split; `voc/train_aug` and `camvid/clean` distribute them anew.
       size: (height, width) of the images.
@@ -90,7 +92,7 @@ def prepare_fabricated(
     """Prepares a stand-in for a dataset: what `fabricate` writes, or few of what is drawn here.
 
     Args:
-      name: any dataset, `image_folder/NAME` or `matting_folder/NAME`.
+      name: any dataset, or `image_folder/NAME`, `depth_folder/NAME` or `matting_folder/NAME`.
       data_dir: an empty or temporary folder: what is in it will be taken for the dataset.
       examples: images in each split, as for `fabricate`.
       size: (height, width) of fabricated images.
@@ -165,6 +167,36 @@ def _coco_stuff(folder: Path, draw: Draw, examples: int) -> None:
             labels[f"{stem}.png"] = _encode(label)
         _write_zip(folder / f"{split}.zip", images)
     _write_zip(folder / "stuffthingmaps_trainval2017.zip", labels)
+
+
+def _depth_folder(folder: Path, draw: Draw, examples: int) -> None:
+    for split in ("train", "validation"):
+        for kind in ("images", "depth"):
+            (folder / kind / split).mkdir(parents=True, exist_ok=True)
+        for index in range(examples):
+            image, metres = draw(range(10))
+            data = _encode(image, "JPEG")
+            (folder / "images" / split / f"{split}_{index}.jpg").write_bytes(data)
+            data = _encode(metres.astype(np.uint16) * 1000)
+            (folder / "depth" / split / f"{split}_{index}.png").write_bytes(data)
+
+
+def _nyu_depth(folder: Path, draw: Draw, examples: int) -> None:
+    with extra("depth"):
+        import h5py
+    from scipy.io import savemat
+
+    images, depths = [], []
+    for _ in range(2 * examples):
+        image, metres = draw(range(10))
+        images.append(image.T)
+        depths.append(metres.T.astype(np.float32))
+    with h5py.File(folder / "nyu_depth_v2_labeled.mat", "w") as file:
+        file["images"], file["rawDepths"] = np.stack(images), np.stack(depths)
+        file["depths"] = np.maximum(np.stack(depths), 0.5)
+    numbers = np.arange(1, 2 * examples + 1)[:, None]
+    splits = {"trainNdxs": numbers[:examples], "testNdxs": numbers[examples:]}
+    savemat(folder / "splits.mat", splits)
 
 
 def _oxford_pet(folder: Path, draw: Draw, examples: int) -> None:
@@ -296,8 +328,10 @@ _WRITERS: dict[str, Callable[[Path, Draw, int], None]] = {
     "cityscapes": _cityscapes,
     "coco_stuff": _coco_stuff,
     "composition_1k": _composition_1k,
+    "depth_folder": _depth_folder,
     "image_folder": _image_folder,
     "matting_folder": _matting_folder,
+    "nyu_depth_v2": _nyu_depth,
     "oxford_pet": _oxford_pet,
     "voc": _voc,
 }

@@ -61,26 +61,31 @@ PREFIX = "image_folder"
 # label map may lack.
 LABEL_ENDINGS = (
     *("_mask", "_masks", "_label", "_labels", "_labelIds", "_gtFine_labelIds"),
-    *("_gt", "_seg", "_segmentation"),
+    *("_gt", "_seg", "_segmentation", "_depth"),
 )
 IMAGE_ENDINGS = ("_leftImg8bit", "_image", "_img", "_rgb")
 _SPLITS = ("train", "validation", "val")
 
 
-def is_name(name: str) -> bool:
+def is_name(name: str, prefix: str = PREFIX) -> bool:
     """Whether it is `image_folder/NAME` with a NAME that can be a folder."""
-    return re.fullmatch(f"{PREFIX}/[A-Za-z0-9_-]{{1,200}}", name) is not None
+    return re.fullmatch(f"{prefix}/[A-Za-z0-9_-]{{1,200}}", name) is not None
+
+
+def own_name(name: str, prefix: str) -> str:
+    """NAME of `prefix/NAME`; a `ValueError` if it cannot be a folder."""
+    if not is_name(name, prefix):
+        raise ValueError(
+            f"There is no dataset {name!r}. Your own images are {prefix}/NAME, where you "
+            "choose NAME: letters, digits, - and _, at most 200."
+        )
+    return name.removeprefix(f"{prefix}/")
 
 
 def create_config(name: str, own: "OwnImages | None" = None) -> "FolderConfig":
     """The builder's configuration of `image_folder/NAME`; `own` is for building it."""
-    if not is_name(name):
-        raise ValueError(
-            f"There is no dataset {name!r}. Your own images are image_folder/NAME, where you "
-            "choose NAME: letters, digits, - and _, at most 200."
-        )
     return FolderConfig(
-        name=name.removeprefix(f"{PREFIX}/"),
+        name=own_name(name, PREFIX),
         description="Images and label maps of a folder.",
         own=own or OwnImages(),
     )
@@ -179,6 +184,7 @@ class ImageFolder(OwnConfigs, RawBuilder):
     """Images and label maps of a folder; 255 is ignored."""
 
     TITLE = "image_folder"
+    LABEL_SUFFIXES: tuple[str, ...] = (".png",)
     MANUAL_DOWNLOAD_INSTRUCTIONS = """\
 Put your images into DIR/images, their label maps (PNG, the same names) into DIR/labels, and the
 names of the classes, one a line, into DIR/classes.txt. Then run
@@ -261,11 +267,14 @@ or, with folders of any names, and classes that are found in the label maps,
         own = dataclasses.replace(own, classes=root / "classes.txt")
         return own, root / "labels.txt" if (root / "labels.txt").is_file() else None
 
+    def _pairs(self, images: Path, labels: Path | None) -> list[RawExample]:
+        return _pairs(images, labels, self.LABEL_SUFFIXES)
+
     def _splits(self, own: OwnImages, files: RawFiles) -> tuple[dict[str, list[RawExample]], str]:
         """The examples of both splits, and where those for validation come from."""
         if own.validation_images is not None:
-            train = _pairs(own.images, own.labels)
-            validation = _pairs(own.validation_images, own.validation_labels)
+            train = self._pairs(own.images, own.labels)
+            validation = self._pairs(own.validation_images, own.validation_labels)
             if both := {e.image.resolve() for e in train} & {e.image.resolve() for e in validation}:
                 raise DataError(
                     f"images and validation_images share {counted(len(both), 'file')}, {min(both)} "
@@ -282,12 +291,12 @@ or, with folders of any names, and classes that are found in the label maps,
             folders = " and ".join(str(own.images / name) for name in names.values())
             _tell(outside, f"outside of {folders}")
             train, validation = (
-                _pairs(own.images / name, own.labels and own.labels / name)
+                self._pairs(own.images / name, own.labels and own.labels / name)
                 for name in names.values()
             )
             source = f"of {own.images / names['validation']}"
         else:
-            examples = sorted(_pairs(own.images, own.labels), key=_checksum)
+            examples = sorted(self._pairs(own.images, own.labels), key=_checksum)
             count = max(1, round(len(examples) / 5)) if len(examples) > 1 else 0
             train, validation = examples[count:], examples[:count]
             source = "a fifth, by the checksums of their names"
@@ -296,6 +305,9 @@ or, with folders of any names, and classes that are found in the label maps,
             + listed(sorted(e.id for e in validation), 20)
         )
         return {"train": train, "validation": validation}, text
+
+
+BUILDER, OWN = ImageFolder, OwnImages
 
 
 def _confirmed(contents: Sequence[Contents], own: OwnImages) -> list[str]:
@@ -405,7 +417,7 @@ def _key(path: PurePath) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _pairs(images: Path, labels: Path | None) -> list[RawExample]:
+def _pairs(images: Path, labels: Path | None, suffixes: Sequence[str]) -> list[RawExample]:
     """Every image with its label map, if any. Files that are neither are named in a warning."""
     found, others = [], []
     for path in _files(images):
@@ -426,7 +438,7 @@ def _pairs(images: Path, labels: Path | None) -> list[RawExample]:
                 "or rename one of them."
             )
         candidates = next((c for names in _label_names(key) if (c := _taken(maps, names))), [])
-        label = [path for path in candidates if path.suffix.lower() == ".png"]
+        label = [path for path in candidates if path.suffix.lower() in suffixes]
         if len(label) > 1:
             raise DataError(f"{label[0]} and {label[1]} are both label maps of {image}.")
         if not label:
@@ -439,7 +451,7 @@ def _pairs(images: Path, labels: Path | None) -> list[RawExample]:
         if unlike:
             text += (
                 f"\nThere is {listed([str(path) for path in unlike])}, but a label map has to be "
-                "a PNG file."
+                f"a {' or '.join(s[1:].upper() for s in suffixes)} file."
             )
         raise FileNotFoundError(
             f"{text}\nEvery image needs a label map of its name, which may also end in one of "

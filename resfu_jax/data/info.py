@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float32
 from PIL import Image
 
 from resfu_jax import images
@@ -65,9 +66,12 @@ class DepthMap:
 
     def read(self, data: bytes, name: str, *, orientation: bool = True) -> Image.Image:
         """Decodes a map, PIL mode "F"; an `ImageError` if that cannot be done."""
-        numbers = images.read_values(data, name, orientation=orientation)
+        return Image.fromarray(self.depths(images.read_values(data, name, orientation=orientation)))
+
+    def depths(self, numbers: Float32[np.ndarray, "h w"]) -> Float32[np.ndarray, "h w"]:
+        """Depths of the numbers in a file, 0 where nothing is known."""
         known = np.isfinite(numbers) & (numbers > 0) & (numbers != np.float32(self.invalid))
-        return Image.fromarray(np.where(known, numbers, 0) * np.float32(self.scale))
+        return np.where(known, numbers, np.float32(0)) * np.float32(self.scale)
 
     def check(self, label: Image.Image, where: str) -> None:
         """Any depth may occur."""

@@ -23,9 +23,11 @@ from resfu_jax.data import (
     camvid,
     cityscapes,
     coco_stuff,
+    depth_folder,
     image_folder,
     mattes,
     matting_folder,
+    nyu_depth,
     oxford_pet,
     shapes,
     soft_shapes,
@@ -45,19 +47,21 @@ _DATASETS: dict[str, _Entry] = {
     "coco_stuff": (coco_stuff.INFO, coco_stuff.CocoStuff, "default"),
     "coco_stuff/27": (coco_stuff.COARSE_INFO, coco_stuff.CocoStuff, "27"),
     "composition_1k": (mattes.INFO, mattes.Composition1k, None),
+    "nyu_depth_v2": (nyu_depth.INFO, nyu_depth.NyuDepthV2, "default"),
+    "nyu_depth_v2/filled": (nyu_depth.FILLED_INFO, nyu_depth.NyuDepthV2, "filled"),
     "oxford_pet": (oxford_pet.INFO, oxford_pet.OxfordPet, None),
     "shapes": (shapes.INFO, shapes.Shapes, "default"),
+    "shapes/depth": (shapes.DEPTH_INFO, shapes.Shapes, "depth"),
     "shapes/outline_ignored": (shapes.OUTLINE_IGNORED_INFO, shapes.Shapes, "outline_ignored"),
     "soft_shapes": (soft_shapes.INFO, soft_shapes.SoftShapes, "default"),
     "voc": (voc.INFO, voc.Voc, "default"),
     "voc/train_aug": (voc.TRAIN_AUG_INFO, voc.Voc, "train_aug"),
 }
-# What users make of their own files, by what the names begin with: the module and its builder.
-_OWN: dict[str, tuple[Any, type[tfds.core.GeneratorBasedBuilder]]] = {
-    image_folder.PREFIX: (image_folder, image_folder.ImageFolder),
-    matting_folder.PREFIX: (matting_folder, matting_folder.MattingFolder),
+# What users make of their own files, prefix/NAME.
+_OWN: dict[str, Any] = {
+    module.PREFIX: module for module in (image_folder, depth_folder, matting_folder)
 }
-OwnFiles = image_folder.OwnImages | matting_folder.OwnMattes
+OwnFiles = image_folder.OwnImages | depth_folder.OwnDepth | matting_folder.OwnMattes
 
 
 def list_datasets(data_dir: str | os.PathLike | None = None) -> list[str]:
@@ -65,7 +69,8 @@ def list_datasets(data_dir: str | os.PathLike | None = None) -> list[str]:
 
     Args:
       data_dir: where datasets are kept; `default_data_dir()` if None. Your own datasets
-        (`image_folder/NAME`, `matting_folder/NAME`) are listed once they are prepared there; those
+        (`image_folder/NAME`, `depth_folder/NAME`, `matting_folder/NAME`) are listed once they are
+        prepared there; those
         that are damaged are not, see `damaged_datasets`.
     """
     names = (name for name in _own(data_dir) if not _damage(name, data_dir))
@@ -95,11 +100,12 @@ def dataset_info(name: str, data_dir: str | os.PathLike | None = None) -> Datase
       DatasetNotPrepared: the classes of an `image_folder/NAME` are not known yet.
       DataError: the prepared dataset is damaged.
     """
-    if not _is_own(name):
+    own = _own_module(name)
+    if own is None:
         return _lookup(name)[0]
     builder = _open(name, data_dir)
     try:
-        return _own_kind(name)[0].read_info(name, builder)
+        return own.read_info(name, builder)
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(name, data_dir, f"its metadata.json cannot be read ({error})") from error
 
@@ -144,12 +150,12 @@ def prepare(
     others wait for it.
 
     Args:
-      name: one of `list_datasets()`, or `image_folder/NAME`, for any NAME, for your own images, or
-        `matting_folder/NAME` for your own mattes.
+      name: one of `list_datasets()`, or `image_folder/NAME`, for any NAME, for your own images,
+        `depth_folder/NAME` for your own depth maps, `matting_folder/NAME` for your own mattes.
       data_dir: where to write; `default_data_dir()` if None.
       manual_dir: raw files that were fetched by hand; None downloads them if need be.
-      own: of an `image_folder/NAME`: its folders and classes, if not as a manual folder has them;
-        of a `matting_folder/NAME`: its folders.
+      own: of an `image_folder/NAME` its folders and classes, of a `depth_folder/NAME` its folders
+        and scale, if not as a manual folder has them; of a `matting_folder/NAME` its folders.
       overwrite: build anew, and replace what is there, which stays if that fails.
 
     Returns:
@@ -163,17 +169,19 @@ def prepare(
     """
     cls, config, folder = _place(name, data_dir)
     if own is not None:
-        mine = isinstance(own, image_folder.OwnImages)
-        prefix = image_folder.PREFIX if mine else matting_folder.PREFIX
-        if not name.startswith(prefix):
-            kind = "images and classes" if mine else "mattes"
-            raise ValueError(f"{name} has {kind} of its own; yours are {prefix}/NAME.")
+        module = next(module for module in _OWN.values() if isinstance(own, module.OWN))
+        if _own_module(name) is not module:
+            what = {image_folder: "images and classes", depth_folder: "depth maps"}
+            raise ValueError(
+                f"{name} has {what.get(module, 'mattes')} of its own; yours are "
+                f"{module.PREFIX}/NAME."
+            )
         images = getattr(own, "images", None)
         if images is not None and manual_dir is not None:
             raise ValueError(
                 f"images {images} and manual_dir {manual_dir} are two places; give one."
             )
-        config = _own_kind(name)[0].create_config(name, own)
+        config = module.create_config(name, own)
         manual_dir = images or manual_dir
     if manual_dir is not None:
         manual_dir = _expand(manual_dir, "manual_dir")
@@ -386,7 +394,7 @@ def _damage(name: str, data_dir: str | os.PathLike | None) -> str | None:
                 return f"{path} is no JSON object"
         except FileNotFoundError:
             # Earlier versions wrote no metadata of published datasets.
-            if path.name != "metadata.json" or name.startswith(image_folder.PREFIX):
+            if path.name != "metadata.json" or _own_module(name) is not None:
                 return f"it has no {path.name}"
         except (OSError, ValueError) as error:
             return f"{path} cannot be read ({first_line(error)})"
@@ -417,7 +425,7 @@ def _advice(name: str, data_dir: str | os.PathLike | None) -> str:
 
 def _command(name: str, data_dir: str | os.PathLike | None) -> str:
     command = ["python", "-m", "resfu_jax.data", "prepare", name]
-    if name.startswith(image_folder.PREFIX):
+    if _own_module(name) is not None:
         command += ["--manual-dir", "DIR"]
     if name.startswith(matting_folder.PREFIX):
         command += ["--foregrounds", "DIR", "--alphas", "DIR", "--backgrounds", "DIR"]
@@ -432,23 +440,20 @@ def first_line(error: BaseException) -> str:
 
 
 def _own(data_dir: str | os.PathLike | None) -> list[str]:
-    """Folders of `image_folder/` and `matting_folder/` that a NAME could have made."""
-    return sorted(
-        name
-        for prefix, (module, _) in _OWN.items()
+    """Folders of `image_folder/` and the like that a NAME could have made."""
+    names = [
+        (f"{prefix}/{path.name}", prefix)
+        for prefix in _OWN
         for path in _root(data_dir).glob(f"{prefix}/[!.]*")
-        if module.is_name(name := f"{prefix}/{path.name}")
-    )
+    ]
+    return sorted(name for name, prefix in names if image_folder.is_name(name, prefix))
 
 
-def _is_own(name: str) -> bool:
+def _own_module(name: str) -> Any:
+    """What prepares one's own images of this name; None for published datasets."""
     if not isinstance(name, str):
         raise ValueError(f"name must be that of a dataset, got {name!r}.")
-    return name.startswith(tuple(_OWN))
-
-
-def _own_kind(name: str) -> tuple[Any, type[tfds.core.GeneratorBasedBuilder]]:
-    return next(kind for prefix, kind in _OWN.items() if name.startswith(prefix))
+    return next((module for prefix, module in _OWN.items() if name.startswith(prefix)), None)
 
 
 def _lookup(name: str) -> _Entry:
@@ -488,9 +493,9 @@ def _place(
 
     tfds itself reads the folder before it tells its name.
     """
-    if _is_own(name):
-        module, cls = _own_kind(name)
-        config = module.create_config(name)
+    own = _own_module(name)
+    if own is not None:
+        cls, config = own.BUILDER, own.create_config(name)
     else:
         _, cls, config = _lookup(name)
     part = config.name if isinstance(config, tfds.core.BuilderConfig) else config or ""

@@ -13,7 +13,6 @@ Which ones, and which background they get, follows from checksums of their names
 """
 
 import os
-import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from resfu_jax import images
 from resfu_jax._checks import check_whole
 from resfu_jax._files import local_path
 from resfu_jax.data.composition import compose, covering, draw_trimap
+from resfu_jax.data.image_folder import own_name
 from resfu_jax.data.info import DataError, DatasetInfo
 from resfu_jax.data.mattes import (
     MatteFiles,
@@ -42,21 +42,9 @@ PREFIX = "matting_folder"
 _NEEDED = ("foregrounds", "alphas", "backgrounds")
 
 
-def is_name(name: str) -> bool:
-    """Whether it is `matting_folder/NAME` with a NAME that can be a folder."""
-    return re.fullmatch(f"{PREFIX}/[A-Za-z0-9_-]{{1,200}}", name) is not None
-
-
 def create_config(name: str, own: "OwnMattes | None" = None) -> "MattingConfig":
     """The builder's configuration of `matting_folder/NAME`; `own` is for building it."""
-    if not is_name(name):
-        raise ValueError(
-            f"There is no dataset {name!r}. Your own mattes are matting_folder/NAME, where you "
-            "choose NAME: letters, digits, - and _, at most 200."
-        )
-    return MattingConfig(
-        name=name.removeprefix(f"{PREFIX}/"), description="Mattes of folders.", own=own
-    )
+    return MattingConfig(name=own_name(name, PREFIX), description="Mattes of folders.", own=own)
 
 
 def read_info(name: str, builder: tfds.core.GeneratorBasedBuilder) -> DatasetInfo:
@@ -190,3 +178,6 @@ def _composed(
     if files.trimap is None:
         stored["trimap"] = png(draw_trimap(alpha, trimap_width, trimap_width))
     return stored
+
+
+BUILDER, OWN = MattingFolder, OwnMattes

@@ -415,6 +415,24 @@ class OwnConfigs:
             absl_logging.set_verbosity(verbosity)
 
 
+def depth_features(builder: tfds.core.GeneratorBasedBuilder) -> tfds.core.DatasetInfo:
+    """What tfds has to know of a dataset of images and depth maps."""
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        description=builder.__doc__,
+        metadata=tfds.core.MetadataDict(),
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "label": tfds.features.Image(
+                    shape=(None, None, 1), dtype=np.uint16, encoding_format="png"
+                ),
+                "id": tfds.features.Text(),
+            }
+        ),
+    )
+
+
 class RawBuilder(tfds.core.GeneratorBasedBuilder):
     """Base of the builders that convert raw files.
 
@@ -569,18 +587,24 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder):
             size = images.open_image(image, f"the image {example.image}").size
         except images.ImageError as error:
             raise DataError(str(error)) from error
+        label_size, stored = self._stored_label(example, label, size)
+        if size != label_size:
+            raise DataError(
+                f"{example.image} and {example.label} {different_sizes(image, size, label_size)}"
+            )
+        return example.id, {"image": image, "label": stored, "id": example.id}
+
+    def _stored_label(
+        self, example: RawExample, label: bytes | None, size: tuple[int, int]
+    ) -> tuple[tuple[int, int], bytes]:
+        """Size (width, height) and content of the label file to store for an image of `size`."""
         if label is None or example.label is None:
             classes = np.full(size[::-1], 255, np.uint8)
         else:
             raw = self.read_label(label, example.label)
             classes = map_label(raw, self.table, example.label, self.TITLE)
-        if size != classes.shape[::-1]:
-            raise DataError(
-                f"{example.image} and {example.label} "
-                f"{different_sizes(image, size, classes.shape[::-1])}"
-            )
         with self._counting:
             self._pixels += np.bincount(classes.ravel(), minlength=256)
         buffer = io.BytesIO()
         Image.fromarray(classes).save(buffer, "PNG")
-        return example.id, {"image": image, "label": buffer.getvalue(), "id": example.id}
+        return classes.shape[::-1], buffer.getvalue()

@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw, ImageFilter
 
-from resfu_jax.data.info import DatasetInfo
+from resfu_jax.data.info import DatasetInfo, DepthMap
 
 CLASS_NAMES = ("background", "disc", "square", "triangle", "star", "ring", "cross", "line")
 PALETTE = (
@@ -42,10 +42,14 @@ INFO = DatasetInfo(
     terms="drawn by this library",
 )
 OUTLINE_IGNORED_INFO = dataclasses.replace(INFO, name="shapes/outline_ignored")
+DEPTH_INFO = dataclasses.replace(
+    INFO, name="shapes/depth", class_names=(), palette=(), depth=DepthMap(scale=0.001)
+)
 
 _SUPERSAMPLE = 4  # masks are drawn this much larger and box-filtered down: antialiased edges
 _MIN_CONTRAST = 60.0  # smallest distance between two base colours of one image, in RGB units
 _HUE_SPREAD = 0.025  # standard deviation of a class's hue, in turns; classes are 1/7 apart
+_FOG = np.float32(225.0)  # grey of the fog in `draw_depth_example`
 _SEED = 2024
 _SPLIT_SEED = {"train": 0, "validation": 1}
 
@@ -67,6 +71,40 @@ def draw_example(
     Returns:
       image (size, size, 3) uint8 and label (size, size) uint8.
     """
+    image, label, _ = _draw(rng, size, max_shapes, ignore_outlines)
+    return _with_noise(rng, image), label
+
+
+def draw_depth_example(
+    rng: np.random.Generator, size: int = 128, max_shapes: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws one image in fog, and its depth.
+
+    The ground is a slanted plane, 9 m away at the top and 5 m at the bottom; each shape is nearer
+    than those that were drawn before it, from 4.5 m on. Fog hides what is far: with z the depth,
+    exp(-z / 5 m) of a colour is left.
+
+    Args:
+      rng: as for `draw_example`.
+      size: as well.
+      max_shapes: as well.
+
+    Returns:
+      image (size, size, 3) uint8 and depth in millimetres, (size, size) uint16.
+    """
+    image, _, owner = _draw(rng, size, max_shapes, False)
+    ground = np.broadcast_to(np.linspace(9.0, 5.0, size)[:, None], (size, size))
+    nearer = np.sort(rng.uniform(1.0, 4.5, owner.max()))[::-1]
+    depth = np.where(owner > 0, np.append(0.0, nearer)[owner], ground)
+    left = np.exp(-depth / 5)[..., None].astype(np.float32)
+    image = left * image + (1 - left) * _FOG
+    return _with_noise(rng, image), np.rint(1000 * depth).astype(np.uint16)
+
+
+def _draw(
+    rng: np.random.Generator, size: int, max_shapes: int, ignore_outlines: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image without noise, label map, and which shape is on top: 0 the ground, 1 the lowest, ..."""
     count = int(rng.integers(1, max_shapes + 1))
     colours = [_colour(rng, 0, [])]  # background
     image = texture(rng, size, colours[0], background=True)
@@ -101,8 +139,13 @@ def draw_example(
         alpha = coverage[inside][..., None]
         image[inside] = image[inside] * (1 - alpha) + fill * alpha
 
-    image += rng.uniform(1, 5) * rng.standard_normal(image.shape, np.float32)  # sensor noise
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8), label
+    return image, label, owner
+
+
+def _with_noise(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """The sensor's noise, and its 8 bits."""
+    image = image + rng.uniform(1, 5) * rng.standard_normal(image.shape, np.float32)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
 def _colour(rng: np.random.Generator, kind: int | None, others: list[np.ndarray]) -> np.ndarray:
@@ -236,6 +279,7 @@ class ShapesConfig(tfds.core.BuilderConfig):
     train_examples: int = 2000
     validation_examples: int = 200
     ignore_outlines: bool = False
+    depth: bool = False
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
@@ -249,6 +293,9 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             description="The pixel around each shape is labelled 255, to be ignored.",
             ignore_outlines=True,
         ),
+        ShapesConfig(
+            name="depth", description="Depth in millimetres, of the shapes in fog.", depth=True
+        ),
     ]
     builder_config: ShapesConfig
 
@@ -259,7 +306,11 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-                    "label": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
+                    "label": tfds.features.Image(
+                        shape=(None, None, 1),
+                        dtype=np.uint16 if self.builder_config.depth else np.uint8,
+                        encoding_format="png",
+                    ),
                     "id": tfds.features.Text(),
                 }
             ),
@@ -277,9 +328,12 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         for index in range(count):
             rng = np.random.default_rng((_SEED, _SPLIT_SEED[split], index))
-            image, label = draw_example(
-                rng, size=config.size, ignore_outlines=config.ignore_outlines
-            )
+            if config.depth:
+                image, label = draw_depth_example(rng, size=config.size)
+            else:
+                image, label = draw_example(
+                    rng, size=config.size, ignore_outlines=config.ignore_outlines
+                )
             key = f"{split}_{index:05d}"
             yield key, {"image": _png(image), "label": _png(label), "id": key}
 

@@ -1,4 +1,4 @@
-"""Heads: a pyramid of feature maps to logits.
+"""Heads: a pyramid of feature maps to logits, or to depth (`DEPTH_HEADS`).
 
 A head is called with the maps that a backbone returns and the normalised images, and takes its
 upsampler by name. `head.upsampled(maps, images)` is what it classifies.
@@ -11,6 +11,7 @@ from typing import Any
 from flax import nnx
 
 from resfu_jax._names import lookup
+from resfu_jax.heads.depth import BinsHead, DepthDecoder
 from resfu_jax.heads.linear import LinearHead
 from resfu_jax.heads.segformer import SegFormerHead
 from resfu_jax.heads.upernet import UPerNetHead
@@ -22,7 +23,10 @@ HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
     "fpn": (UPerNetHead, {"pool_sizes": ()}),
     "linear": (LinearHead, {}),
     "linear_probe": (LinearHead, {"scale": 16, "guide_stride": 1}),
+    "bins": (BinsHead, {}),
+    "depth_decoder": (DepthDecoder, {}),
 }
+DEPTH_HEADS = ("bins", "depth_decoder")
 
 
 def create_head(
@@ -54,7 +58,10 @@ def check_head_options(name: str, options: Iterable[str]) -> None:
 
 
 __all__ = [
+    "DEPTH_HEADS",
     "HEADS",
+    "BinsHead",
+    "DepthDecoder",
     "LinearHead",
     "SegFormerHead",
     "UPerNetHead",

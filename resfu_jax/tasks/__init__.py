@@ -3,6 +3,7 @@
 from resfu_jax._extras import extra
 
 with extra("train"):
+    from resfu_jax.tasks.depth import Depth
     from resfu_jax.tasks.features import Features
     from resfu_jax.tasks.matting import Matting, matting_model
     from resfu_jax.tasks.segmentation import Segmentation, evaluate_batch
@@ -10,6 +11,7 @@ with extra("train"):
     from resfu_jax.training.config import Config
 
 __all__ = [
+    "Depth",
     "Features",
     "Matting",
     "Pictures",
@@ -22,6 +24,7 @@ __all__ = [
 
 _TASKS: dict[str, type[Task]] = {
     "segmentation": Segmentation,
+    "depth": Depth,
     "features": Features,
     "matting": Matting,
 }

@@ -55,9 +55,10 @@ class HeadConfig:
     """Arguments of `resfu_jax.heads.create_head`; None keeps the head's own value."""
 
     name: str = "segformer"
-    """Architecture: "segformer", "upernet", "fpn", "linear" or "linear_probe". The task "features"
-    has none: of this group it reads upsampler, upsampler_options, pretrained, scale and width;
-    "matting" has its own, and reads upsampler, upsampler_options and dropout."""
+    """Architecture: "segformer", "upernet", "fpn", "linear" or "linear_probe"; in the task "depth"
+    "bins" or "depth_decoder". The task "features" has none: of this group it reads upsampler,
+    upsampler_options, pretrained, scale and width; "matting" has its own, and reads upsampler,
+    upsampler_options and dropout."""
     upsampler: str = "resfu"
     """Any of `resfu_jax.list_upsamplers()`."""
     upsampler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -81,6 +82,10 @@ class HeadConfig:
     """linear: stride of the guide and of the logits: 1, 2, 4 or 8."""
     norm: bool | None = None
     """linear: normalise the features before the upsampler."""
+    bins: int | None = None
+    """bins: number of bins."""
+    class_token: bool | None = None
+    """bins: the matrix sees the class token of a ViT, too."""
 
 
 @dataclasses.dataclass
@@ -212,6 +217,30 @@ class MattingConfig:
 
 
 @dataclasses.dataclass
+class DepthConfig:
+    """Range, losses and metrics of the task "depth"; depths are in the unit of the dataset."""
+
+    min_depth: float = 1e-3
+    """Smaller depths count neither in the losses nor in the metrics, nor are they predicted."""
+    max_depth: float = 10.0
+    """Likewise larger ones."""
+    sig: float = 1.0
+    """Weight of `resfu_jax.training.depth.sig_loss`."""
+    silog: float = 0.0
+    """Weight of `silog_loss`, that of BTS."""
+    gradient: float = 0.5
+    """Weight of `gradient_loss`."""
+    warmup_steps: int = 100
+    """Steps in which `sig_loss` leaves the variance out."""
+    cap: float | None = None
+    """Largest depth in the metrics, where it is not `max_depth`: 50 or 80 for KITTI."""
+    crop: str = "none"
+    """What of an image counts in the metrics: "none" (all of it), "eigen" (NYU) or "garg"."""
+    align: str = "none"
+    """"scale_shift" first fits the scale and shift of every prediction; "none" does not."""
+
+
+@dataclasses.dataclass
 class EvalConfig:
     """Evaluation on the whole validation split."""
 
@@ -280,8 +309,8 @@ class Config:
     """One experiment."""
 
     task: str = "segmentation"
-    """What is learned: "segmentation"; "features", an upsampler of a frozen backbone's features,
-    without labels; or "matting"."""
+    """What is learned: "segmentation"; "depth"; "matting"; or "features", an upsampler of a frozen
+    backbone's features, without labels."""
     steps: int = 1000
     """Total number of optimizer steps."""
     batch_size: int = 16
@@ -305,6 +334,7 @@ class Config:
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     matting: MattingConfig = dataclasses.field(default_factory=MattingConfig)
+    depth: DepthConfig = dataclasses.field(default_factory=DepthConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)

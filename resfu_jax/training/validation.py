@@ -1,22 +1,24 @@
 """What is wrong with a config, before data are read or a program is compiled."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import types
 import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from resfu_jax import data
 from resfu_jax._checks import is_number
 from resfu_jax._output import counted
 from resfu_jax.backbones import check_backbone_options
 from resfu_jax.backbones.matting import DEPTHS
-from resfu_jax.heads import check_head_options
+from resfu_jax.heads import DEPTH_HEADS, check_head_options
 from resfu_jax.training.config import (
     Config,
     ConfigError,
+    DepthConfig,
     LossConfig,
     MattingConfig,
     ObjectiveConfig,
@@ -27,6 +29,7 @@ from resfu_jax.training.config import (
     given,
     size_multiple,
 )
+from resfu_jax.training.depth import Align, Crop
 from resfu_jax.upsamplers import upsampler_entry
 
 
@@ -122,8 +125,7 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
     require("model.dtype", lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
     names = ("adamw", "nadam", "sgd")
     require("optimizer.name", lambda v: v in names, "'adamw', 'nadam' or 'sgd'")
-    tasks = ("segmentation", "features", "matting")
-    require("task", lambda v: v in tasks, "'segmentation', 'features' or 'matting'")
+    require("task", lambda v: v in _BY_TASK, " or ".join(map(repr, _BY_TASK)))
     require("optimizer.layer_decay", lambda v: 0 < v <= 1, "above 0, at most 1")
     require(
         "optimizer.final_learning_rate",
@@ -209,13 +211,13 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         json.dumps(config.model.head.upsampler_options)
     except (ValueError, TypeError) as error:
         wrong.append(f"config.model.head.upsampler_options: {error}")
-    checks = {"features": _features, "matting": _matting}
-    wrong += checks.get(config.task, _segmentation)(config)
-    if config.task != "matting" and config.matting != MattingConfig():
-        wrong.append(
-            f"config.matting is {config.matting!r}; it has to be {MattingConfig()!r} unless "
-            "config.task is 'matting'"
-        )
+    wrong += _BY_TASK.get(config.task, _segmentation)(config)
+    for task, default in (("depth", DepthConfig()), ("matting", MattingConfig())):
+        if config.task != task and getattr(config, task) != default:
+            wrong.append(
+                f"config.{task} is {getattr(config, task)!r}; it has to be {default!r} unless "
+                f"config.task is {task!r}"
+            )
     try:
         info = data.dataset_info(config.data.name, config.data.dir)
         classes = info.num_classes
@@ -235,6 +237,11 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
                 f"config.data.name is {config.data.name!r}, images without label maps; it has to "
                 "be a dataset with classes, or config.task 'features'"
             )
+        if not info.depth and config.task == "depth":
+            wrong.append(
+                f"config.data.name is {config.data.name!r}, which has no depth maps; those of "
+                "'shapes/depth', 'nyu_depth_v2' and depth_folder/NAME have"
+            )
     except ValueError as error:
         wrong.append(f"config.data.name: {error}")
     if wrong:
@@ -243,6 +250,49 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
 
 def _segmentation(config: Config) -> list[str]:
     """What is wrong for this task alone."""
+    wrong = _only_of_features(config)
+    if config.model.head.name in DEPTH_HEADS:
+        wrong.append(f"config.model.head.name is {config.model.head.name!r}, a head of depth")
+    return wrong + _head(config)
+
+
+def _depth(config: Config) -> list[str]:
+    """Likewise."""
+    wrong, depth = _only_of_features(config), config.depth
+    for field, holds, need in (
+        ("depth.min_depth", depth.min_depth > 0, "positive"),
+        ("depth.max_depth", depth.max_depth > depth.min_depth, "above config.depth.min_depth"),
+        ("depth.cap", depth.cap is None or depth.cap > depth.min_depth, "above min_depth, or None"),
+        ("depth.sig", depth.sig >= 0, "0 or more"),
+        ("depth.silog", depth.silog >= 0, "0 or more"),
+        ("depth.gradient", depth.gradient >= 0, "0 or more"),
+        ("depth.warmup_steps", depth.warmup_steps >= 0, "0 or more"),
+        ("depth.crop", depth.crop in get_args(Crop), "'none', 'eigen' or 'garg'"),
+        ("depth.align", depth.align in get_args(Align), "'none' or 'scale_shift'"),
+        ("model.head.name", config.model.head.name in DEPTH_HEADS, f"one of {DEPTH_HEADS}"),
+        (
+            "optimizer.accumulate",
+            config.optimizer.accumulate == 1,
+            "1: losses are of whole batches",
+        ),
+        ("data.max_class_share", config.data.max_class_share == 1, "1: there are no classes"),
+        ("loss", config.loss == LossConfig(), "as it is by default: config.depth has the losses"),
+        ("eval.mode", config.eval.mode == "whole", "'whole'"),
+        ("eval.scales", tuple(config.eval.scales) == (1.0,), "(1.0,)"),
+        ("eval.flip", not config.eval.flip, "False"),
+    ):
+        if not holds:
+            value = functools.reduce(getattr, field.split("."), config)
+            wrong.append(
+                f"config.{field} is {value!r}; it has to be {need}, where config.task is 'depth'"
+            )
+    if not depth.sig + depth.silog + depth.gradient > 0:
+        wrong.append("config.depth: one of the weights sig, silog and gradient has to be positive")
+    return wrong + _head(config)
+
+
+def _only_of_features(config: Config) -> list[str]:
+    """What only the task "features" reads."""
     wrong = []
     default = ObjectiveConfig()
     if config.objective != default:
@@ -255,12 +305,17 @@ def _segmentation(config: Config) -> list[str]:
             f"config.model.head.pretrained is {config.model.head.pretrained!r}; it has to be None "
             "unless config.task is 'features' (config.init_from starts from whole models)"
         )
+    return wrong
+
+
+def _head(config: Config) -> list[str]:
+    """Options that the head does not have."""
     try:
         options = given(config.model.head).keys() - {"name", "pretrained"}
         check_head_options(config.model.head.name, options)
     except ValueError as error:
-        wrong.append(f"config.model.head: {error}")
-    return wrong
+        return [f"config.model.head: {error}"]
+    return []
 
 
 _OF_FEATURES = ("name", "upsampler", "upsampler_options", "pretrained", "width", "scale")
@@ -338,6 +393,14 @@ def _matting(config: Config) -> list[str]:
             "config.task is 'matting'"
         )
     return wrong
+
+
+_BY_TASK: dict[str, Callable[[Config], list[str]]] = {
+    "segmentation": _segmentation,
+    "depth": _depth,
+    "features": _features,
+    "matting": _matting,
+}
 
 
 def check_types(config: Config) -> None:
