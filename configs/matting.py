@@ -5,7 +5,7 @@
 
 fade, sapa   Composition-1K, for which its authors have to be asked: crops of 512, batch 16, Adam,
              30 epochs of 6000 steps, rates 1e-4 of encoder and upsamplers and 1e-2 of the rest, a
-             tenth after epochs 20 and 26; the settings of dongdong93/a2u_matting and poppinace/fade.
+             tenth after epochs 20 and 26; settings of dongdong93/a2u_matting and poppinace/fade.
              Published (SAD, MSE, Grad, Conn): FADE 31.10, 0.0073, 14.52, 28.11 (Lu et al., ECCV
              2022); SAPA-B 31.19, 0.0079, 15.48, 28.30 (Lu et al., NeurIPS 2022); bilinear 37.31,
              0.0103, 21.38, 35.39.
