@@ -26,7 +26,7 @@ def grey(*shape):
 
 
 # ------------------------------------------------------------------------------------------ metrics
-def test_metrics_are_those_of_the_matlab_code():
+def test_metrics_are_those_of_the_matlab_code(as_users_call):
     with np.load(goldens.index()["metric_matting_lemur"]["path"]) as file:
         golden = {name: file[name] for name in file.files}
     mattes = tuple(golden[f"in/{name}"] for name in ("pred", "alpha", "trimap"))
