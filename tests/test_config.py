@@ -83,6 +83,9 @@ def test_configs_build_a_model(name, photos):
     config = config_of(name, photos)
     task = create_task(config)
     classes = task.info.num_classes
+    if config.task == "matting":
+        nnx.eval_shape(lambda: task.create_model(nnx.Rngs(0)))
+        return
     if config.task == "features":
         model = nnx.eval_shape(lambda: task.create_model(nnx.Rngs(0)))
         assert model.head.features == model.backbone.features[-1]

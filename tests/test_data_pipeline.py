@@ -602,9 +602,11 @@ def test_names(tmp_path):
         "cityscapes",
         "coco_stuff",
         "coco_stuff/27",
+        "composition_1k",
         "oxford_pet",
         "shapes",
         "shapes/outline_ignored",
+        "soft_shapes",
         "voc",
         "voc/train_aug",
     ]
