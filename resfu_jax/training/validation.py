@@ -139,6 +139,15 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         lambda v: list(v) == sorted(set(v)) and all(m > config.optimizer.warmup_steps for m in v),
         "increasing steps after config.optimizer.warmup_steps",
     )
+    low = config.depth.min_depth
+    require("depth.min_depth", lambda v: v > 0, "positive")
+    require("depth.max_depth", lambda v: v > low, "above config.depth.min_depth")
+    require("depth.cap", lambda v: v is None or v > low, "above config.depth.min_depth, or None")
+    for field in ("sig", "silog", "gradient", "warmup_steps"):
+        require(f"depth.{field}", lambda v: v >= 0, "0 or more")
+    require("depth.crop", lambda v: v in get_args(Crop), "'none', 'eigen' or 'garg'")
+    require("depth.align", lambda v: v in get_args(Align), "'none' or 'scale_shift'")
+    require("model.head.bins", lambda v: v is None or v >= 2, "2 or more, or None")
     require("matting.composition_weight", lambda v: 0 <= v <= 1, "between 0 and 1")
     require(
         "matting.trimap_width",
@@ -263,15 +272,6 @@ def _depth(config: Config) -> list[str]:
     """Likewise."""
     wrong, depth = _only_of_features(config), config.depth
     for field, holds, need in (
-        ("depth.min_depth", depth.min_depth > 0, "positive"),
-        ("depth.max_depth", depth.max_depth > depth.min_depth, "above config.depth.min_depth"),
-        ("depth.cap", depth.cap is None or depth.cap > depth.min_depth, "above min_depth, or None"),
-        ("depth.sig", depth.sig >= 0, "0 or more"),
-        ("depth.silog", depth.silog >= 0, "0 or more"),
-        ("depth.gradient", depth.gradient >= 0, "0 or more"),
-        ("depth.warmup_steps", depth.warmup_steps >= 0, "0 or more"),
-        ("depth.crop", depth.crop in get_args(Crop), "'none', 'eigen' or 'garg'"),
-        ("depth.align", depth.align in get_args(Align), "'none' or 'scale_shift'"),
         ("model.head.name", config.model.head.name in DEPTH_HEADS, f"one of {DEPTH_HEADS}"),
         (
             "optimizer.accumulate",
