@@ -280,7 +280,7 @@ def test_heads_of_an_empty_batch(name, upsampler):
         rngs=seed(),
     )
     maps = tuple(jnp.zeros((0, n, n, c)) for n, c in zip(sides, widths, strict=True))
-    side = {"linear_probe": 64, "bins": 64, "depth_decoder": 32}.get(name, 16)
+    side = 64 if name in ("linear_probe", "bins") else 16
     check_empty(head, [(0, side, side, outputs(name))], maps, jnp.zeros(IMAGES))
 
 
