@@ -38,7 +38,7 @@ def explain(
 
     Of each photo the square in the middle, and the class that is predicted. Writes OUT/explain.json
     and OUT/explain.md, with the convention of the metrics in words, and OUT/pictures/NAME.png, the
-    photo beside the map of each upsampler. docs/explain.md has the definitions.
+    photo and the map of each upsampler, with the probability and that once masked. docs/explain.md has the definitions.
 
     Args:
       images: files and folders (their images, without subfolders).
@@ -203,5 +203,5 @@ def _overlays(pixels: Any, found: "dict[str, Explanation]") -> list[tuple[str, A
     for name, one in found.items():
         heat = heatmap(np.asarray(scaled(one.cam)[0]), 0.0, 1.0, "inferno")
         shown = (0.4 * grey + 0.6 * heat).round().astype(np.uint8)
-        panels.append((f"{name}: {100 * float(one.score_of_masked[0]):.0f} % masked", shown))
+        panels.append((f"{name}, {100 * float(one.score_of_masked[0]):.0f} %", shown))
     return panels
