@@ -39,7 +39,7 @@ def check_upsampler(upsampler: Any, weights: Any) -> None:
         known = dict.fromkeys([*list_upsamplers(), *RELEASES])
         lookup("upsampler", known, upsampler)
         need(
-            weights is None or _is_released(upsampler),
+            weights is None or is_released(upsampler),
             f"weights are read for upsamplers with released ones; of {upsampler!r} there are none: "
             "give the module with its weights, such as a GuidedUpsampler",
         )
@@ -58,7 +58,8 @@ def check_upsampler(upsampler: Any, weights: Any) -> None:
     )
 
 
-def _is_released(name: str) -> bool:
+def is_released(name: str) -> bool:
+    """Whether there are released weights of this name, or of the upsampler of this name."""
     return name in RELEASES or name in {release.member for release in RELEASES.values()}
 
 
@@ -80,7 +81,7 @@ def create_member(
         )
         own = getattr(member, "image", "imagenet")
         return upsampler, _colours(normalisation or own, "image_normalisation")
-    if _is_released(upsampler):
+    if is_released(upsampler):
         releases = find_releases(upsampler)
         fit = {n: r for n, r in releases.items() if r.features in (None, channels)}
         need(

@@ -7,6 +7,7 @@ import dataclasses
 import mimetypes
 import os
 import pathlib
+import platform
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import resfu_jax
 from resfu_jax._names import lookup
 
 if TYPE_CHECKING:
@@ -151,6 +153,16 @@ def compute_type(dtype: Any) -> str:
     if name not in known:
         raise ValueError(f"dtype must be one of {', '.join(known)}, or None, got {name}")
     return name
+
+
+def versions() -> dict[str, str]:
+    """What results were computed with."""
+    return {
+        "resfu_jax": resfu_jax.__version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+    }
 
 
 def check_fields(cls: type, given: Mapping[str, Any], kind: str) -> None:

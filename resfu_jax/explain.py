@@ -321,6 +321,7 @@ _COLUMNS = {
     "adcc_nonzero": "ADCC (nonzero) ↑",
     "adcc_l1": "ADCC (l1) ↑",
 }
+METRICS = tuple(name for name in _COLUMNS if not name.startswith("adcc"))
 
 
 def markdown(results: Mapping[str, Mapping[str, float]]) -> str:

@@ -29,7 +29,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -46,6 +45,7 @@ from resfu_jax import data, training
 from resfu_jax._checks import check_whole, need
 from resfu_jax._extras import extra
 from resfu_jax._files import local_path
+from resfu_jax._running import versions
 from resfu_jax.ops.resize import resize
 from resfu_jax.probing.images import Batch, Encoder, Pipeline, Split
 from resfu_jax.probing.results import markdown, read_results, record
@@ -209,12 +209,7 @@ def probe(
         "images": [len(source) for source in sources],
         "protocols": protocols,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "versions": {
-            "resfu_jax": resfu_jax.__version__,
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-            "device": jax.devices()[0].device_kind,
-        },
+        "versions": versions(),
     }
 
 

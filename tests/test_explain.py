@@ -1,14 +1,18 @@
 """Grad-CAM on upsampled activations, and its scores, against the golden values."""
 
+import json
+
 import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import weights
+from PIL import Image
 
 from resfu_jax import FeaturePipeline, explain
 from resfu_jax.backbones import ViT
+from resfu_jax.cli import main
 from resfu_jax.convert import load_classifier
 from resfu_jax.ops import resize
 
@@ -100,3 +104,79 @@ def test_explanation_of_photos(file):
     assert table.count("\n") == 3 and "| bilinear |" in table
     with pytest.raises(ValueError, match="classes must be 2 whole numbers"):
         classifier(PHOTOS, [0, 99])
+
+
+# --------------------------------------------------------------------------------------- from files
+@pytest.mark.parametrize("family", ["vit", "mit"])
+def test_weights_without_a_classifier_are_refused(tmp_path, family):
+    entries = {k: v for k, v in weights.entries(family).items() if not k.startswith("head")}
+    path = weights.write(tmp_path / "weights.safetensors", entries)
+    what = "classifier of the ViT" if family == "vit" else "ViT"
+    with pytest.raises(ValueError, match=f"holds no {what}: give weights of a ViT that were"):
+        load_classifier(path)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, photo in zip("ab", PHOTOS, strict=True):
+        Image.fromarray(photo).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.mark.usefixtures("programs_are_kept")
+def test_command(file, photos, tmp_path, capsys):
+    """The square in the middle of 24 x 16 pixels is 16 x 16."""
+    classes = tmp_path / "classes.txt"
+    count = len(weights.entries("vit")["head.bias"])
+    classes.write_text("\n".join(f"name {i}, other" for i in range(count)))
+    out = tmp_path / "out"
+    words = ["--backbone", str(file), "--normalisation", "half", "--upsampler", "nearest", "jbu"]
+    words += ["--mask", "soft", "--masked", "before", "--size", "16", "--classes", str(classes)]
+    assert main(["explain", str(photos), *words, "--out", str(out)]) == 0
+    result = json.loads((out / "explain.json").read_text())
+    convention = explain.Convention("soft", "before")
+    assert str(convention) in result["convention"]["in_words"]
+    assert result["versions"]["jax"] == jax.__version__
+    classifier = explain.Classifier(file, normalisation="half")
+    for name in ("nearest", "jbu"):
+        pipeline = FeaturePipeline(classifier.vit, name, normalisation="half")
+        found = explain.explain(classifier, pipeline, PHOTOS[:, 4:20], convention=convention)
+        expected = explain.averages(found.metrics())
+        assert result["averages"][name] == pytest.approx(expected, rel=1e-3, abs=1e-3)
+        for i, record in enumerate(result["images"]):
+            assert record["class"] == found.classes[i]
+            assert record["name"] == f"name {record['class']}, other"
+            assert record["probability"] == pytest.approx(float(found.score[i]), rel=1e-4)
+    table = (out / "explain.md").read_text()
+    assert explain.markdown(result["averages"]) in table and str(convention) in table
+    assert table in capsys.readouterr().out
+    assert sorted(p.name for p in (out / "pictures").iterdir()) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no images: give files or folders"),
+        (["A", "--upsampler", "jbu", "jbu"], "--upsampler must be different names"),
+        (["A", "--upsampler", "jbuu"], "did you mean 'jbu'"),
+        (["A", "--weights", "V"], "--weights are those of the one --upsampler"),
+        (["A", "--size", "18"], "--size must be a multiple of the patch, 4, got 18"),
+        (["A", "--classes", "A/none.txt"], "No such file"),
+        (["A", "--classes", "V.txt"], "--classes must have a line for each of the"),
+        (["A/none.png"], "none.png: no such file"),
+        (["A", "A"], "a.png: its picture would replace that of"),
+    ],
+)
+def test_mistakes_end_in_one_line(file, photos, tmp_path, capsys, words, message):
+    file.with_suffix(".txt").write_text("one\ntwo")
+    places = {"A": photos, "A/none.txt": photos / "none.txt", "A/none.png": photos / "none.png"}
+    places |= {"V": file, "V.txt": file.with_suffix(".txt")}
+    words = [str(places.get(word, word)) for word in words]
+    options = ["--backbone", str(file), "--normalisation", "half", "--out", str(tmp_path / "out")]
+    size = [] if "--size" in words else ["--size", "16"]
+    assert main(["explain", *words, *options, *size]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ import resfu_jax
 from resfu_jax._names import lookup
 from resfu_jax._output import readers_may_leave
 from resfu_jax.cli.evaluate import evaluate
+from resfu_jax.cli.explain import explain
 from resfu_jax.cli.export import export
 from resfu_jax.cli.features import features
 from resfu_jax.cli.matte import matte
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "matte": matte,
     "evaluate": evaluate,
     "probe": probe,
+    "explain": explain,
     "visualize": visualize,
     "export": export,
     "serve": serve,
