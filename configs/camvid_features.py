@@ -27,7 +27,7 @@ from resfu_jax.training import (
 )
 
 
-def get_config(upsampler: str = "resfu") -> Config:
+def get_config(upsampler: str = "naf") -> Config:
     own = upsampler in ("naf", "jafar", "anyup")
     objective = ObjectiveConfig(upsampler) if own else ObjectiveConfig("stitch", {"scale": 4})
     return Config(
