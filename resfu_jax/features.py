@@ -268,7 +268,7 @@ class FeaturePipeline:
         workdir, which = training.find_run(run_folder(path), str(which))
         config = training.read_config(workdir)
         need(
-            config.task == "features",
+            training.task_kind(config) == "features",
             f"path must be a run that learns features, and {workdir} has task={config.task!r}: "
             "Predictor.from_checkpoint loads it",
         )

@@ -175,7 +175,7 @@ class MattingPipeline:
         workdir, which = training.find_run(run_folder(path), str(which))
         config = training.read_config(workdir)
         need(
-            config.task == "matting",
+            training.task_kind(config) == "matting",
             f"path must be a run of matting, and {workdir} has task={config.task!r}",
         )
         config.model.dtype = compute or config.model.dtype

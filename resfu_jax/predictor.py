@@ -227,15 +227,11 @@ class Predictor:
         devices = local_devices(devices)
         workdir, which = training.find_run(run_folder(path), str(which))
         config = training.read_config(workdir)
-        if config.task == "matting":
-            raise ValueError(
-                f"path must be a run that segments, and {workdir} has task='matting': "
-                "`resfu matte` or MattingPipeline.from_checkpoint runs it"
-            )
-        if config.task != "segmentation":
+        if training.task_kind(config) != "segmentation":
             raise ValueError(
                 f"path must be a run that segments, and {workdir} has task={config.task!r}: "
-                "FeaturePipeline.from_checkpoint loads those of 'features'"
+                "FeaturePipeline.from_checkpoint loads those of 'features', `resfu matte` or "
+                "MattingPipeline.from_checkpoint those of 'matting'"
             )
         config.model.dtype = compute or config.model.dtype
         if info is None:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from resfu_jax import ops
 from resfu_jax.backbones import create_backbone
-from resfu_jax.heads import HEADS, create_head
+from resfu_jax.heads import DEPTH_HEADS, HEADS, create_head
 from resfu_jax.inference import Inference
 from resfu_jax.model import create_model
 from resfu_jax.ops.dtypes import promote
@@ -258,17 +258,30 @@ def test_backbones_of_an_empty_batch(name):
     check_empty(backbone, shapes, jnp.zeros(IMAGES))
 
 
+# Heads of one map, which they upsample with the image as the guide.
+OF_ONE_MAP = ("linear", "linear_probe", "bins")
+
+
+def outputs(name):
+    """Channels of a head's output."""
+    return 1 if name in DEPTH_HEADS else 3
+
+
 @pytest.mark.parametrize("upsampler", ["bilinear", "sapa"])
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_of_an_empty_batch(name, upsampler):
-    linear = HEADS[name][0] is HEADS["linear"][0]
-    widths, sides = ((8,), (4,)) if linear else ((8,) * 4, (16, 8, 4, 2))
+    widths, sides = ((8,), (4,)) if name in OF_ONE_MAP else ((8,) * 4, (16, 8, 4, 2))
     head = create_head(
-        name, in_features=widths, num_classes=3, width=8, upsampler=upsampler, rngs=seed()
+        name,
+        in_features=widths,
+        num_classes=outputs(name),
+        width=8,
+        upsampler=upsampler,
+        rngs=seed(),
     )
     maps = tuple(jnp.zeros((0, n, n, c)) for n, c in zip(sides, widths, strict=True))
-    side = 64 if name == "linear_probe" else 16
-    check_empty(head, [(0, side, side, 3)], maps, jnp.zeros(IMAGES))
+    side = 64 if name in ("linear_probe", "bins") else 16
+    check_empty(head, [(0, side, side, outputs(name))], maps, jnp.zeros(IMAGES))
 
 
 @pytest.mark.parametrize("infer", [Inference(), Inference("slide", (32, 32), (16, 16), flip=True)])
@@ -298,8 +311,8 @@ def test_backbones_take_normalised_images_only(name, dtype, as_users_call):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_take_real_maps_only(name, as_users_call):
-    widths = (8,) if HEADS[name][0] is HEADS["linear"][0] else (8,) * 4
-    head = create_head(name, in_features=widths, num_classes=3, width=8, rngs=seed())
+    widths = (8,) if name in OF_ONE_MAP else (8,) * 4
+    head = create_head(name, in_features=widths, num_classes=outputs(name), width=8, rngs=seed())
     maps, images = [jnp.zeros((1, 4, 4, 8)) for _ in widths], jnp.zeros((1, 64, 64, 3))
     wrong = [*maps[:-1], maps[-1].astype(jnp.int32)]
     with pytest.raises(ValueError, match=rf"features\[{len(maps) - 1}\] must be floating point"):
@@ -315,7 +328,7 @@ BUILDERS: dict[str, Callable] = {
     **{name: lambda name=name, **o: create_backbone(name, rngs=seed(), **o) for name in BACKBONES},
     **{
         name: lambda name=name, **o: create_head(
-            name, in_features=(8,) * 4, num_classes=3, rngs=seed(), **o
+            name, in_features=(8,) * 4, num_classes=outputs(name), rngs=seed(), **o
         )
         for name in HEADS
     },

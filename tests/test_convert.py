@@ -15,7 +15,7 @@ from weights import CARAFE, HERE, SMALL, STATE, backbone, carafe, entries, round
 import resfu_jax.convert as convert
 from resfu_jax.backbones import create_backbone
 from resfu_jax.convert import from_torch, load_pretrained
-from resfu_jax.heads import HEADS
+from resfu_jax.heads import DEPTH_HEADS, HEADS
 from resfu_jax.model import create_model
 from resfu_jax.training import BackboneConfig, pretrained_backbone
 
@@ -575,7 +575,8 @@ def test_training_starts_from_every_vit(name, tmp_path):
 )
 def test_training_starts_under_every_head(family, head, tmp_path):
     """train.py's first line of weights: into the backbone of the whole model, in shapes."""
-    options = SMALL[family] | (dict(layers=(1,)) if family == "vit" and "linear" in head else {})
+    of_one_map = "linear" in head or head == "bins"
+    options = SMALL[family] | (dict(layers=(1,)) if family == "vit" and of_one_map else {})
     path = write(tmp_path / "w.safetensors", entries(family))
     fields = {k: v for k, v in options.items() if k != "variant"}
     weights = pretrained_backbone(
@@ -586,7 +587,7 @@ def test_training_starts_under_every_head(family, head, tmp_path):
         lambda: create_model(
             backbone=dict(name=family, **options),
             head=dict(name=head, upsampler="bilinear") | heads.get(head, {}),
-            num_classes=3,
+            num_classes=1 if head in DEPTH_HEADS else 3,
             rngs=nnx.Rngs(0),
         )
     )

@@ -36,7 +36,11 @@ from resfu_jax.data import raw as raw_files
 from resfu_jax.data.fabricate import fabricate
 from resfu_jax.data.raw import RawFiles, TarPath, map_label, open_archive, read_file
 
-NAMES = [n for n, (info, *_) in load._DATASETS.items() if not (info.embedded or info.depth)]
+NAMES = [  # from raw files with label maps of classes
+    name
+    for name, (info, *_) in load._DATASETS.items()
+    if not (info.embedded or info.depth or info.mattes)
+]
 DOWNLOADED = [name for name in NAMES if name != "cityscapes"]
 # Sizes of the splits that 3 fabricated images a split give.
 SIZES = {"camvid/clean": (2, 4), "voc/train_aug": (9, 3)}

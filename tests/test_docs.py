@@ -95,7 +95,9 @@ def test_backbone_of_extending():
 @pytest.fixture
 def run(tmp_path):
     """Runs Python in a process of its own, which finds learned_jbu.py as extending.md has it."""
-    upsampler, use, config, _ = blocks(ROOT / "docs/extending.md", "python")
+    upsampler, use, config, _, task, task_config = blocks(ROOT / "docs/extending.md", "python")
+    (tmp_path / "focal.py").write_text(task)
+    (tmp_path / "shapes_focal.py").write_text(task_config)
     (tmp_path / "learned_jbu.py").write_text(upsampler)
     (tmp_path / "use.py").write_text(use)
     (tmp_path / "shapes_learned_jbu.py").write_text(config)
@@ -133,4 +135,10 @@ def test_upsamplers_of_other_packages_pass_the_common_suite(run, tmp_path):
 @pytest.mark.slow
 def test_upsampler_of_extending_trains(run, tmp_path):
     output = run("train.py", "--config", tmp_path / "shapes_learned_jbu.py", "--dry_run")
+    assert "step 2/2  validation: mIoU" in output
+
+
+@pytest.mark.slow
+def test_task_of_extending_trains(run, tmp_path):
+    output = run("train.py", "--config", tmp_path / "shapes_focal.py", "--dry_run")
     assert "step 2/2  validation: mIoU" in output

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from resfu_jax.backbones import BACKBONES, create_backbone
-from resfu_jax.heads import HEADS, create_head
+from resfu_jax.heads import DEPTH_HEADS, HEADS, create_head
 from resfu_jax.upsamplers import create_upsampler, list_upsamplers, upsampler_entry
 
 C = 32  # channels that suit every upsampler
@@ -21,7 +21,8 @@ def upsampler(name, **options):
 
 
 def head(name, **options):
-    options = {"upsampler": "bilinear", "in_features": (8, 8, 8, 8), "num_classes": 3} | options
+    usual = {"upsampler": "bilinear", "in_features": (8, 8, 8, 8)}
+    options = usual | {"num_classes": 1 if name in DEPTH_HEADS else 3} | options
     return create_head(name, rngs=nnx.Rngs(0), **options)
 
 

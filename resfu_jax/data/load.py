@@ -394,7 +394,8 @@ def _damage(name: str, data_dir: str | os.PathLike | None) -> str | None:
                 return f"{path} is no JSON object"
         except FileNotFoundError:
             # Earlier versions wrote no metadata of published datasets.
-            if path.name != "metadata.json" or _own_module(name) is not None:
+            own = _own_module(name)
+            if path.name != "metadata.json" or own in (image_folder, depth_folder):
                 return f"it has no {path.name}"
         except (OSError, ValueError) as error:
             return f"{path} cannot be read ({first_line(error)})"

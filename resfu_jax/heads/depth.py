@@ -84,6 +84,7 @@ class BinsHead(LinearHead):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_sizes(in_features=in_features)
         _check_depths(num_classes, min_depth, max_depth)
         check_whole(bins=bins)
         check_flag(class_token=class_token)
@@ -223,6 +224,7 @@ class DepthDecoder(nnx.Module):
 
 
 def _check_depths(num_classes: int, min_depth: float, max_depth: float) -> None:
+    check_whole(num_classes=num_classes)
     need(num_classes == 1, f"num_classes must be 1, the depth, got {num_classes!r}")
     check_positive(min_depth=min_depth, max_depth=max_depth)
     need(min_depth < max_depth, f"min_depth must be below max_depth, got {min_depth}, {max_depth}")

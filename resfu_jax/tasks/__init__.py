@@ -1,5 +1,6 @@
 """What `train.py` trains: one class a task, which the loop of `train.py` is told of."""
 
+from resfu_jax._checks import need
 from resfu_jax._extras import extra
 
 with extra("train"):
@@ -8,7 +9,7 @@ with extra("train"):
     from resfu_jax.tasks.matting import Matting, matting_model
     from resfu_jax.tasks.segmentation import Segmentation, evaluate_batch
     from resfu_jax.tasks.task import Pictures, Task
-    from resfu_jax.training.config import Config
+    from resfu_jax.training.config import TASK_KINDS, Config
 
 __all__ = [
     "Depth",
@@ -20,6 +21,7 @@ __all__ = [
     "create_task",
     "evaluate_batch",
     "matting_model",
+    "register_task",
 ]
 
 _TASKS: dict[str, type[Task]] = {
@@ -28,6 +30,24 @@ _TASKS: dict[str, type[Task]] = {
     "features": Features,
     "matting": Matting,
 }
+
+
+def register_task(name: str, cls: type[Task]) -> None:
+    """Makes a task known to `train.py`, under the name that `config.task` has then.
+
+    Of a subclass of a task of this library, configs are checked as those of that task are, and what
+    loads its runs loads them. A config file that needs it imports the module that calls this.
+
+    Raises:
+      ValueError: the name is taken by another class, or the class is no `Task`.
+    """
+    need(isinstance(cls, type) and issubclass(cls, Task), f"cls must be a Task, got {cls!r}")
+    need(
+        _TASKS.setdefault(name, cls) is cls,
+        f"name must be new, and {name!r} is {_TASKS[name].__name__}",
+    )
+    like = (kind for kind, task in _TASKS.items() if kind != name and issubclass(cls, task))
+    TASK_KINDS.setdefault(name, next(like, name))
 
 
 def create_task(config: Config) -> Task:

@@ -30,6 +30,7 @@ with extra("train"):
         model_arguments,
         parse_flags,
         size_multiple,
+        task_kind,
     )
     from resfu_jax.training.devices import (
         Layout,
@@ -168,6 +169,7 @@ __all__ = [
     "read_metrics",
     "readers_may_leave",
     "size_multiple",
+    "task_kind",
     "split_model",
     "train_batches",
     "update_ema",

@@ -607,6 +607,15 @@ def all_fields(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return pairs
 
 
+# What a task is like, by its name: `tasks.register_task` adds to it.
+TASK_KINDS = {name: name for name in ("segmentation", "depth", "features", "matting")}
+
+
+def task_kind(config: Config) -> str:
+    """The task of this library that the config's is, or is derived from; else its own name."""
+    return TASK_KINDS.get(config.task, config.task)
+
+
 def size_multiple(config: BackboneConfig) -> int:
     """What the sides of images have to be multiples of: all strides of the backbone divide it.
 

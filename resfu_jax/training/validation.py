@@ -16,6 +16,7 @@ from resfu_jax.backbones import check_backbone_options
 from resfu_jax.backbones.matting import DEPTHS
 from resfu_jax.heads import DEPTH_HEADS, check_head_options
 from resfu_jax.training.config import (
+    TASK_KINDS,
     Config,
     ConfigError,
     DepthConfig,
@@ -28,6 +29,7 @@ from resfu_jax.training.config import (
     did_you_mean,
     given,
     size_multiple,
+    task_kind,
 )
 from resfu_jax.training.depth import Align, Crop
 from resfu_jax.upsamplers import upsampler_entry
@@ -125,7 +127,7 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
     require("model.dtype", lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
     names = ("adamw", "nadam", "sgd")
     require("optimizer.name", lambda v: v in names, "'adamw', 'nadam' or 'sgd'")
-    require("task", lambda v: v in _BY_TASK, " or ".join(map(repr, _BY_TASK)))
+    require("task", lambda v: v in TASK_KINDS, " or ".join(map(repr, TASK_KINDS)))
     require("optimizer.layer_decay", lambda v: 0 < v <= 1, "above 0, at most 1")
     require(
         "optimizer.final_learning_rate",
@@ -137,6 +139,15 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         lambda v: list(v) == sorted(set(v)) and all(m > config.optimizer.warmup_steps for m in v),
         "increasing steps after config.optimizer.warmup_steps",
     )
+    low = config.depth.min_depth
+    require("depth.min_depth", lambda v: v > 0, "positive")
+    require("depth.max_depth", lambda v: v > low, "above config.depth.min_depth")
+    require("depth.cap", lambda v: v is None or v > low, "above config.depth.min_depth, or None")
+    for field in ("sig", "silog", "gradient", "warmup_steps"):
+        require(f"depth.{field}", lambda v: v >= 0, "0 or more")
+    require("depth.crop", lambda v: v in get_args(Crop), "'none', 'eigen' or 'garg'")
+    require("depth.align", lambda v: v in get_args(Align), "'none' or 'scale_shift'")
+    require("model.head.bins", lambda v: v is None or v >= 2, "2 or more, or None")
     require("matting.composition_weight", lambda v: 0 <= v <= 1, "between 0 and 1")
     require(
         "matting.trimap_width",
@@ -211,9 +222,10 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         json.dumps(config.model.head.upsampler_options)
     except (ValueError, TypeError) as error:
         wrong.append(f"config.model.head.upsampler_options: {error}")
-    wrong += _BY_TASK.get(config.task, _segmentation)(config)
+    kind = task_kind(config)
+    wrong += _BY_KIND[kind](config) if kind in _BY_KIND else []
     for task, default in (("depth", DepthConfig()), ("matting", MattingConfig())):
-        if config.task != task and getattr(config, task) != default:
+        if kind != task and getattr(config, task) != default:
             wrong.append(
                 f"config.{task} is {getattr(config, task)!r}; it has to be {default!r} unless "
                 f"config.task is {task!r}"
@@ -221,7 +233,7 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
     try:
         info = data.dataset_info(config.data.name, config.data.dir)
         classes = info.num_classes
-        if info.mattes != (config.task == "matting"):
+        if info.mattes != (kind == "matting"):
             has = "has alpha mattes" if info.mattes else "has none"
             wrong.append(
                 f"config.data.name is {config.data.name!r}, which {has}; config.task 'matting' "
@@ -232,12 +244,12 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
             lambda v: v is None or len(v) == classes,
             f"one weight for each of the {classes} classes of {config.data.name!r}, or None",
         )
-        if not (classes or info.mattes) and config.task == "segmentation":
+        if not (classes or info.mattes) and kind == "segmentation":
             wrong.append(
                 f"config.data.name is {config.data.name!r}, images without label maps; it has to "
                 "be a dataset with classes, or config.task 'features'"
             )
-        if not info.depth and config.task == "depth":
+        if not info.depth and kind == "depth":
             wrong.append(
                 f"config.data.name is {config.data.name!r}, which has no depth maps; those of "
                 "'shapes/depth', 'nyu_depth_v2' and depth_folder/NAME have"
@@ -260,15 +272,6 @@ def _depth(config: Config) -> list[str]:
     """Likewise."""
     wrong, depth = _only_of_features(config), config.depth
     for field, holds, need in (
-        ("depth.min_depth", depth.min_depth > 0, "positive"),
-        ("depth.max_depth", depth.max_depth > depth.min_depth, "above config.depth.min_depth"),
-        ("depth.cap", depth.cap is None or depth.cap > depth.min_depth, "above min_depth, or None"),
-        ("depth.sig", depth.sig >= 0, "0 or more"),
-        ("depth.silog", depth.silog >= 0, "0 or more"),
-        ("depth.gradient", depth.gradient >= 0, "0 or more"),
-        ("depth.warmup_steps", depth.warmup_steps >= 0, "0 or more"),
-        ("depth.crop", depth.crop in get_args(Crop), "'none', 'eigen' or 'garg'"),
-        ("depth.align", depth.align in get_args(Align), "'none' or 'scale_shift'"),
         ("model.head.name", config.model.head.name in DEPTH_HEADS, f"one of {DEPTH_HEADS}"),
         (
             "optimizer.accumulate",
@@ -395,7 +398,7 @@ def _matting(config: Config) -> list[str]:
     return wrong
 
 
-_BY_TASK: dict[str, Callable[[Config], list[str]]] = {
+_BY_KIND: dict[str, Callable[[Config], list[str]]] = {
     "segmentation": _segmentation,
     "depth": _depth,
     "features": _features,
