@@ -13,7 +13,8 @@ from resfu_jax._output import counted
 from resfu_jax.cli._run import start_jax
 
 if TYPE_CHECKING:
-    from resfu_jax.explain import Explanation
+    from resfu_jax.explain import Classifier, Explanation
+    from resfu_jax.features import FeaturePipeline
 
 
 def explain(
@@ -38,7 +39,8 @@ def explain(
 
     Of each photo the square in the middle, and the class that is predicted. Writes OUT/explain.json
     and OUT/explain.md, with the convention of the metrics in words, and OUT/pictures/NAME.png, the
-    photo and the map of each upsampler, with the probability and that once masked. docs/explain.md has the definitions.
+    photo with the class's probability, and the map of each upsampler with that once it is masked.
+    More: docs/explain.md.
 
     Args:
       images: files and folders (their images, without subfolders).
@@ -66,40 +68,20 @@ def explain(
         names = [line.strip() for line in file.read_text("utf-8").strip().splitlines()]
     photos = _squares(images, size)
     start_jax()
-    import numpy as np
     from tqdm import tqdm
 
     from resfu_jax import explain as explaining
-    from resfu_jax._feature_sources import check_upsampler, is_released
     from resfu_jax._running import versions
-    from resfu_jax.features import FeaturePipeline
     from resfu_jax.visualize import save_grid
 
-    for name in upsampler:
-        check_upsampler(name, None)
-    taking = [name for name in upsampler if is_released(name)]
-    need(
-        weights is None or len(taking) == 1,
-        "--weights are those of the one --upsampler that has released ones, got "
-        f"{', '.join(taking) or 'none'} of these",
-    )
     convention = explaining.Convention(mask, masked)
-    classifier = explaining.Classifier(backbone, normalisation=normalisation)
+    classifier, pipelines = _networks(backbone, upsampler, weights, normalisation)
     (patch, *_), count = classifier.vit.strides, classifier.vit.head.kernel.shape[-1]
     need(size % patch == 0, f"--size must be a multiple of the patch, {patch}, got {size}")
     need(
         names is None or len(names) == count,
         f"--classes must have a line for each of the {count} classes, got {len(names or ())}",
     )
-    pipelines = {
-        name: FeaturePipeline(
-            classifier.vit,
-            name,
-            weights=weights if name in taking else None,
-            normalisation=(classifier.mean, classifier.std),
-        )
-        for name in upsampler
-    }
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     records: list[dict[str, Any]] = []
@@ -114,12 +96,7 @@ def explain(
             records.append(_record(path, found, names))
             panels = [(_title(records[-1]), pixels), *_overlays(pixels, found)]
             save_grid(out / "pictures" / f"{path.stem}.png", panels, columns=len(panels), width=2.4)
-    averages = {}
-    for name in upsampler:
-        metrics = [record["upsamplers"][name] for record in records]
-        averages[name] = explaining.averages(
-            {key: np.array([m[key] for m in metrics]) for key in explaining.METRICS}
-        )
+    averages = _averages(records)
     said = (
         f"{counted(len(photos), 'photo')}, {size} x {size} pixels, Grad-CAM of the predicted class "
         f"on activations upsampled to every pixel; {convention}; averages in percent, ADCC of the "
@@ -128,7 +105,7 @@ def explain(
     result = {
         "convention": {"mask": mask, "masked": masked, "in_words": said},
         "backbone": Path(backbone).name if Path(backbone).exists() else backbone,
-        "weights": {name: Path(weights).name for name in taking} if weights is not None else {},
+        "weights": None if weights is None else Path(weights).name,
         "averages": averages,
         "images": records,
         "seconds": round(time.perf_counter() - start, 1),
@@ -138,6 +115,49 @@ def explain(
     table = f"{explaining.markdown(averages)}\n{said}\n"
     write_whole(out / "explain.md", table)
     print(f"{table}\n{counted(len(photos), 'photo')} in {out}; {result['seconds']} s")
+
+
+def _networks(
+    backbone: str, upsampler: tuple[str, ...], weights: str | None, normalisation: Any
+) -> "tuple[Classifier, dict[str, FeaturePipeline]]":
+    """The classifier, and a pipeline for each name; the names are checked first."""
+    from resfu_jax._feature_sources import check_upsampler, is_released
+    from resfu_jax.explain import Classifier
+    from resfu_jax.features import FeaturePipeline
+
+    for name in upsampler:
+        check_upsampler(name, None)
+    released = [name for name in upsampler if is_released(name)]
+    need(
+        weights is None or len(released) == 1,
+        "--weights are those of the one --upsampler that has released ones, got "
+        f"{', '.join(released) or 'none'} of these",
+    )
+    classifier = Classifier(backbone, normalisation=normalisation)
+    colours = classifier.mean, classifier.std
+    pipelines = {
+        name: FeaturePipeline(
+            classifier.vit,
+            name,
+            weights=weights if name in released else None,
+            normalisation=colours,
+        )
+        for name in upsampler
+    }
+    return classifier, pipelines
+
+
+def _averages(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of each upsampler over all photos."""
+    import numpy as np
+
+    from resfu_jax.explain import METRICS, averages
+
+    found = {}
+    for name in records[0]["upsamplers"]:
+        metrics = [record["upsamplers"][name] for record in records]
+        found[name] = averages({key: np.array([m[key] for m in metrics]) for key in METRICS})
+    return found
 
 
 def _squares(images: tuple[Path, ...], size: int) -> dict[Path, Any]:
