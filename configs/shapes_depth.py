@@ -11,8 +11,6 @@ Result: not measured yet; some minutes on two CPU cores.
 from configs import shapes_resfu
 from resfu_jax.training import Config, DataConfig, DepthConfig, HeadConfig
 
-UPSAMPLERS = ("resfu", "bilinear")
-
 
 def get_config(upsampler: str = "resfu") -> Config:
     config = shapes_resfu.get_config()
