@@ -30,8 +30,9 @@ if jax.__version_info__ < (0, 11):
     AS_IN_USE["xla_cpu_use_fusion_emitters"] = True
 
 # The processes that tests start share the programs that they compile (`pytest_configure`). Those of
-# pytest itself do not: JAX does not know the memory of a program that comes from a file.
-jax.config.update("jax_compilation_cache_dir", None)
+# pytest itself do not: JAX does not know the memory of a program that comes from a file, and cannot
+# read one that was compiled for a TPU. Commands that a test calls leave a folder "" as it is.
+jax.config.update("jax_compilation_cache_dir", "")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # for tests that set a folder
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -113,7 +114,7 @@ def programs_are_kept():
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     compilation_cache.reset_cache()  # else JAX keeps to the folder that it had first
     yield
-    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_compilation_cache_dir", "")
     compilation_cache.reset_cache()
 
 
