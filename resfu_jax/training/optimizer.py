@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from resfu_jax._checks import check_whole, need
@@ -47,18 +48,21 @@ def decay_mask(params: Any) -> Any:
     """True for parameters that weight decay applies to.
 
     Not to norms, biases and other vectors, nor to positions, class token and registers of a ViT,
-    which timm's `no_weight_decay` exempts (`pos_embed`, `cls_token`, `reg_token`).
+    which timm's `no_weight_decay` exempts (`pos_embed`, `cls_token`, `reg_token`). The axis that
+    counts the blocks of a `ViT` with `scan` makes no vector a matrix.
     """
 
     def decays(path: tuple, param: jax.Array) -> bool:
-        names = [name.lower() for name in map(str, _keys(path))]
-        return param.ndim > 1 and not any(part in name for name in names for part in _UNDECAYED)
+        keys = _keys(path)
+        names = [name.lower() for name in map(str, keys)]
+        return param.ndim - _is_stacked(keys) > 1 and not any(part in name for name in names for part in _UNDECAYED)
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def learning_rate_multiples(config: OptimizerConfig, params: Any) -> Any:
-    """Learning rate of every parameter over that of the schedule.
+    """Learning rate of every parameter over that of the schedule, a number or, of blocks with a
+    leading axis that counts them (`ViT` with `scan`), an array that multiplies the parameter.
 
     Under `head` it is `head_learning_rate_multiple`, times `upsampler_learning_rate_multiple`
     under `head.upsample`. Under `backbone` it is `layer_decay`^(L + 1 - n), with the L blocks of
@@ -71,8 +75,11 @@ def learning_rate_multiples(config: OptimizerConfig, params: Any) -> Any:
     """
     # (stage, block) of every block, in order; a backbone of one stage has (0, block).
     blocks = sorted({block for path in _paths(params) if (block := _block(path)) is not None})
+    stacked = [p.shape[0] for keys, p in _by_keys(params) if _in_stacked_backbone(keys)]
+    if stacked:
+        blocks = [(0, i) for i in range(stacked[0])]
 
-    def multiple(path: tuple, _: Any) -> float:
+    def multiple(path: tuple, param: Any) -> float | np.ndarray:
         keys = _keys(path)
         if keys[0] == "head":
             upsampler = "upsample" in keys
@@ -81,6 +88,9 @@ def learning_rate_multiples(config: OptimizerConfig, params: Any) -> Any:
             )
         if config.layer_decay == 1.0 or not blocks:
             return 1.0
+        if _in_stacked_backbone(keys):
+            each = config.layer_decay ** np.arange(len(blocks), 0, -1)
+            return each.reshape(-1, *[1] * (param.ndim - 1))
         return config.layer_decay ** (len(blocks) + 1 - _layer(keys, blocks))
 
     return jax.tree_util.tree_map_with_path(multiple, params)
@@ -104,17 +114,31 @@ def _keys(path: tuple) -> tuple:
     return tuple(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in path)
 
 
+def _by_keys(params: Any) -> list[tuple[tuple, Any]]:
+    return [(_keys(path), p) for path, p in jax.tree_util.tree_flatten_with_path(params)[0]]
+
+
 def _paths(params: Any) -> list[tuple]:
-    return [_keys(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    return [keys for keys, _ in _by_keys(params)]
+
+
+def _is_stacked(keys: tuple) -> bool:
+    """Whether a parameter has a leading axis that counts blocks: blocks.PART and not blocks.I."""
+    after = keys[keys.index("blocks") + 1 :] if "blocks" in keys else ()
+    return bool(after) and not isinstance(after[0], int)
+
+
+def _in_stacked_backbone(keys: tuple) -> bool:
+    return keys[:2] == ("backbone", "blocks") and _is_stacked(keys)
 
 
 def _block(keys: tuple) -> tuple[int, int] | None:
     """(stage, block) that a parameter of the backbone is in.
 
-    ViT: blocks.I; MiT: stages.S.blocks.I; ResNet: stages.S.I.
+    ViT: blocks.I (or blocks.PART for all of them: None); MiT: stages.S.blocks.I; ResNet: stages.S.I.
     """
     if keys[:2] == ("backbone", "blocks"):
-        return 0, keys[2]
+        return None if _is_stacked(keys) else (0, keys[2])
     if keys[:2] != ("backbone", "stages"):
         return None
     stage, *inside = keys[2:]
@@ -153,9 +177,15 @@ def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTrans
     def scaled(updates: Any, params: Any) -> Any:
         del params
         multiples = learning_rate_multiples(config, updates)
-        return jax.tree.map(lambda u, m: u if m == 1.0 else u * m, updates, multiples)
+        return jax.tree.map(_times, updates, multiples)
 
     return optax.chain(clip, rule, optax.stateless(scaled))
+
+
+def _times(update: jax.Array, multiple: float | np.ndarray) -> jax.Array:
+    if isinstance(multiple, np.ndarray):
+        return update * jnp.asarray(multiple, update.dtype)
+    return update if multiple == 1.0 else update * multiple
 
 
 def update_ema(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
