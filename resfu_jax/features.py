@@ -270,7 +270,11 @@ class FeaturePipeline:
         need(
             training.task_kind(config) == "features",
             f"path must be a run that learns features, and {workdir} has task={config.task!r}: "
-            "Predictor.from_checkpoint loads it",
+            + (
+                "a run of train.py starts from it with --config.init_from"
+                if training.task_kind(config) == "mirl"
+                else "Predictor.from_checkpoint loads it"
+            ),
         )
         config.model.dtype = compute or config.model.dtype
         task: Any = create_task(config)

@@ -231,7 +231,8 @@ class Predictor:
             raise ValueError(
                 f"path must be a run that segments, and {workdir} has task={config.task!r}: "
                 "FeaturePipeline.from_checkpoint loads those of 'features', `resfu matte` or "
-                "MattingPipeline.from_checkpoint those of 'matting'"
+                "MattingPipeline.from_checkpoint those of 'matting'; a run of train.py starts from "
+                "one of 'mirl' with --config.init_from"
             )
         config.model.dtype = compute or config.model.dtype
         if info is None:

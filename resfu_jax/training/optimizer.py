@@ -1,4 +1,4 @@
-"""The optimisers of semantic segmentation: warm-up, polynomial decay, a rate for every part."""
+"""The optimisers: warm-up, polynomial or cosine decay, a rate for every part."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ _UNDECAYED = ("norm", "bias", "position", "token", "register")  # parts of names
 
 
 def create_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of the backbone: linear warm-up, then polynomial decay to the final rate.
+    """Learning rate of the backbone: linear warm-up, then decay to the final rate.
 
     With steps counted from 0 to T - 1, W steps of warm-up, lr the peak and s = `warmup_start`:
 
@@ -23,7 +23,8 @@ def create_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         step >= W:  (lr - final) · (1 - (step - W) / (T - 1 - W))^power + final
 
     so the peak is the rate of step W, and `final` that of the last step, T - 1, as MMEngine's
-    `PolyLR` reaches its `eta_min`. A run of W + 1 steps or fewer ends before the decay begins.
+    `PolyLR` reaches its `eta_min`. With cosine decay, (1 + cos(pi (step - W) / (T - 1 - W))) / 2
+    stands in the place of the power (Loshchilov and Hutter, ICLR 2017, without restarts). A run of W + 1 steps or fewer ends before the decay begins.
 
     With `milestones` M instead: lr · 0.1^(number of m in M with step >= m).
     """
@@ -35,12 +36,14 @@ def create_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         tenths = {m - config.warmup_steps: 0.1 for m in config.milestones}
         decay = optax.piecewise_constant_schedule(config.learning_rate, tenths)
         return optax.join_schedules([warmup, decay], [config.warmup_steps])
-    decay = optax.polynomial_schedule(
-        config.learning_rate,
-        config.final_learning_rate,
-        config.power,
-        max(steps - 1 - config.warmup_steps, 1),
-    )
+    length = max(steps - 1 - config.warmup_steps, 1)
+    if config.decay == "cosine":
+        floor = config.final_learning_rate / config.learning_rate
+        decay = optax.cosine_decay_schedule(config.learning_rate, length, alpha=floor)
+    else:
+        decay = optax.polynomial_schedule(
+            config.learning_rate, config.final_learning_rate, config.power, length
+        )
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
 
 
