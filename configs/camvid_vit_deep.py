@@ -14,12 +14,13 @@ from resfu_jax.training import Config, HeadConfig, OptimizerConfig
 
 def get_config(upsampler: str = "resfu") -> Config:
     config = camvid_vit_frozen.get_config()
-    config.steps, config.batch_size, config.log_every = 150, 4, 10
+    config.steps, config.batch_size, config.log_every = 150, 8, 10
     config.model = mirl_camvid.get_config().model
     config.model.head = HeadConfig(name="linear", upsampler=upsampler, norm=True)
-    config.data.crop_size, config.data.flip = (192, 256), True
+    config.data.crop_size, config.data.flip = (96, 128), True
+    config.data.resize_scale = 0.5
     config.optimizer = OptimizerConfig(
-        learning_rate=5e-4,
+        learning_rate=1e-3,
         head_learning_rate_multiple=4.0,
         weight_decay=0.05,
         warmup_steps=15,

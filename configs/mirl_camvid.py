@@ -1,4 +1,4 @@
-"""A deep, narrow ViT (24 blocks of 96 channels) learned from CamVid's photos alone.
+"""A deep, narrow ViT (24 blocks of 64 channels) learned from CamVid's photos alone.
 
     resfu prepare camvid
     python train.py --config configs/mirl_camvid.py:mirl --workdir runs/mirl_camvid
@@ -20,16 +20,16 @@ def get_config(method: str = "mirl") -> Config:
     if method not in UPSAMPLERS:
         raise ValueError(f"there are configs of {' and '.join(UPSAMPLERS)}, not of {method!r}")
     config = mirl_tiny.get_config()
-    config.steps, config.batch_size = 900, 32
-    config.model.backbone.options = dict(depth=24, width=96, heads=4)
+    config.steps, config.batch_size = 300, 32
+    config.model.backbone.options = dict(depth=24, width=64, heads=4)
     config.data = DataConfig(
         name="camvid",
-        crop_size=(128, 128),
+        crop_size=(96, 96),
         scale_range=(1.0, 1.0),
-        area_range=(0.05, 0.4),
+        area_range=(0.1, 0.6),
         photometric=False,
     )
     config.mirl.segments = 6 if method == "mirl" else 1
-    config.optimizer.warmup_steps = 90
-    config.eval.every = config.checkpoint.every = 300
+    config.optimizer.warmup_steps = 30
+    config.eval.every = config.checkpoint.every = 100
     return config

@@ -26,7 +26,7 @@ def create_stacked(create: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rn
       rngs: what all draw from.
     """
 
-    def variables(keys: Array) -> nnx.State:
+    def variables(keys: Array) -> Any:
         return nnx.state(create(nnx.Rngs(params=keys[0], dropout=keys[1])))
 
     keys = jnp.stack([jax.random.split(rngs.params(), depth), jax.random.split(rngs(), depth)], 1)
