@@ -130,7 +130,7 @@ def test_the_last_activations_of_a_scanned_classifier():
         np.testing.assert_allclose(logits(activations), vit.classify(IMAGES), atol=1e-6)
 
 
-# ------------------------------------------------------------------------------- what trains with it
+# ------------------------------------------------------------------------------ what trains with it
 def test_stacked_blocks_decay_and_learn_as_the_blocks_do():
     rates = OptimizerConfig(layer_decay=0.5, learning_rate=0.1, warmup_steps=0, weight_decay=0.3)
     updates, masks = [], []

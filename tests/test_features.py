@@ -10,8 +10,7 @@ from tiny_run import make_run, tiny_config_of
 
 from resfu_jax import FeaturePipeline, Predictor, create_upsampler, training
 from resfu_jax import features as module
-from resfu_jax.backbones import ViT
-from resfu_jax.backbones import transformer
+from resfu_jax.backbones import ViT, transformer
 from resfu_jax.convert import load_backbone
 from resfu_jax.images import ImageError
 from resfu_jax.self_supervised import GuidedUpsampler

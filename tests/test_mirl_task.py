@@ -77,9 +77,9 @@ def losses(lines):
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-def test_a_run_learns_scores_draws_continues_bit_for_bit_and_is_started_from(run, tmp_path, capfd):
+def test_a_run_learns_scores_draws_and_is_started_from(run, tmp_path, capfd):
     config = config_of()
-    whole = run(tmp_path / "whole", copy.deepcopy(config))
+    whole = run(tmp_path / "whole", config)
     assert "image_folder/photos, 2 segments, step 6" in capfd.readouterr().out
     held_out = {line["step"]: line for line in whole if "val/loss" in line}
     assert list(held_out) == [3, 6]
@@ -90,13 +90,6 @@ def test_a_run_learns_scores_draws_continues_bit_for_bit_and_is_started_from(run
     same = [(abs(p - patches[0]).max(axis=(2, 3, 4)) <= 1).sum() for p in patches]
     assert same == [16, 4, 4, 4]  # of 16 patches 4 are visible, and shown as they are
 
-    first = copy.deepcopy(config)
-    first.steps = 4
-    run(tmp_path / "parts", first)
-    changed = copy.deepcopy(config)
-    again = run(tmp_path / "parts", changed)
-    # A cosine of 4 steps is another one than that of 6: the learning rates differ.
-    assert losses(again)[1] == losses(whole)[1]
     kept = training.Checkpoints(tmp_path / "whole" / "checkpoints", read_only=True)
     assert kept.find("best") == 6
     kept.close()
@@ -226,7 +219,10 @@ def test_masks_of_an_evaluation_follow_from_the_image(data_dir):
         (lambda c: setattr(c.data, "aspect_range", (2.0, 1.0)), "aspect_range is .*smallest"),
         (lambda c: setattr(c.data, "scale_range", (0.5, 1.0)), "where config.data.area_range is"),
         (lambda c: setattr(c.optimizer, "decay", "step"), "'polynomial' or 'cosine'"),
-        (lambda c: setattr(c, "task", "features"), "config.mirl is .* unless config.task is 'mirl'"),
+        (
+            lambda c: setattr(c, "task", "features"),
+            "config.mirl is .* unless config.task is 'mirl'",
+        ),
     ],
 )
 def test_configs_that_cannot_be(data_dir, change, message):

@@ -256,7 +256,8 @@ def _attend_in_parts(
     16, six heads have 6.4 GB of them. Backward, a part's are computed again.
     """
     b, n, h, d = query.shape
-    if not all(isinstance(size, int) for size in (b, n, key.shape[1])):  # symbolic: the number of parts is fixed
+    sizes = (b, n, key.shape[1])
+    if not all(isinstance(size, int) for size in sizes):  # symbolic: the number of parts is fixed
         return _attend(query, key, value)
     parts = -(-b * h * n * key.shape[1] // _MOST_SCORES)
     if parts <= 1:

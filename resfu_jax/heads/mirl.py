@@ -74,9 +74,7 @@ class MIRLHead(nnx.Module):
         check_floating(dtype=dtype, param_dtype=param_dtype)
         check_whole(in_features=in_features, out_features=out_features, segments=segments)
         check_whole(width=width, depth=depth, heads=heads)
-        need(
-            segments == 1 or segments % 2 == 0, f"segments must be even, or 1, got {segments}"
-        )
+        need(segments == 1 or segments % 2 == 0, f"segments must be even, or 1, got {segments}")
         need(width % 4 == 0, f"width must be a multiple of 4, got {width}")
         need(width % heads == 0, f"heads must divide width, got heads={heads}, width={width}")
         types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)

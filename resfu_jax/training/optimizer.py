@@ -24,7 +24,8 @@ def create_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
     so the peak is the rate of step W, and `final` that of the last step, T - 1, as MMEngine's
     `PolyLR` reaches its `eta_min`. With cosine decay, (1 + cos(pi (step - W) / (T - 1 - W))) / 2
-    stands in the place of the power (Loshchilov and Hutter, ICLR 2017, without restarts). A run of W + 1 steps or fewer ends before the decay begins.
+    stands in the place of the power (Loshchilov and Hutter, ICLR 2017, without restarts). A run of
+    W + 1 steps or fewer ends before the decay begins.
 
     With `milestones` M instead: lr · 0.1^(number of m in M with step >= m).
     """
@@ -58,7 +59,9 @@ def decay_mask(params: Any) -> Any:
     def decays(path: tuple, param: jax.Array) -> bool:
         keys = _keys(path)
         names = [name.lower() for name in map(str, keys)]
-        return param.ndim - _is_stacked(keys) > 1 and not any(part in name for name in names for part in _UNDECAYED)
+        return param.ndim - _is_stacked(keys) > 1 and not any(
+            part in name for name in names for part in _UNDECAYED
+        )
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
@@ -138,7 +141,7 @@ def _in_stacked_backbone(keys: tuple) -> bool:
 def _block(keys: tuple) -> tuple[int, int] | None:
     """(stage, block) that a parameter of the backbone is in.
 
-    ViT: blocks.I (or blocks.PART for all of them: None); MiT: stages.S.blocks.I; ResNet: stages.S.I.
+    ViT: blocks.I, or blocks.PART, of all: None; MiT: stages.S.blocks.I; ResNet: stages.S.I.
     """
     if keys[:2] == ("backbone", "blocks"):
         return None if _is_stacked(keys) else (0, keys[2])

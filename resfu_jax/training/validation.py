@@ -473,8 +473,7 @@ def _not_fixed(config: Config, fixed: dict[str, Any], task: str) -> list[str]:
     """The fields that have another value than the only one in a task."""
     values = dict(all_fields(config))
     return [
-        f"config.{field} is {values[field]!r}; it has to be {value!r} where config.task is "
-        f"{task!r}"
+        f"config.{field} is {values[field]!r}; it has to be {value!r} where config.task is {task!r}"
         for field, value in fixed.items()
         if (tuple(values[field]) if isinstance(values[field], list) else values[field]) != value
     ]
