@@ -73,7 +73,8 @@ def scan_blocks(
       rates: probability that a branch is skipped, for every block; None: none is.
       remat: keep nothing of a block but its input for the backward pass, and compute it again.
     """
-    graphdef, params, counts, rest = nnx.split(stacked, nnx.Param, nnx.RngCount, ...)
+    graphdef, *states = nnx.split(stacked, nnx.Param, nnx.RngCount, ...)
+    params, counts, rest = states
     random = rates is not None and not stacked.drop_path.deterministic
 
     def block(x: Array, variables: tuple) -> tuple[Array, Any]:
