@@ -80,7 +80,7 @@ def losses(lines):
 def test_a_run_learns_scores_draws_and_is_started_from(run, tmp_path, capfd):
     config = config_of()
     whole = run(tmp_path / "whole", config)
-    assert "image_folder/photos, 2 segments, step 6" in capfd.readouterr().out
+    assert "image_folder/photos, 2 segments" in capfd.readouterr().out
     held_out = {line["step"]: line for line in whole if "val/loss" in line}
     assert list(held_out) == [3, 6]
     assert held_out[6]["val/loss"] == held_out[6]["val/pair_0"] < held_out[3]["val/loss"]
