@@ -191,7 +191,7 @@ class MIRL(Task):
         predictions = model(batch["image"], batch["visible"])
         target, _, _ = normalise_patches(model.patches(batch["image"]))
         errors = [_squared_errors(x, target, batch["masked"]) for x in pair_sums(predictions)]
-        return sum(errors).sum() / len(errors) / weight
+        return jnp.stack(errors).sum() / len(errors) / weight
 
     # ---------------------------------------------------------------------------------- evaluation
     def evaluate(self, model: Any, batch: Arrays) -> tuple[LossSums, dict[str, jax.Array]]:

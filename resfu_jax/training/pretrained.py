@@ -155,14 +155,14 @@ def _blocks_as_in(
         if name in entries or not has_blocks:
             continue
         if number.isdecimal():
-            whole = entries.get(f"{place}blocks.{inside}")
-            same_depth = whole is not None and (
-                f"{place}blocks.{len(whole) - 1}.{inside}" in shapes
-                and f"{place}blocks.{len(whole)}.{inside}" not in shapes
-            )
-            if same_depth:
-                found[name] = np.asarray(whole[int(number)])
-                found.pop(f"{place}blocks.{inside}", None)
+            stacked = f"{place}blocks.{inside}"
+            if stacked not in entries:
+                continue
+            depth = len(entries[stacked])
+            ends = (f"{place}blocks.{i}.{inside}" in shapes for i in (depth - 1, depth))
+            if tuple(ends) == (True, False):
+                found[name] = np.asarray(entries[stacked][int(number)])
+                found.pop(stacked, None)
         elif shape:
             each = [f"{place}blocks.{i}.{part}" for i in range(shape[0])]
             if all(n in entries for n in each) and (
