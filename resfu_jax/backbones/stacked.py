@@ -77,6 +77,10 @@ def scan_blocks(
     params, counts, rest = states
     random = rates is not None and not stacked.drop_path.deterministic
 
+    linear = stacked.ffn.expand
+    if linear.dtype is None:  # as the first block's parameters would: a loop keeps its type
+        x = x.astype(jnp.promote_types(x.dtype, linear.kernel.get_value().dtype))
+
     def block(x: Array, variables: tuple) -> tuple[Array, Any]:
         params, counts, rest, rate = variables
         one = nnx.merge(graphdef, params, counts, rest)
