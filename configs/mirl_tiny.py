@@ -24,7 +24,7 @@ from resfu_jax.training import (
 def get_config() -> Config:
     return Config(
         task="mirl",
-        steps=600,
+        steps=400,
         batch_size=32,
         log_every=50,
         model=ModelConfig(
@@ -47,7 +47,7 @@ def get_config() -> Config:
             head_learning_rate_multiple=1.0,
             weight_decay=0.05,
             beta2=0.95,
-            warmup_steps=60,
+            warmup_steps=40,
             decay="cosine",
         ),
         eval=EvalConfig(every=200, batch_size=32),
