@@ -167,6 +167,20 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         require(f"depth.{field}", lambda v: v >= 0, "0 or more")
     require("depth.crop", lambda v: v in get_args(Crop), "'none', 'eigen' or 'garg'")
     require("depth.align", lambda v: v in get_args(Align), "'none' or 'scale_shift'")
+    require(
+        "mirl.segments",
+        lambda v: v == 1 or v >= 2 and v % 2 == 0,
+        "even, or 1 (a masked autoencoder)",
+    )
+    require("mirl.mask_ratio", lambda v: 0 < v < 1, "between 0 and 1")
+    for field in ("mirl.decoder_depth", "mirl.decoder_heads"):
+        require(field, lambda v: v >= 1, "at least 1")
+    heads = max(config.mirl.decoder_heads, 1)
+    require(
+        "mirl.decoder_width",
+        lambda v: v >= 4 and v % 4 == 0 and v % heads == 0,
+        "a multiple of 4 and of config.mirl.decoder_heads",
+    )
     require("model.head.bins", lambda v: v is None or v >= 2, "2 or more, or None")
     require("matting.composition_weight", lambda v: 0 <= v <= 1, "between 0 and 1")
     require(
@@ -431,30 +445,11 @@ _FIXED_IN_MIRL: dict[str, Any] = {
 def _mirl(config: Config) -> list[str]:
     """Likewise."""
     wrong = _not_fixed(config, _FIXED_IN_MIRL, "mirl")
-    mirl, options = config.mirl, config.model.backbone.options
-    for option in options.keys() & {"layers", "num_classes"}:
+    mirl = config.mirl
+    for option in config.model.backbone.options.keys() & {"layers", "num_classes"}:
         wrong.append(
             f"config.model.backbone.options holds {option!r}, which config.task 'mirl' sets itself"
         )
-    for field, holds, need in (
-        (
-            "segments",
-            mirl.segments == 1 or mirl.segments >= 2 and mirl.segments % 2 == 0,
-            "even, or 1 (a masked autoencoder)",
-        ),
-        ("mask_ratio", 0 < mirl.mask_ratio < 1, "between 0 and 1"),
-        ("decoder_depth", mirl.decoder_depth >= 1, "at least 1"),
-        ("decoder_heads", mirl.decoder_heads >= 1, "at least 1"),
-        (
-            "decoder_width",
-            mirl.decoder_width >= 4
-            and mirl.decoder_width % 4 == 0
-            and mirl.decoder_width % max(mirl.decoder_heads, 1) == 0,
-            "a multiple of 4 and of config.mirl.decoder_heads",
-        ),
-    ):
-        if not holds:
-            wrong.append(f"config.mirl.{field} is {getattr(mirl, field)!r}; it has to be {need}")
     try:
         height, width = config.data.crop_size
         patches = height * width // size_multiple(config.model.backbone) ** 2
