@@ -14,7 +14,7 @@ from resfu_jax.training import Config, HeadConfig, OptimizerConfig
 
 def get_config(upsampler: str = "resfu") -> Config:
     config = camvid_vit_frozen.get_config()
-    config.steps, config.batch_size, config.log_every = 80, 4, 10
+    config.steps, config.batch_size, config.log_every = 200, 4, 20
     config.model = mirl_camvid.get_config().model
     config.model.head = HeadConfig(name="linear", upsampler=upsampler, norm=True)
     config.data.crop_size, config.data.flip = (96, 128), True
@@ -23,7 +23,7 @@ def get_config(upsampler: str = "resfu") -> Config:
         learning_rate=1e-3,
         head_learning_rate_multiple=4.0,
         weight_decay=0.05,
-        warmup_steps=10,
+        warmup_steps=20,
         clip_norm=1.0,
     )
     config.eval.every = config.checkpoint.every = config.steps

@@ -6,8 +6,8 @@ Six segments of two blocks. `--config.mirl.segments=1` trains the same encoder a
 autoencoder. The pictures in `predictions/` show image, visible patches, the prediction of the first
 segment, and its sum with that of the last one.
 
-Result: held-out loss 0.631 after 400 steps, 0.803 for the first prediction alone; 5.5 minutes on two
-CPU cores shared with other work.
+Result: held-out loss 0.631 after 400 steps, 0.803 for the first prediction alone; 5.5 minutes on
+two CPU cores that were shared with other work.
 """
 
 from resfu_jax.training import (
