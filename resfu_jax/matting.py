@@ -20,7 +20,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float, Num, UInt8
 
 from resfu_jax._checks import check_flag, need
-from resfu_jax._running import Path, compute_type, restore, run_folder
+from resfu_jax._running import Path, open_run, restore
 from resfu_jax.backbones.matting import MattingEncoder
 from resfu_jax.heads.matting import MattingHead
 from resfu_jax.model import evaluating, normalise
@@ -169,16 +169,9 @@ class MattingPipeline:
           ValueError: the folder does not hold such a run.
           CheckpointError: there is no such checkpoint, or it is of another architecture.
         """
-        from resfu_jax import tasks, training
+        from resfu_jax import tasks
 
-        compute = None if dtype is None else compute_type(dtype)
-        workdir, which = training.find_run(run_folder(path), str(which))
-        config = training.read_config(workdir)
-        need(
-            training.task_kind(config) == "matting",
-            f"path must be a run of matting, and {workdir} has task={config.task!r}",
-        )
-        config.model.dtype = compute or config.model.dtype
+        workdir, which, config = open_run(path, which, "matting", dtype)
         model, step = restore(
             workdir,
             which,
