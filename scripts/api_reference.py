@@ -24,6 +24,7 @@ MODULES = {
     "resfu_jax.preprocess": "what is done to an image first",
     "resfu_jax.inference": "whole images, windows, views",
     "resfu_jax.predictor": "images of any size to labels",
+    "resfu_jax.depth": "images of any size to depths",
     "resfu_jax.export": "models as files",
     "resfu_jax.serving": "loads them, without model code",
     "resfu_jax.visualize": "pictures of features and weights",

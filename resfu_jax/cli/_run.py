@@ -11,6 +11,7 @@ import tyro
 from resfu_jax._files import local_path
 
 if TYPE_CHECKING:
+    from resfu_jax.depth import DepthPipeline
     from resfu_jax.predictor import Predictor
 
 CACHE = Path("~/.cache/resfu_jax/xla")
@@ -23,7 +24,7 @@ class Run:
     checkpoint: Path
     """Workdir of the run, or one checkpoint in it: WORKDIR/checkpoints/STEP."""
     which: str = "best"
-    """Checkpoint: best (by mIoU), latest, or a step."""
+    """Checkpoint: best (by mIoU, or AbsRel of depth), latest, or a step."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type."""
     mode: Literal["whole", "slide"] | None = None
@@ -42,22 +43,42 @@ class Run:
     """Where the dataset was prepared: its classes, and for evaluation its images."""
 
     def load(self, **options: Any) -> "Predictor":
-        """The predictor; further options are those of `Predictor`."""
+        """The predictor of a run that segments; further options are those of `Predictor`."""
         start_jax()
         from resfu_jax.predictor import Predictor
 
-        names = ("mode", "crop", "stride", "scales", "flip")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if self.orientation is not None:
-            options["orientation"] = self.orientation
         return Predictor.from_checkpoint(
-            local_path(self.checkpoint, "--checkpoint"),
-            self.which,
-            dtype=self.dtype,
-            inference=given,
-            data_dir=self.data_dir,
-            **options,
+            self._path, inference=self._views, data_dir=self.data_dir, **self._options, **options
         )
+
+    def load_any(self, **options: Any) -> "Predictor | DepthPipeline":
+        """The same, or the pipeline of a run of depth."""
+        start_jax()
+        from resfu_jax import training
+        from resfu_jax.depth import DepthPipeline
+
+        workdir, _ = training.find_run(self._path.resolve())
+        if training.task_kind(training.read_config(workdir)) != "depth":
+            return self.load(**options)
+        for name in self._views:
+            raise ValueError(
+                f"--{name} is for runs that segment; one of depth sees each image once, and whole"
+            )
+        return DepthPipeline.from_checkpoint(self._path, **self._options, **options)
+
+    @property
+    def _path(self) -> Path:
+        return local_path(self.checkpoint, "--checkpoint")
+
+    @property
+    def _views(self) -> dict[str, Any]:
+        names = ("mode", "crop", "stride", "scales", "flip")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        turned = {} if self.orientation is None else {"orientation": self.orientation}
+        return dict(which=self.which, dtype=self.dtype, **turned)
 
 
 class Shown:
