@@ -21,13 +21,12 @@ from jaxtyping import Array, Float, Num, UInt8
 
 from resfu_jax._checks import check_flag, need
 from resfu_jax._running import Path, open_run, restore
+from resfu_jax._trimap import BACKGROUND, FOREGROUND
 from resfu_jax.backbones.matting import MattingEncoder
 from resfu_jax.heads.matting import MattingHead
 from resfu_jax.model import evaluating, normalise
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD
-
-BACKGROUND, UNKNOWN, FOREGROUND = 0, 128, 255
 
 
 class MattingModel(nnx.Module):
