@@ -78,6 +78,18 @@ def run(data_dir, programs_are_kept):
     stop.close()
 
 
+def test_loftup_takes_no_depths_for_masks(data_dir):
+    config = config_of()
+    config.data.dir, config.objective = str(data_dir), training.ObjectiveConfig(name="loftup")
+    config.data.name = "shapes"
+    training.validate(config)
+    for name, holds in (("shapes/depth", "depths"), ("image_folder/photos", "none")):
+        config.data.name = name
+        message = f"config.data.name is '{name}', whose label maps hold {holds}; .*'loftup'"
+        with pytest.raises(training.ConfigError, match=message):
+            training.validate(config)
+
+
 def losses(lines):
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
