@@ -18,6 +18,7 @@ from resfu_jax.data.fabricate import prepare_fabricated
 from resfu_jax.depth import as_numbers, png_scale
 from resfu_jax.heads import create_head
 from resfu_jax.model import evaluating
+from resfu_jax.normals import normals_from_depth, normals_picture
 from resfu_jax.predictor import Predictor
 from resfu_jax.tasks.depth import depth_picture
 
@@ -204,7 +205,12 @@ def test_predict_writes_depths_and_pictures(run, pipeline, tmp_path, programs_ar
     np.testing.assert_allclose(np.asarray(read), depth, atol=0.0006)
     with Image.open(tmp_path / "out/pictures/a.png") as picture:
         assert picture.width == 2 * 90 + 4 and picture.height > 120
-    assert cli.main(["predict", str(tmp_path / "a.png"), *options, "--depth-format", "npy"]) == 0
+    assert not (tmp_path / "out/normals").exists()
+    more = ["--depth-format", "npy", "--intrinsics", "80", "80", "44.5", "59.5"]
+    assert cli.main(["predict", str(tmp_path / "a.png"), *options, *more]) == 0
+    with Image.open(tmp_path / "out/normals/a.png") as picture:
+        expected = normals_picture(normals_from_depth(depth, (80, 80, 44.5, 59.5)))
+        assert np.abs(np.asarray(picture).astype(int) - expected).mean() < 1
     np.testing.assert_allclose(np.load(tmp_path / "out/depth/a.npy"), depth, rtol=1e-5)
     assert cli.main(["predict", str(tmp_path / "a.png"), *options, "--flip", "True"]) == 1
     assert "--flip is for runs that segment; one of depth" in capsys.readouterr().err

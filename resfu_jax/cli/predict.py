@@ -29,6 +29,7 @@ def predict(
     out: Path = Path("predictions"),
     opacity: float = 0.5,
     depth_format: Literal["png", "npy"] = "png",
+    intrinsics: tuple[float, float, float, float] | None = None,
     batch_size: int | None = None,
     growth: float = 1.25,
     max_compilations: int = 32,
@@ -54,6 +55,8 @@ def predict(
       out: folder of the results.
       opacity: of the classes' colours over the image, 0 to 1.
       depth_format: of depths: png, or npy, float32 in the unit of the run's depth maps.
+      intrinsics: of depths: the camera's f_x, f_y, c_x, c_y in pixels of the images, to draw
+        surface normals, too, OUT/normals/NAME.png.
       batch_size: images at once; by default one per device.
       growth: sizes are padded to steps of this ratio; 1 pads least and compiles most.
       max_compilations: most sizes that are compiled.
@@ -62,6 +65,10 @@ def predict(
         raise ValueError("no images: give files or folders, for instance: resfu predict photo.jpg")
     if not 0 <= opacity <= 1:
         raise ValueError(f"--opacity must be between 0 and 1, got {opacity}")
+    if intrinsics is not None:
+        from resfu_jax.normals import check_intrinsics
+
+        check_intrinsics(intrinsics)
     out = local_path(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     windows: Any = None  # for large images
@@ -87,11 +94,14 @@ def predict(
 
     write: Callable[[Any, Any], str]
     if isinstance(pipeline, Predictor):
+        if intrinsics is not None:
+            raise ValueError("--intrinsics is for runs of depth, and this one segments")
         if run.mode is None and pipeline.inference.mode == "whole":
             pipeline.inference = windows = _windows_for_large(pipeline, run)
         write = functools.partial(_write_labels, out, pipeline, opacity)
     else:
-        write = functools.partial(_write_depth, out, _scale(out, pipeline, depth_format))
+        scale = _scale(out, pipeline, depth_format)
+        write = functools.partial(_write_depth, out, scale, intrinsics)
     last = start = time.perf_counter()
     compiled = 0.0
     shown = Shown(pipeline.stream(images), count_images(images))
@@ -145,12 +155,15 @@ def _scale(out: Path, pipeline: "DepthPipeline", depth_format: str) -> float | N
     return scale
 
 
-def _write_depth(out: Path, scale: float | None, result: "ImageDepth", image: Any) -> str:
-    """The depths of a photo, and a picture; their range in words."""
+def _write_depth(
+    out: Path, scale: float | None, intrinsics: Any, result: "ImageDepth", image: Any
+) -> str:
+    """The depths of a photo, and pictures; their range in words."""
     import numpy as np
     from PIL import Image
 
     from resfu_jax.depth import as_numbers, depth_and_photo
+    from resfu_jax.normals import normals_from_depth, normals_picture
     from resfu_jax.visualize import save_png
 
     depth, name = result.depth, f"{result.id}.png"
@@ -159,6 +172,9 @@ def _write_depth(out: Path, scale: float | None, result: "ImageDepth", image: An
     else:
         Image.fromarray(as_numbers(depth, scale)).save(out / "depth" / name)
     save_png(out / "pictures" / name, depth_and_photo(image, depth))
+    if intrinsics is not None:
+        normals = normals_from_depth(depth, intrinsics)
+        save_png(out / "normals" / name, normals_picture(normals))
     low, middle, high = np.percentile(depth, (0, 50, 100))
     return f"depth {low:.3g} to {high:.3g}, median {middle:.3g}"
 
