@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from resfu_jax.convert import from_torch, load_upsampler
     from resfu_jax.depth import DepthPipeline
     from resfu_jax.features import FeaturePipeline
+    from resfu_jax.matting import MattingPipeline
     from resfu_jax.predictor import Predictor
     from resfu_jax.upsamplers import create_upsampler, list_upsamplers
 
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DepthPipeline",
     "FeaturePipeline",
+    "MattingPipeline",
     "Predictor",
     "create_upsampler",
     "from_torch",
@@ -28,6 +30,7 @@ __all__ = [
 _HOMES = {
     "DepthPipeline": "resfu_jax.depth",
     "FeaturePipeline": "resfu_jax.features",
+    "MattingPipeline": "resfu_jax.matting",
     "Predictor": "resfu_jax.predictor",
     "create_upsampler": "resfu_jax.upsamplers",
     "from_torch": "resfu_jax.convert",

@@ -25,6 +25,7 @@ MODULES = {
     "resfu_jax.inference": "whole images, windows, views",
     "resfu_jax.predictor": "images of any size to labels",
     "resfu_jax.depth": "images of any size to depths",
+    "resfu_jax.matting": "photos and trimaps to mattes",
     "resfu_jax.normals": "depths to surface normals",
     "resfu_jax.export": "models as files",
     "resfu_jax.serving": "loads them, without model code",

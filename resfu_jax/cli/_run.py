@@ -12,6 +12,7 @@ from resfu_jax._files import local_path
 
 if TYPE_CHECKING:
     from resfu_jax.depth import DepthPipeline
+    from resfu_jax.matting import MattingPipeline
     from resfu_jax.predictor import Predictor
 
 CACHE = Path("~/.cache/resfu_jax/xla")
@@ -24,7 +25,7 @@ class Run:
     checkpoint: Path
     """Workdir of the run, or one checkpoint in it: WORKDIR/checkpoints/STEP."""
     which: str = "best"
-    """Checkpoint: best (by mIoU, or AbsRel of depth), latest, or a step."""
+    """Checkpoint: best (by mIoU, AbsRel of depth, SAD of mattes), latest, or a step."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type."""
     mode: Literal["whole", "slide"] | None = None
@@ -51,20 +52,34 @@ class Run:
             self._path, inference=self._views, data_dir=self.data_dir, **self._options, **options
         )
 
-    def load_any(self, **options: Any) -> "Predictor | DepthPipeline":
-        """The same, or the pipeline of a run of depth."""
-        start_jax()
+    def kind(self) -> str:
+        """Of the run's task: segmentation, depth, matting or features."""
         from resfu_jax import training
-        from resfu_jax.depth import DepthPipeline
 
         workdir, _ = training.find_run(self._path.resolve())
-        if training.task_kind(training.read_config(workdir)) != "depth":
-            return self.load(**options)
+        return training.task_kind(training.read_config(workdir))
+
+    def load_depth(self, **options: Any) -> "DepthPipeline":
+        """The pipeline of a run of depth; further options are those of `DepthPipeline`."""
+        self._sees_images_once("depth")
+        start_jax()
+        from resfu_jax.depth import DepthPipeline
+
+        return DepthPipeline.from_checkpoint(self._path, **self._options, **options)
+
+    def load_matting(self, **options: Any) -> "MattingPipeline":
+        """The pipeline of a run of matting; further options are those of `MattingPipeline`."""
+        self._sees_images_once("matting")
+        start_jax()
+        from resfu_jax.matting import MattingPipeline
+
+        return MattingPipeline.from_checkpoint(self._path, **self._options, **options)
+
+    def _sees_images_once(self, kind: str) -> None:
         for name in self._views:
             raise ValueError(
-                f"--{name} is for runs that segment; one of depth sees each image once, and whole"
+                f"--{name} is for runs that segment; one of {kind} sees each image once, and whole"
             )
-        return DepthPipeline.from_checkpoint(self._path, **self._options, **options)
 
     @property
     def _path(self) -> Path:

@@ -33,7 +33,7 @@ def evaluate(
       out: a JSON file for the numbers.
     """
     out = None if out is None else local_path(out, "--out")
-    pipeline = run.load_any()
+    pipeline = run.load_depth() if run.kind() == "depth" else run.load()
 
     import jax
     from flax import nnx
