@@ -1,4 +1,4 @@
-"""Every upsampler on the embedded data of depth and matting: trains what is missing, writes results.
+"""Every upsampler on embedded depth and matting data: trains what is missing, writes the results.
 
     python scripts/task_results.py --workdir runs/tasks
     python scripts/task_results.py --workdir runs/tasks --tasks depth --members bilinear resfu
@@ -103,7 +103,8 @@ def table(task: str, results: dict[str, list[dict]]) -> str:
     first, *_ = metrics = EXPERIMENTS[task].metrics
     columns = [title for _, title, _ in metrics] + ["seeds", "parameters"]
     rows = [f"| upsampler | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
-    for member in sorted(results, key=lambda m: np.mean([r[f"val/{first[0]}"] for r in results[m]])):
+    means = {m: np.mean([run[f"val/{first[0]}"] for run in runs]) for m, runs in results.items()}
+    for member in sorted(means, key=means.__getitem__):
         runs, cells = results[member], []
         for key, _, digits in metrics:
             values = [run[f"val/{key}"] for run in runs]
