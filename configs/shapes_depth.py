@@ -19,5 +19,6 @@ def get_config(upsampler: str = "resfu") -> Config:
     config.data = DataConfig(
         name="shapes/depth", crop_size=(128, 128), scale_range=(1.0, 1.0), photometric=False
     )
+    config.steps = config.eval.every = 300
     config.depth = DepthConfig(min_depth=0.1, warmup_steps=0)
     return config

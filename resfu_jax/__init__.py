@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from resfu_jax import ops
     from resfu_jax.convert import from_torch, load_upsampler
+    from resfu_jax.depth import DepthPipeline
     from resfu_jax.features import FeaturePipeline
+    from resfu_jax.matting import MattingPipeline
     from resfu_jax.predictor import Predictor
     from resfu_jax.upsamplers import create_upsampler, list_upsamplers
 
 __version__ = "0.1.0"
 __all__ = [
+    "DepthPipeline",
     "FeaturePipeline",
+    "MattingPipeline",
     "Predictor",
     "create_upsampler",
     "from_torch",
@@ -24,7 +28,9 @@ __all__ = [
 # Imported when they are first used: `resfu --help` does not wait for JAX, and `resfu_jax.ops` and
 # `resfu_jax.serving` come without Flax.
 _HOMES = {
+    "DepthPipeline": "resfu_jax.depth",
     "FeaturePipeline": "resfu_jax.features",
+    "MattingPipeline": "resfu_jax.matting",
     "Predictor": "resfu_jax.predictor",
     "create_upsampler": "resfu_jax.upsamplers",
     "from_torch": "resfu_jax.convert",

@@ -1,4 +1,4 @@
-"""What `Predictor` and `FeaturePipeline` share: which images there are, devices, compute types.
+"""What all that runs trained models shares: runs, which images there are, devices, compute types.
 
 Pillow is imported with the first file: arrays do without it.
 """
@@ -22,6 +22,7 @@ from resfu_jax._names import lookup
 
 if TYPE_CHECKING:
     from resfu_jax.images import ImageError
+    from resfu_jax.training import Config
 
 Path = str | os.PathLike[str]
 Images = Path | np.ndarray | jax.Array | Sequence[Any]
@@ -176,6 +177,45 @@ def run_folder(path: Any) -> pathlib.Path:
     if not isinstance(path, str | os.PathLike):
         raise ValueError(f"path must be the workdir of a run of train.py, got {path!r}")
     return pathlib.Path(os.path.expanduser(path)).resolve()
+
+
+# What the runs of each kind of task are for.
+_USES = {
+    "segmentation": "Predictor.from_checkpoint loads it",
+    "depth": "DepthPipeline.from_checkpoint loads it",
+    "features": "FeaturePipeline.from_checkpoint loads it",
+    "matting": "MattingPipeline.from_checkpoint loads it",
+    "mirl": "other runs of train.py start from it with --config.init_from",
+}
+
+
+def open_run(
+    path: Any, which: str | int, kind: str, dtype: Any = None
+) -> "tuple[pathlib.Path, str, Config]":
+    """The workdir of a run of train.py, which checkpoint in it, and its config.
+
+    Args:
+      path: the workdir, or one checkpoint in it.
+      which: "best", "latest" or a step.
+      kind: of the task that the run has to be of.
+      dtype: the compute type that the config gets; None: that of the run.
+
+    Raises:
+      ValueError: the folder does not hold such a run, or there is no such type.
+    """
+    from resfu_jax import training
+
+    compute = None if dtype is None else compute_type(dtype)
+    workdir, which = training.find_run(run_folder(path), str(which))
+    config = training.read_config(workdir)
+    other = training.task_kind(config)
+    if other != kind:
+        advice = f": {_USES[other]}" if other in _USES else ""
+        raise ValueError(
+            f"path must be a run of {kind}, and {workdir} has task={config.task!r}{advice}"
+        )
+    config.model.dtype = compute or config.model.dtype
+    return workdir, which, config
 
 
 def restore(

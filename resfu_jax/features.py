@@ -54,8 +54,8 @@ from resfu_jax._running import (
     find_images,
     in_threads,
     local_devices,
+    open_run,
     restore,
-    run_folder,
 )
 from resfu_jax.backbones import ViT
 from resfu_jax.backbones.vit import check_layers
@@ -258,25 +258,12 @@ class FeaturePipeline:
           ValueError: the folder does not hold such a run, or an argument is out of range.
           CheckpointError: there is no such checkpoint, or it is of another architecture.
         """
-        from resfu_jax import training
         from resfu_jax.tasks import create_task
 
         for name in ("backbone", "upsampler", "weights", "normalisation", "channel_norm"):
             need(name not in options, f"{name} is that of the run")
-        compute = None if dtype is None else compute_type(dtype)
         devices = local_devices(devices)
-        workdir, which = training.find_run(run_folder(path), str(which))
-        config = training.read_config(workdir)
-        need(
-            training.task_kind(config) == "features",
-            f"path must be a run that learns features, and {workdir} has task={config.task!r}: "
-            + (
-                "a run of train.py starts from it with --config.init_from"
-                if training.task_kind(config) == "mirl"
-                else "Predictor.from_checkpoint loads it"
-            ),
-        )
-        config.model.dtype = compute or config.model.dtype
+        workdir, which, config = open_run(path, which, "features", dtype)
         task: Any = create_task(config)
         model, _ = restore(workdir, which, lambda: task.create_model(nnx.Rngs(0)), devices)
         return cls(

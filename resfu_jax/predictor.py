@@ -4,20 +4,14 @@
     for result in predictor.predict("photos/"):
         print(result.id, predictor.class_names[result.labels[0, 0]])
 
-XLA compiles a program for every shape, so images are padded at the bottom and right with the mean
-colour to a few sizes, see `Preprocess.padded_side`. The size of an image alone decides what it is
-padded to, and the batch always has the same number of rows, so an image gets the same result, up to
-rounding, alone and among others. Padding does influence it a little where an image is seen whole:
-attention sees it. `Preprocess` has the rule, which exported files and the server follow, too.
+How images of many sizes share few compiled programs is in `_batches.py`. They are padded for that,
+which influences a result a little where an image is seen whole: attention sees it. `Preprocess` has
+the rule, which exported files and the server follow, too.
 """
 
 import dataclasses
-import math
 import os
 import pathlib
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,33 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Dtype
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Integer, UInt8
 
-from resfu_jax._running import (
-    Images,
-    Item,
-    Path,
-    check_fields,
-    compute_type,
-    failed,
-    find_images,
-    in_threads,
-    local_devices,
-    restore,
-    run_folder,
-)
-from resfu_jax.images import ImageError, Source, read_image
+from resfu_jax._batches import Batches, Shape, collect
+from resfu_jax._running import Images, Item, Path, check_fields, local_devices, open_run, restore
+from resfu_jax.images import ImageError
 from resfu_jax.inference import Inference
-from resfu_jax.model import create_model, evaluating
-from resfu_jax.preprocess import Preprocess, check_preprocess, is_integer, preprocess_of
+from resfu_jax.model import create_model
+from resfu_jax.preprocess import Preprocess, is_integer
 
 if TYPE_CHECKING:
     from resfu_jax.data import DatasetInfo
-    from resfu_jax.training import Config
-
-Shape = tuple[int, int, int]  # batch, height, width
-_LESS = "smaller batches or windows (slide)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,7 +72,7 @@ class Predictions(list[Prediction]):
         self.errors = list(errors)
 
 
-class Predictor:
+class Predictor(Batches):
     """Runs a model on images of any size, in batches, with few compiled programs.
 
     Args:
@@ -123,6 +101,8 @@ class Predictor:
       ValueError: an argument is out of range.
     """
 
+    _less = "smaller batches or windows (slide)"
+
     def __init__(
         self,
         model: nnx.Module,
@@ -137,8 +117,6 @@ class Predictor:
         on_compile: Callable[[Shape], None] | None = None,
         **changes: Any,
     ):
-        if not isinstance(model, nnx.Module):
-            raise ValueError(f"model must be a Flax NNX module, got {type(model).__name__}")
         check_classes(class_names, palette)
         if not 1 <= len(class_names) == len(palette) <= 256:
             raise ValueError(
@@ -147,37 +125,18 @@ class Predictor:
             )
         if not isinstance(inference, Inference | None):
             raise ValueError(f"inference must be an Inference or None, got {inference!r}")
-        if not isinstance(preprocess, Preprocess | None):
-            raise ValueError(f"preprocess must be a Preprocess or None, got {preprocess!r}")
-        check_fields(Preprocess, changes, "an option of Predictor")
-        if preprocess is None:
-            preprocess = preprocess_of(model, **changes)
-        else:
-            preprocess = check_preprocess(dataclasses.replace(preprocess, **changes), model)
-        devices = local_devices(devices)
-        batch_size = len(devices) if batch_size is None else batch_size
-        if not is_integer(batch_size) or batch_size < 1 or batch_size % len(devices):
-            raise ValueError(
-                f"batch_size must be a multiple of {len(devices)} (the devices), got {batch_size!r}"
-            )
-        if not is_integer(max_compilations) or max_compilations < 1:
-            raise ValueError(f"max_compilations must be at least 1, got {max_compilations!r}")
+        super().__init__(
+            model,
+            preprocess=preprocess,
+            batch_size=batch_size,
+            max_compilations=max_compilations,
+            devices=devices,
+            on_compile=on_compile,
+            **changes,
+        )
         self.class_names = tuple(class_names)
         self.palette = tuple(palette)
         self.inference = inference or Inference()
-        self.preprocess = preprocess
-        self.batch_size = batch_size
-        self.max_compilations = max_compilations
-        self.on_compile = on_compile
-        self.config: Config | None = None
-        self.step: int | None = None
-        mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
-        self._over_batch = NamedSharding(mesh, PartitionSpec("data"))
-        self._graphdef, weights = nnx.split(evaluating(model))
-        self._weights = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
-        self._programs: dict[tuple, Any] = {}
-        self._seconds: list[float] = []
-        self._compiling = threading.Lock()
 
     @classmethod
     def from_checkpoint(
@@ -217,7 +176,6 @@ class Predictor:
         """
         from resfu_jax import data, training
 
-        compute = None if dtype is None else compute_type(dtype)
         if not isinstance(inference, Inference | Mapping | None):
             raise ValueError(
                 f"inference must be an Inference, a dictionary or None, got {inference!r}"
@@ -225,16 +183,7 @@ class Predictor:
         if isinstance(inference, Mapping):
             check_fields(Inference, inference, "an option in inference")
         devices = local_devices(devices)
-        workdir, which = training.find_run(run_folder(path), str(which))
-        config = training.read_config(workdir)
-        if training.task_kind(config) != "segmentation":
-            raise ValueError(
-                f"path must be a run that segments, and {workdir} has task={config.task!r}: "
-                "FeaturePipeline.from_checkpoint loads those of 'features', `resfu matte` or "
-                "MattingPipeline.from_checkpoint those of 'matting'; a run of train.py starts from "
-                "one of 'mirl' with --config.init_from"
-            )
-        config.model.dtype = compute or config.model.dtype
+        workdir, which, config = open_run(path, which, "segmentation", dtype)
         if info is None:
             data_dir = None if data_dir is None else os.path.expanduser(data_dir)
             info = data.dataset_info(config.data.name, data_dir or config.data.dir)
@@ -260,24 +209,6 @@ class Predictor:
         predictor.config, predictor.step = config, step
         return predictor
 
-    @property
-    def model(self) -> Any:
-        """The model, set to evaluation."""
-        return nnx.merge(self._graphdef, self._weights)
-
-    @property
-    def compiled_shapes(self) -> tuple[Shape, ...]:
-        """(batch, height, width) of the compiled programs, in the order of their compilation.
-
-        A shape comes again when other outputs were asked for.
-        """
-        return tuple((self.batch_size, *size) for size, *_ in self._programs)
-
-    @property
-    def compile_seconds(self) -> tuple[float, ...]:
-        """How long each of them took to compile."""
-        return tuple(self._seconds)
-
     def predict(
         self, images: Images, *, probabilities: bool = False, features: bool = False
     ) -> Predictions:
@@ -300,20 +231,7 @@ class Predictor:
           ValueError: arrays of other shapes or types.
           ImageError: a single image, or an empty folder, has no result.
         """
-        alone = isinstance(images, str | os.PathLike) and not os.path.isdir(images)
-        alone |= getattr(images, "ndim", None) == 3
-        results: dict[int, Prediction] = {}
-        errors: dict[int, ImageError] = {}
-        for index, result in self._stream(images, probabilities, features):
-            if isinstance(result, ImageError):
-                errors[index] = result
-            else:
-                results[index] = result
-        if errors and (alone or not results and isinstance(images, str | os.PathLike)):
-            raise errors[min(errors)]
-        return Predictions(
-            [results[i] for i in sorted(results)], [errors[i] for i in sorted(errors)]
-        )
+        return Predictions(*collect(images, self._results(images, probabilities, features)))
 
     def stream(
         self, images: Images, *, probabilities: bool = False, features: bool = False
@@ -323,90 +241,23 @@ class Predictor:
         Few images are in memory at any time. Reading files, computing, and what the caller does
         with the results go on at the same time.
         """
-        for _, result in self._stream(images, probabilities, features):
+        for _, result in self._results(images, probabilities, features):
             yield result
 
-    def read_image(self, source: Source, name: str | None = None) -> UInt8[np.ndarray, "h w 3"]:
-        """`resfu_jax.images.read_image`, turned as `preprocess` says, as results are."""
-        return read_image(source, name, orientation=self.preprocess.orientation)
-
-    def padded_size(self, height: int, width: int) -> tuple[int, int]:
-        """What images of this height and width (after resizing) are padded to."""
-        return self.preprocess.padded_size(height, width)
-
-    # ----------------------------------------------------------------------------------- pipeline
-    def _stream(
+    def _results(
         self, images: Images, probabilities: bool, features: bool
     ) -> Iterator[tuple[int, Prediction | ImageError]]:
-        items = find_images(images)
         # Resizing needs the probabilities, not the classes.
-        outputs = (probabilities or self.preprocess.resizes, features)
-        waiting: dict[tuple[int, int], list[Item]] = {}
-        running: deque[tuple[list[Item], Any]] = deque()
+        computed = probabilities or self.preprocess.resizes
+        for index, result in self._stream(images, computed, features):
+            if not probabilities and isinstance(result, Prediction):
+                result = dataclasses.replace(result, probabilities=None)
+            yield index, result
 
-        def finish() -> Iterator[tuple[int, Prediction | ImageError]]:
-            rows, results = running.popleft()
-            try:
-                results = jax.device_get(results)
-            except jax.errors.JaxRuntimeError as error:
-                results = error
-            for i, item in enumerate(rows):
-                if isinstance(results, Exception):
-                    yield item.index, failed(item, results, _LESS)
-                else:
-                    result = {name: value[i] for name, value in results.items()}
-                    yield item.index, self._result(item, result, probabilities)
-
-        def start(size: tuple[int, int]) -> Iterator[tuple[int, Prediction | ImageError]]:
-            rows = waiting.pop(size)
-            try:
-                results = self._programs[size, *outputs](self._weights, *self._batch(rows, size))
-            except jax.errors.JaxRuntimeError as error:
-                yield from ((item.index, failed(item, error, _LESS)) for item in rows)
-                return
-            running.append((rows, results))
-            if len(running) > 1:  # the device works on this batch, we on the one before
-                yield from finish()
-
-        for item in in_threads(self._load, items):
-            try:
-                if item.error is not None:
-                    raise item.error
-                size = self._compiled_size(item, outputs)
-            except ImageError as error:
-                yield item.index, error
-                continue
-            waiting.setdefault(size, []).append(item)
-            if len(waiting[size]) == self.batch_size:
-                yield from start(size)
-        for size in list(waiting):
-            yield from start(size)
-        while running:
-            yield from finish()
-
-    def _load(self, item: Item) -> Item:
-        """Reads and scales an image."""
-        if item.error is not None:
-            return item
-        try:
-            pixels = item.pixels if item.path is None else self.read_image(item.path)
-        except ImageError as error:
-            return dataclasses.replace(item, error=error)
-        return dataclasses.replace(
-            item, pixels=self.preprocess.resize(pixels), size=pixels.shape[:2]
-        )
-
-    def _batch(self, rows: list[Item], size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-        images = np.empty((self.batch_size, *size, 3), np.uint8)
-        images[:] = self.preprocess.pad_color
-        sizes = np.zeros((self.batch_size, 2), np.int32)
-        for i, item in enumerate(rows):
-            sizes[i] = height, width = item.pixels.shape[:2]
-            images[i, :height, :width] = item.pixels
-        return jax.device_put((images, sizes), self._over_batch)
-
-    def _result(self, item: Item, result: dict[str, np.ndarray], probabilities: bool) -> Prediction:
+    # ------------------------------------------------------------------------------- of `Batches`
+    def _result(self, item: Item, result: dict[str, np.ndarray], *outputs: bool) -> Prediction:
         """Without the padding, and at the size of the image."""
+        del outputs
         height, width = item.pixels.shape[:2]
         shape = result["labels"].shape
         features = result.get("features")
@@ -417,64 +268,24 @@ class Predictor:
             )
             features = np.array(features[:h, :w])
         labels = result["labels"][:height, :width]
-        if "probabilities" in result:
-            every = result["probabilities"][:height, :width]
+        every = result.get("probabilities")
+        if every is not None:
+            every = every[:height, :width]
             if every.shape[:2] != item.size:
                 every = self.preprocess.resize_back(every, item.size)
                 labels = every.argmax(axis=-1).astype(np.uint8)
-            every = np.array(every) if probabilities else None
-        else:
-            every = None
+            every = np.array(every)
         return Prediction(item.id, item.path, np.array(labels), every, features)
-
-    # ----------------------------------------------------------------------------------- programs
-    def _compiled_size(self, item: Item, outputs: tuple[bool, bool]) -> tuple[int, int]:
-        """The padded size of an image; its program is compiled when this returns."""
-        height, width = item.pixels.shape[:2]
-        size = self.padded_size(height, width)
-        with self._compiling:
-            if (size, *outputs) in self._programs:
-                return size
-            if len(self._programs) < self.max_compilations:
-                try:
-                    self._compile(size, outputs)
-                except jax.errors.JaxRuntimeError as error:
-                    raise failed(item, error, _LESS) from error
-                return size
-            there = [key[0] for key in self._programs if key[1:] == outputs]
-            there = [s for s in there if s[0] >= height and s[1] >= width]
-            if not there:
-                raise ImageError(
-                    f"{item.path or f'image {item.id}'}: {height}x{width} (height x width) fits no "
-                    f"compiled size, and max_compilations is {self.max_compilations}: raise it, or "
-                    "growth"
-                )
-            return min(there, key=math.prod)
-
-    def _compile(self, size: tuple[int, int], outputs: tuple[bool, bool]) -> None:
-        if self.on_compile is not None:
-            self.on_compile((self.batch_size, *size))
-        start = time.perf_counter()
-
-        def run(weights: Any, images: Array, sizes: Array) -> dict[str, Array]:
-            return self._run(weights, images, sizes, *outputs)
-
-        images = jax.ShapeDtypeStruct(
-            (self.batch_size, *size, 3), jnp.uint8, sharding=self._over_batch
-        )
-        sizes = jax.ShapeDtypeStruct((self.batch_size, 2), jnp.int32, sharding=self._over_batch)
-        compiled = jax.jit(run, out_shardings=self._over_batch)
-        self._programs[size, *outputs] = compiled.lower(self._weights, images, sizes).compile()
-        self._seconds.append(time.perf_counter() - start)
 
     def _run(
         self,
         weights: Any,
         images: UInt8[Array, "b h w 3"],
         sizes: Integer[Array, "b 2"],
-        probabilities: bool,
-        features: bool,
+        *outputs: bool,
     ) -> dict[str, Array]:
+        """Classes; and probabilities, and features, where these are asked for."""
+        probabilities, features = outputs
         model: Any = nnx.merge(self._graphdef, weights)
         logits = self.inference(model, images, sizes=sizes, preprocess=self.preprocess)
         if logits.shape[-1] != len(self.class_names):

@@ -45,14 +45,19 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # tracing the initialisers of a large network takes.
 DynamicJaxprTracer._origin_msg = lambda self: ""
 
-# A function without annotations has nothing to be checked. Most are closures, for which a checker
-# would be written and compiled each time the function around them runs.
+# A function without annotations has nothing to be checked, and for one inside another a checker
+# would be written and compiled each time the function around it runs.
 check_types = jaxtyping.jaxtyped
 
 
 def check_annotated_types(*, typechecker):
     check = check_types(typechecker=typechecker)
-    return lambda f: check(f) if isinstance(f, type) or f.__annotations__ else f
+
+    def check_if_annotated(f):
+        inner = "<locals>" in f.__qualname__
+        return check(f) if isinstance(f, type) or (f.__annotations__ and not inner) else f
+
+    return check_if_annotated
 
 
 jaxtyping.jaxtyped = check_annotated_types
@@ -116,6 +121,13 @@ def programs_are_kept():
     yield
     jax.config.update("jax_compilation_cache_dir", "")
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(params=[False, True], ids=["float32", "x64"])
+def x64(request):
+    """Runs a test with the types of use, then with 64 bits."""
+    with jax.enable_x64(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import os
 import pathlib
 
 import numpy as np
+import pytest
 
 _HERE = pathlib.Path(__file__).resolve().parent
 _PLACES = [
@@ -23,6 +24,17 @@ _PLACES = [
     )
     if p and (pathlib.Path(p) / "index.json").is_file()
 ]
+
+
+# What is compared with a golden: every form in float32 and in float64. On a CPU, None is the form
+# "cpu" wherever that applies: it is compared by one name in each.
+FORMS = {False: ("reference", "xla", None), True: ("reference", "xla", "cpu")}
+forms = pytest.mark.parametrize(
+    ("x64", "implementation"),
+    [(x64, form) for x64, names in FORMS.items() for form in names],
+    ids=[f"{'x64' if x64 else 'float32'}-{form}" for x64, names in FORMS.items() for form in names],
+    indirect=["x64"],
+)
 
 
 @functools.cache

@@ -20,12 +20,6 @@ forms = pytest.mark.parametrize("implementation", ["reference", "xla"])
 KERNELS = ("sx_raw", "sy_raw", "th_raw", "sr_raw")
 
 
-@pytest.fixture(params=[False, True], ids=["float32", "x64"])
-def x64(request):
-    with jax.enable_x64(request.param):
-        yield request.param
-
-
 @functools.cache
 def build(name, features=8, **options):
     few = dict(steps=2) if name == "upsample_anything" else {}

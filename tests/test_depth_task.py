@@ -1,6 +1,7 @@
 """train.py with task = "depth": the heads, a run, and what is said before it."""
 
 import copy
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,13 @@ from flax import nnx
 from PIL import Image
 
 import train
-from resfu_jax import data, tasks, training
+from resfu_jax import DepthPipeline, cli, data, tasks, training
 from resfu_jax.data import transforms
 from resfu_jax.data.fabricate import prepare_fabricated
+from resfu_jax.depth import as_numbers, png_scale
 from resfu_jax.heads import create_head
 from resfu_jax.model import evaluating
+from resfu_jax.normals import normals_from_depth, normals_picture
 from resfu_jax.predictor import Predictor
 from resfu_jax.tasks.depth import depth_picture
 
@@ -123,21 +126,123 @@ def test_the_decoder_sees_all_maps_and_keeps_to_its_range():
         create_head("depth_decoder", in_features=(4, 6), num_classes=3, rngs=nnx.Rngs(0))
 
 
-def test_a_run_scores_draws_and_is_no_segmentation(data_dir, tmp_path, programs_are_kept):
+@pytest.fixture(scope="module")
+def run(data_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "run"
     config = config_of()
     config.data.dir = str(data_dir)
     stop = training.StopSignals()
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        train.run(copy.deepcopy(config), tmp_path / "run", "train", "latest", stop)
+        train.run(copy.deepcopy(config), workdir, "train", "latest", stop)
     stop.close()
-    lines = training.read_metrics(tmp_path / "run/metrics.jsonl")
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def pipeline(run):
+    return DepthPipeline.from_checkpoint(run, devices=jax.devices()[:1])
+
+
+def photo(height, width):
+    return np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def test_a_run_scores_draws_and_is_no_segmentation(run):
+    lines = training.read_metrics(run / "metrics.jsonl")
     scores = {line["step"]: line for line in lines if "val/abs_rel" in line}
     assert list(scores) == [2, 4] and scores[4]["val/rmse"] > 0
     assert {f"val/delta{k}" for k in (1, 2, 3)} < scores[4].keys()
-    with Image.open(tmp_path / "run/predictions/step0000004_0.png") as picture:
+    with Image.open(run / "predictions/step0000004_0.png") as picture:
         assert picture.width == 4 * 32 + 3 * 4 and picture.height > 32
-    with pytest.raises(ValueError, match="path must be a run that segments, .*task='depth'"):
-        Predictor.from_checkpoint(tmp_path / "run")
+    message = "path must be a run of segmentation, .*task='depth': DepthPipeline.from_checkpoint"
+    with pytest.raises(ValueError, match=message):
+        Predictor.from_checkpoint(run)
+
+
+def test_photos_of_any_size_get_the_depth_that_the_model_gives(pipeline, tmp_path):
+    """Padded and resized as the run says (a quarter, here), and turned as EXIF data say."""
+    pixels = photo(120, 90)
+    depth = pipeline(pixels)
+    assert depth.dtype == np.float32 and depth.shape == (120, 90)
+    small = np.asarray(Image.fromarray(pixels).resize((22, 30), Image.Resampling.BILINEAR))
+    padded = np.empty((1, 32, 32, 3), np.uint8)
+    padded[:] = pipeline.preprocess.pad_color
+    padded[0, :30, :22] = small
+    seen = jax.jit(lambda model, x: model(x))(pipeline.model, padded)
+    back = Image.fromarray(np.asarray(seen)[0, :30, :22, 0]).resize((90, 120), Image.BILINEAR)
+    np.testing.assert_allclose(depth, np.asarray(back), rtol=1e-4)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    turned = np.rot90(pixels)
+    Image.fromarray(turned).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_allclose(pipeline(tmp_path / "a.png"), depth, rtol=1e-5)
+    batch = pipeline(np.stack([pixels, pixels]))
+    assert batch.shape == (2, 120, 90)
+    np.testing.assert_allclose(batch[1], depth, rtol=1e-5)
+    (tmp_path / "b.png").write_text("no image")
+    found = list(pipeline.stream(tmp_path))
+    assert sorted(isinstance(result, Exception) for result in found) == [False, True]
+    with pytest.raises(ValueError, match=r"b\.png: cannot be read"):
+        pipeline([tmp_path / "a.png", tmp_path / "b.png"])
+    with pytest.raises(ValueError, match="an option of DepthPipeline"):
+        DepthPipeline(pipeline.model, resize=3)
+
+
+def test_predict_writes_depths_and_pictures(run, pipeline, tmp_path, programs_are_kept, capsys):
+    Image.fromarray(photo(120, 90)).save(tmp_path / "a.png")
+    options = ["--checkpoint", str(run), "--out", str(tmp_path / "out")]
+    assert cli.main(["predict", str(tmp_path / "a.png"), *options]) == 0
+    output = capsys.readouterr()
+    assert "a.png: 90x120, depth " in output.out and "1 image in" in output.out
+    depth = pipeline(tmp_path / "a.png")
+    said = json.loads((tmp_path / "out/depth.json").read_text())
+    assert said["scale"] == 0.001 and said["max_depth"] == 10 and said["step"] in (2, 4)
+    with Image.open(tmp_path / "out/depth/a.png") as file:
+        numbers = np.asarray(file)
+    assert numbers.dtype == np.uint16
+    np.testing.assert_allclose(numbers * said["scale"], depth, atol=0.0006)
+    read = data.DepthMap(scale=0.001).read((tmp_path / "out/depth/a.png").read_bytes(), "a.png")
+    np.testing.assert_allclose(np.asarray(read), depth, atol=0.0006)
+    with Image.open(tmp_path / "out/pictures/a.png") as picture:
+        assert picture.width == 2 * 90 + 4 and picture.height > 120
+    assert not (tmp_path / "out/normals").exists()
+    more = ["--depth-format", "npy", "--intrinsics", "80", "80", "44.5", "59.5"]
+    assert cli.main(["predict", str(tmp_path / "a.png"), *options, *more]) == 0
+    with Image.open(tmp_path / "out/normals/a.png") as picture:
+        expected = normals_picture(normals_from_depth(depth, (80, 80, 44.5, 59.5)))
+        assert np.abs(np.asarray(picture).astype(int) - expected).mean() < 1
+    np.testing.assert_allclose(np.load(tmp_path / "out/depth/a.npy"), depth, rtol=1e-5)
+    assert cli.main(["predict", str(tmp_path / "a.png"), *options, "--flip", "True"]) == 1
+    assert "--flip is for runs that segment; one of depth" in capsys.readouterr().err
+    assert cli.main(["export", str(tmp_path / "x.zip"), *options[:2]]) == 1
+    assert "path must be a run of segmentation" in capsys.readouterr().err
+
+
+def test_evaluate_repeats_the_numbers_of_the_run(run, tmp_path, programs_are_kept, capsys):
+    with jax.numpy_dtype_promotion("standard"):
+        command = ["evaluate", "--checkpoint", str(run), "--which", "4"]
+        assert cli.main([*command, "--out", str(tmp_path / "n.json")]) == 0
+    assert "AbsRel" in capsys.readouterr().out
+    (line,) = (
+        line
+        for line in training.read_metrics(run / "metrics.jsonl")
+        if line["step"] == 4 and "val/abs_rel" in line
+    )
+    found = json.loads((tmp_path / "n.json").read_text())
+    assert found.pop("step") == 4
+    assert {f"val/{k}": v for k, v in found.items()} == pytest.approx(
+        {f"val/{k}": line[f"val/{k}"] for k in found}, rel=1e-3
+    )
+    assert cli.main([*command, "--dataset", "shapes"]) == 1
+    assert "--dataset shapes has no depth maps" in capsys.readouterr().err
+
+
+def test_files_hold_millimetres_where_the_range_permits():
+    assert [png_scale(x) for x in (1.0, 10.0, 65.5, 80.0, 700.0, 9000.0)] == pytest.approx(
+        [0.001, 0.001, 0.001, 0.01, 0.1, 1.0]
+    )
+    depth = np.array([[0.0001, 1.2345, 80.0]], np.float32)
+    assert as_numbers(depth, 0.001).tolist() == [[1, 1234, 65535]]
 
 
 def test_the_picture_marks_unknown_depths():

@@ -2,10 +2,14 @@
 
 import re
 
+import matplotlib
 import numpy as np
 import pytest
 import safetensors.numpy
 import weights
+from matplotlib import pyplot as plt
+from matplotlib.backend_bases import MouseEvent
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from resfu_jax.cli import main
@@ -13,6 +17,7 @@ from resfu_jax.features import FeaturePipeline
 
 pytestmark = pytest.mark.usefixtures("programs_are_kept")
 
+matplotlib.use("Agg")  # has no windows, on a machine with a display either
 RNG = np.random.default_rng(0)
 
 
@@ -95,6 +100,32 @@ def test_correspondence(backbone, photos, tmp_path, capsys):
         assert abs(picture.width - wide / 2) < 5  # photo and similarity, not twice
 
 
+def test_a_clicked_pixel(backbone, photos, tmp_path, capsys, monkeypatch):
+    """Every click on the first photo draws what --pixel draws; others do nothing."""
+    out = tmp_path / "out"
+    names = []
+
+    def click_and_close():
+        figure = plt.gcf()
+        for axes, row, column in ((0, 9, 22), (2, 3, 3), (0, 0, 0)):
+            x, y = figure.axes[axes].transData.transform((column, row))
+            event = MouseEvent("button_press_event", figure.canvas, x, y, 1)
+            figure.canvas.callbacks.process("button_press_event", event)
+            names.append([ax.get_title() for ax in figure.axes])
+
+    monkeypatch.setattr(FigureCanvasAgg, "required_interactive_framework", "test", raising=False)
+    monkeypatch.setattr(plt, "show", click_and_close)
+    words = ("--stride", "4", "--format", "none", "--no-pictures", "--out", str(out), "--click")
+    assert main(command(backbone, [str(photos)], *words)) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "similarity_0_0.png",
+        "similarity_9_22.png",
+    ]
+    assert capsys.readouterr().out.count("is most like") == 2
+    assert names[0] == ["a.png", "cosine similarity", "b.png", "cosine similarity"]
+    assert not plt.get_fignums()
+
+
 def test_one_bad_file_does_not_stop_the_others(backbone, photos, tmp_path, capsys):
     (photos / "broken.png").write_bytes(b"no image")
     out = tmp_path / "out"
@@ -113,6 +144,9 @@ def test_one_bad_file_does_not_stop_the_others(backbone, photos, tmp_path, capsy
         (["A", "--backbone", "V", "--stride", "0"], "--stride must be at least 1"),
         (["A", "--backbone", "V", "--pixel", "20", "0"], "--pixel must lie in"),
         (["A", "A", "A", "--backbone", "V", "--pixel", "2", "0"], "--pixel is for one photo or"),
+        (["A", "--backbone", "V", "--click"], "--click needs a display"),
+        (["A", "A", "A", "--backbone", "V", "--click"], "--click is for one photo or two, got 3"),
+        (["A", "--backbone", "V", "--click", "--pixel", "2", "0"], "--pixel or --click, not both"),
         (["A", "--backbone", "V", "--upsampler", "jbuu"], "did you mean 'jbu'"),
         (["A", "--backbone", "V", "--out", "gs://x/y"], "has to be a folder or file"),
         (["A", "--run", "R", "--upsampler", "jbu"], "--upsampler is that of the run"),

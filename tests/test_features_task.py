@@ -78,6 +78,18 @@ def run(data_dir, programs_are_kept):
     stop.close()
 
 
+def test_loftup_takes_no_depths_for_masks(data_dir):
+    config = config_of()
+    config.data.dir, config.objective = str(data_dir), training.ObjectiveConfig(name="loftup")
+    config.data.name = "shapes"
+    training.validate(config)
+    for name, holds in (("shapes/depth", "depths"), ("image_folder/photos", "none")):
+        config.data.name = name
+        message = f"config.data.name is '{name}', whose label maps hold {holds}; .*'loftup'"
+        with pytest.raises(training.ConfigError, match=message):
+            training.validate(config)
+
+
 def losses(lines):
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
@@ -206,7 +218,7 @@ def test_configs_that_cannot_be(data_dir, change, message):
         ("naf", {"ratio": 1}, 2, "config.objective: unknown option .*'ratios'"),
         ("jafar", {}, 2, "ratios must be one ratio, .* for carafe, which has one scale, 2"),
         ("naf", {}, 4, r"size must be \(16, 16\), 4 times that of the features, for CARAFE"),
-        ("loftup", {}, 2, None),
+        ("loftup", {}, 2, "'loftup' averages over masks: it needs a dataset with classes"),
     ],
 )
 def test_objectives_that_do_not_fit_end_before_anything_is_read(
@@ -214,7 +226,5 @@ def test_objectives_that_do_not_fit_end_before_anything_is_read(
 ):
     config = config_of(scale=scale)
     config.objective = training.ObjectiveConfig(name, options)
-    if message is None:
-        config.steps, message = 1, "loftup needs masks"
     with pytest.raises((training.ConfigError, ValueError), match=message):
         run(tmp_path / "run", config)

@@ -15,12 +15,6 @@ NAMES = goldens.names("freqfusion")
 OFFICIAL = "Linwei-Chen/FreqFusion:FreqFusion"
 
 
-@pytest.fixture(params=[False, True], ids=["float32", "x64"])
-def x64(request):
-    with jax.enable_x64(request.param):
-        yield request.param
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(graphdef, params, x, y, cotangents):
     def fuse(params, x, y):

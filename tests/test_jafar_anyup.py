@@ -23,12 +23,6 @@ WEIGHTS = pathlib.Path(next(iter(goldens.index().values()))["path"]).parent.pare
 every = pytest.mark.parametrize("name", ["jafar", "anyup"])
 
 
-@pytest.fixture(params=[False, True], ids=["float32", "x64"])
-def x64(request):
-    with jax.enable_x64(request.param):
-        yield request.param
-
-
 def contents(name):
     """Arrays of a golden that has no tolerance."""
     with np.load(goldens.index()[name]["path"]) as z:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import goldens
 import jax
@@ -165,7 +166,8 @@ def test_a_run_scores_draws_continues_bit_for_bit_and_mattes(run, data_dir, tmp_
     saved = json.loads((tmp_path / f"whole/eval_{best}.json").read_text())
     assert saved["sad"] == scores[best] and {"mse", "grad", "conn", "grad_python"} < saved.keys()
     the_run_mattes_photos(tmp_path, data_dir, scores[best])
-    assert "120x100, alpha and cut-out in" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "120x100, " in told.out + told.err and "% foreground; " in told.out + told.err
 
 
 def the_run_mattes_photos(tmp_path, data_dir, sad):
@@ -183,16 +185,37 @@ def the_run_mattes_photos(tmp_path, data_dir, sad):
         known = batch["trimap"][0, :100, :120]
         Image.fromarray(known).save(trimap)
         arguments = ["--trimap", str(trimap), "--checkpoint", str(tmp_path / "whole")]
-        assert cli.main(["matte", str(image), *arguments, "--out", str(tmp_path / "out")]) == 0
-        assert cli.main(["predict", str(image), *arguments[2:]]) == 1
-    alpha = np.asarray(Image.open(tmp_path / "out/photo_alpha.png"))
-    cutout = np.asarray(Image.open(tmp_path / "out/photo_cutout.png"))
+        out = ["--out", str(tmp_path / "out")]
+        assert cli.main(["predict", str(image), *arguments, *out]) == 0
+        the_mistakes_of_mattes(tmp_path, image, arguments, out)
+    alpha = np.asarray(Image.open(tmp_path / "out/alpha/photo.png"))
+    cutout = np.asarray(Image.open(tmp_path / "out/cutouts/photo.png"))
     assert (alpha == cutout[..., 3]).all() and alpha.shape == (100, 120)
     assert (alpha[known != 128] == known[known != 128]).all()
     with pytest.raises(data.DataError, match="trimap is 120x100 .* its image 128x128"):
         pipeline(batch["image"][0], known)
     with pytest.raises(data.DataError, match="trimap has no unknown pixel"):
         pipeline(batch["image"][0], np.zeros((128, 128), np.uint8))
+
+
+def the_mistakes_of_mattes(tmp_path, image, arguments, out):
+    """A folder of photos, one without a trimap, and options of other tasks."""
+    photos, trimaps = tmp_path / "photos", tmp_path / "trimaps"
+    for folder, file, names in ((photos, image, "ab"), (trimaps, arguments[1], "a")):
+        folder.mkdir()
+        for name in names:
+            shutil.copy(file, folder / f"{name}.png")
+    words = ["predict", str(photos), "--trimap", str(trimaps), *arguments[2:], *out]
+    assert cli.main(words) == 1
+    assert (tmp_path / "out/alpha/a.png").exists() and not (tmp_path / "out/alpha/b.png").exists()
+    pipeline = MattingPipeline.from_checkpoint(tmp_path / "whole")
+    matte, error = pipeline.stream(photos, trimaps)
+    assert matte.id == "a" and "has no trimap b.*" in str(error)
+    assert pipeline.compiled_shapes == ((1, 112, 128),)
+    with pytest.raises(ValueError, match="trimaps must be a folder for 2 photos"):
+        next(pipeline.stream(photos, arguments[1]))
+    for options in (arguments[2:], [*arguments, "--opacity", "1"], [*arguments, "--flip", "True"]):
+        assert cli.main(["predict", str(image), *options, *out]) == 1
 
 
 def test_a_resnet_that_has_seen_no_trimaps_starts_the_encoder(tmp_path):

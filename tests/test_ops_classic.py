@@ -16,12 +16,6 @@ from resfu_jax.ops.resize import resize
 from resfu_jax.ops.unfold import unfold
 
 
-@pytest.fixture(params=[False, True], ids=["float32", "x64"])
-def x64(request):
-    with jax.enable_x64(request.param):
-        yield request.param
-
-
 def check(g, f, convert=goldens.nhwc):
     """Values and gradient of `f` at the golden's input; `convert` brings its outputs to ours."""
     x = jnp.asarray(goldens.nhwc(g.arrays["in/x"]))

@@ -11,16 +11,28 @@ import pytest
 from PIL import Image
 
 from resfu_jax import create_upsampler, data, training
-from resfu_jax import probe as probing
 from resfu_jax.cli import main
 from resfu_jax.ops.resize import resize
-from resfu_jax.probe import ProbeSettings, fit_classifier, markdown, probe, read_results, record
+from resfu_jax.probe import (
+    Classes,
+    Depths,
+    ProbeSettings,
+    fit_linear,
+    markdown,
+    probe,
+    read_results,
+    record,
+)
+from resfu_jax.probing import fitting, pixels, scoring
+from resfu_jax.probing.images import Encoder, Split
+from resfu_jax.training.depth import depth_metrics
 from resfu_jax.upsamplers import keeps_space
 
 PATCH, WIDTH = 4, 12
 MIX = np.random.default_rng(0).normal(size=(6, WIDTH)).astype(np.float32)
 COLOURS = np.array([(20, 40, 220), (200, 60, 30), (90, 200, 70)], np.uint8)
 NAME = "image_folder/cells"
+THREE = Classes(("sky", "wall", "tree"))
 QUICK = ProbeSettings(epochs=3, pixels_per_image=40, learning_rate=0.05)
 
 
@@ -84,7 +96,7 @@ def close(run, other):
         np.testing.assert_allclose(value, other[name], rtol=1e-4, err_msg=name)
 
 
-def pixels(path):
+def pixels_of(path):
     with Image.open(path) as image:
         return np.asarray(image)
 
@@ -105,10 +117,11 @@ def test_fitting_is_adamw_under_a_cosine():
         epochs=12, batch_size=4, learning_rate=0.1, weight_decay=0.2, flip=False
     )
     rows = lambda views: (x[views], y[views])  # noqa: E731
-    fit = fit_classifier(rows, 4, 3, settings, seed=3, class_weights=weights)
+    target = Classes(THREE.names, weights=weights)
+    fit = fit_linear(rows, 4, target, settings, seed=3)
     fitted, losses = jax.device_get(fit)
 
-    start = probing._initial(3, 5, 3)
+    start = fitting._initial(3, 5, 3)
     params = np.concatenate([start["kernel"], start["bias"][None]]).astype(np.float64)
     assert np.abs(params).max() <= 5**-0.5
     flat = np.concatenate([x.reshape(-1, 5), np.ones((36, 1))], axis=1)[y.ravel() != 255]
@@ -136,7 +149,7 @@ def test_features_of_ignored_pixels_do_not_count():
     other = np.where(y[..., None] == 255, np.float32(100), x)
     settings = ProbeSettings(epochs=2, flip=False)
     one, two = (
-        fit_classifier(lambda views, a=a: (a[views], y[views]), 2, 3, settings, seed=0)
+        fit_linear(lambda views, a=a: (a[views], y[views]), 2, THREE, settings, seed=0)
         for a in (x, other)
     )
     assert one[1] == two[1]
@@ -146,7 +159,7 @@ def test_features_of_ignored_pixels_do_not_count():
 def test_a_loss_that_is_not_finite_ends_the_fit():
     rows = lambda views: (np.full((2, 3, 4), np.inf, np.float32), np.zeros((2, 3), np.uint8))  # noqa: E731
     with pytest.raises(ValueError, match="the loss is nan in epoch 1: lower learning_rate"):
-        fit_classifier(rows, 2, 3, ProbeSettings(), seed=0)
+        fit_linear(rows, 2, THREE, ProbeSettings(), seed=0)
 
 
 def test_mirrored_views_are_chosen_by_chance():
@@ -156,7 +169,7 @@ def test_mirrored_views_are_chosen_by_chance():
         seen.extend(views.tolist())
         return np.zeros((len(views), 1, 2), np.float32), np.zeros((len(views), 1), np.uint8)
 
-    fit_classifier(rows, 5, 2, ProbeSettings(epochs=8), seed=0)
+    fit_linear(rows, 5, THREE, ProbeSettings(epochs=8), seed=0)
     epochs = np.array(seen).reshape(8, 5)
     assert all(sorted(epoch // 2) == list(range(5)) for epoch in epochs)
     assert 10 < (epochs % 2).sum() < 30
@@ -228,8 +241,8 @@ def test_preserved_is_features_where_upsampling_repeats_cells(place, options):
 def test_all_pixels_are_those_that_samples_are_of(place):
     """With as many samples as there are pixels, both ways see the same."""
     runs = []
-    for pixels in (None, 4 * 6 * PATCH**2):
-        settings = ProbeSettings(epochs=3, pixels_per_image=pixels, learning_rate=0.05)
+    for number in (None, 4 * 6 * PATCH**2):
+        settings = ProbeSettings(epochs=3, pixels_per_image=number, learning_rate=0.05)
         entry = probe(Pipeline("bilinear"), NAME, settings, data_dir=place)
         runs += entry["protocols"]["features"]["runs"]
     close(*runs)
@@ -246,17 +259,18 @@ def test_probabilities_are_upsampled_by_the_weights_of_the_features():
         for kernel, bias in zip(classifiers["kernel"], classifiers["bias"], strict=True)
     ]
     bilinear = Pipeline("bilinear")
-    values = probing._probabilities(classifiers, low, 1)
-    got = probing._by_seed(bilinear.upsample(low, images, (9, 16), values=values), 3, 1)
+    five = Classes(tuple("abcde"))
+    values = scoring.answers(five, classifiers, low, 1)
+    got = scoring.by_seed(bilinear.upsample(low, images, (9, 16), values=values), 3, 1)
     for i in range(3):
         expected = resize(softmax[i], (9, 16), method="bilinear")
         np.testing.assert_allclose(got[i], expected, atol=1e-6)
 
     # Groups of channels with weights of their own: the mean of their results.
     groups = Pipeline("dysample", groups=4)
-    assert probing._value_groups(groups) == 4
-    values = probing._probabilities(classifiers, low, 4)
-    got = probing._by_seed(groups.upsample(low, images, (12, 16), values=values), 3, 4)
+    assert scoring.value_groups(groups) == 4
+    values = scoring.answers(five, classifiers, low, 4)
+    got = scoring.by_seed(groups.upsample(low, images, (12, 16), values=values), 3, 4)
     for i in range(3):
         parts = groups.upsample(low, images, (12, 16), values=jnp.tile(softmax[i], 4))
         np.testing.assert_allclose(got[i], parts.reshape(2, 12, 16, 4, 5).mean(3), atol=1e-5)
@@ -268,7 +282,7 @@ def test_scores_are_those_of_training(place):
     rng = np.random.default_rng(7)
     logits = jnp.asarray(rng.normal(size=(2, 1, 8, 12, 3)), jnp.float32)
     labels = jnp.asarray(rng.choice(np.array([0, 1, 2, 255], np.uint8), (1, 16, 24)))
-    got = probing._count(logits, labels, num_classes=3, ignore_label=255, ratio=0.1)
+    got = scoring.count(Classes(THREE.names, dilation_ratio=0.1), logits, labels)
     for i in range(2):
         predicted = jnp.argmax(resize(logits[i], (16, 24)), axis=-1)
         expected = training.count(predicted, labels, num_classes=3, dilation_ratio=0.1)
@@ -280,13 +294,15 @@ def test_sizes_of_input_output_and_crop(place):
     pipeline = Pipeline("bilinear")
     settings = ProbeSettings(crop=32, scale=0.5, output_stride=2)
     source = data.open_source(NAME, "train", place)
-    split = probing.Split(source, data.dataset_info(NAME, place), pipeline, settings)
+    split = Split(source, data.dataset_info(NAME, place), pipeline, settings)
     first, mirrored = (split.read(0, mirrored) for mirrored in (False, True))
     assert [a.shape for a in first] == [(16, 16, 3), (32, 32, 3), (32, 32)]
     for a, b in zip(first, mirrored, strict=True):
         np.testing.assert_array_equal(a, b[:, ::-1])
     # The square in the middle, of 16 pixels of 24: columns 4 .. 19.
-    image, label = (pixels(place.parent / "raw" / k / "train/0.png") for k in ("images", "labels"))
+    image, label = (
+        pixels_of(place.parent / "raw" / k / "train/0.png") for k in ("images", "labels")
+    )
     np.testing.assert_array_equal(first[0], image[:, 4:20])
     np.testing.assert_array_equal(first[2], label[:, 4:20].repeat(2, 0).repeat(2, 1))
     large = Image.fromarray(image).resize((48, 32), Image.Resampling.BILINEAR)
@@ -295,7 +311,7 @@ def test_sizes_of_input_output_and_crop(place):
     assert [batch.filled for batch in batches] == [2, 2, 2]
     assert batches[0].size == (8, 8)
 
-    whole = probing.Split(source, split.info, pipeline, ProbeSettings())
+    whole = Split(source, split.info, pipeline, ProbeSettings())
     (batch,) = whole.batches(4, flip=False)
     assert batch.filled == 3 and batch.size == (16, 24)
     assert (batch.labels[3] == 255).all() and (batch.images[3] == batch.images[2]).all()
@@ -304,9 +320,9 @@ def test_sizes_of_input_output_and_crop(place):
 def test_samples_are_labelled_pixels_and_their_features(place):
     source, info = data.open_source(NAME, "train", place), data.dataset_info(NAME, place)
     pipeline = Pipeline("bilinear")
-    split = probing.Split(source, info, pipeline, ProbeSettings(pixels_per_image=365))
-    encode = probing.Encoder(split, 2, None)
-    found = probing._sampled(split, encode, ["cells", "upsampled"], 2, None)
+    split = Split(source, info, pipeline, ProbeSettings(pixels_per_image=365))
+    encode = Encoder(split, 2, None)
+    found = pixels.sampled(split, encode, THREE, ["cells", "upsampled"], 2, None)
     batch = split.batch(range(6))
     low = pipeline.encode(batch.inputs)
     maps = {
@@ -320,10 +336,94 @@ def test_samples_are_labelled_pixels_and_their_features(place):
         np.testing.assert_array_equal((y != 255).sum(1), np.minimum(labelled, 365))
         for i in range(6):  # each row of features is one of the map's pixels of that class
             for k in range(3):
-                pixels = np.asarray(high[i])[batch.labels[i] == k]
+                of_class = np.asarray(high[i])[batch.labels[i] == k]
                 chosen = x[i][y[i] == k]
-                distance = np.abs(chosen[:, None] - pixels[None]).max(-1).min(1)
+                distance = np.abs(chosen[:, None] - of_class[None]).max(-1).min(1)
                 assert distance.max(initial=0) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------- depth
+def test_depths_are_weighed_and_lost_as_the_head_does(as_users_call):
+    """One step of the fit, and what is read off, against NumPy in float64."""
+    rng = np.random.default_rng(9)
+    x = rng.normal(size=(2, 7, 5)).astype(np.float32)
+    depth = rng.uniform(1, 9, (2, 7)).astype(np.float32)
+    depth[0, :2] = 0, 12
+    target = Depths(bins=6, min_depth=1.0, max_depth=11.0)
+    settings = ProbeSettings(epochs=1, batch_size=2, flip=False)
+    rows = lambda views: (x[views], depth[views])  # noqa: E731
+    fitted, (loss,) = fit_linear(rows, 2, target, settings, seed=3)
+    start = jax.tree.map(lambda a: np.asarray(a, np.float64), fitting._initial(3, 5, 6))
+    weights = np.maximum(x @ start["kernel"] + start["bias"], 0) + 0.1
+    p = (weights * np.linspace(1, 11, 6)).sum(-1) / weights.sum(-1)
+    valid = (depth > 1) & (depth < 11)
+    d = np.log(p[valid] + 1e-3) - np.log(depth[valid] + 1e-3)
+    assert loss == pytest.approx(np.sqrt(d.var(ddof=1) + 0.15 * d.mean() ** 2), rel=1e-4)
+    assert {k: v.shape for k, v in fitted.items()} == {"kernel": (5, 6), "bias": (6,)}
+    both = jax.tree.map(lambda a: jnp.stack([jnp.asarray(a, jnp.float32)] * 2), start)
+    maps = scoring.read_off(target, both, jnp.asarray(x)[:, None])
+    assert maps.shape == (2, 2, 1, 7, 1)
+    np.testing.assert_allclose(maps[1, :, 0, :, 0], p, rtol=1e-5)
+    counts = scoring.count(target, maps, jnp.asarray(depth)[:, None])
+    one = depth_metrics(maps[0, ..., 0], depth[:, None], min_depth=1.0, max_depth=11.0)
+    np.testing.assert_allclose(counts.metrics["abs_rel"], [one.metrics["abs_rel"]] * 2, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def depths(tmp_path_factory):
+    """Pictures whose colour is the depth of a cell; a few pixels are unknown."""
+    root = tmp_path_factory.mktemp("depths")
+    rng = np.random.default_rng(3)
+    for split, number in (("train", 4), ("validation", 2)):
+        for kind in ("images", "depth"):
+            (root / "raw" / kind / split).mkdir(parents=True)
+        for i in range(number):
+            metres = rng.uniform(1, 9, (4, 6)).repeat(PATCH, 0).repeat(PATCH, 1)
+            grey = (25 * metres).round().astype(np.uint8)
+            picture = np.stack([grey, 255 - grey, grey // 2], axis=-1)
+            metres[:2] = 0
+            Image.fromarray(picture).save(root / "raw/images" / split / f"{i}.png")
+            millimetres = Image.fromarray((1000 * metres).astype(np.uint16))
+            millimetres.save(root / "raw/depth" / split / f"{i}.png")
+    data.prepare("depth_folder/cells", root / "data", root / "raw")
+    return root / "data"
+
+
+def test_depth_by_all_protocols(depths, monkeypatch, capsys, tmp_path):
+    module = types.SimpleNamespace(FeaturePipeline=lambda backbone, name, **_: Pipeline(name))
+    monkeypatch.setitem(sys.modules, "resfu_jax.features", module)
+    words = "--backbone b --epochs 60 --pixels-per-image 60 --learning-rate 0.05 --bins 32"
+    files = ["--out", str(tmp_path / "p.json"), "--data-dir", str(depths)]
+    methods = ["--protocols", "features", "preserved", "probabilities", "--seeds", "0", "1"]
+    command = ["probe", "depth_folder/cells", *words.split(), *files, *methods]
+    assert main([*command, "--upsampler", "nearest", "bilinear"]) == 0
+    nearest, bilinear = read_results(tmp_path / "p.json")
+    for result in nearest["protocols"].values():
+        for run in result["runs"]:
+            assert run["loss"][-1] < 0.5 * run["loss"][0]
+            assert 0.9 < run["delta1"] <= 1 and run["abs_rel"] < 0.12
+    # Cells are constant: the three are one for `nearest`, and blurring them is worse.
+    means = [result["mean"]["abs_rel"] for result in nearest["protocols"].values()]
+    assert means == pytest.approx([means[0]] * 3, rel=1e-3)
+    assert bilinear["protocols"]["features"]["mean"]["abs_rel"] > means[0]
+    table = capsys.readouterr().out.splitlines()
+    start = "| upsampler | dataset | protocol | delta1 | AbsRel | RMSE | log10 | seeds |"
+    assert table[0] == start and len(table) == 2 + 6
+    for options, message in (
+        (dict(class_balance=0.5), "class_balance is for classes, and 'depth_folder/cells'"),
+        (dict(min_depth=20.0, max_depth=30.0), "no pixel of 'depth_folder/cells' counts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settings = ProbeSettings(epochs=1, **options)
+            probe(Pipeline("nearest"), "depth_folder/cells", settings, data_dir=depths)
+
+
+def test_tables_of_classes_and_of_depths_stand_apart():
+    depth = {"runs": [{}], "mean": {"delta1": 0.5, "abs_rel": 0.25, "rmse": 1.0, "log10": 0.1}}
+    entry = entry_of("jbu", 0.5) | {"protocols": {"features": depth}}
+    classes, depths = markdown([entry_of("naf", 0.5), entry]).split("\n\n")
+    assert "mIoU" in classes and "naf" in classes and "jbu" not in classes
+    assert depths.splitlines()[2] == "| jbu | d | features | 0.500 | 0.250 | 1.000 | 0.100 | 1 |"
 
 
 # ---------------------------------------------------------------------------------- kept on disk
@@ -458,6 +558,9 @@ def test_mistakes_end_in_one_line(command, arguments, message):
         (dict(class_balance=float("inf")), "class_balance must be a number"),
         (dict(flip=1), "flip must be True or False"),
         (dict(cell_labels="mean"), "cell_labels must be one of"),
+        (dict(bins=0), "bins must be a positive whole"),
+        (dict(min_depth=20.0), "min_depth must be below max_depth"),
+        (dict(depth_crop="nyu"), "depth_crop must be one of"),
     ],
 )
 def test_settings_are_checked(as_users_call, options, message):
@@ -476,7 +579,7 @@ def test_what_cannot_be_is_said_before_anything_is_computed(place, monkeypatch):
     with pytest.raises(ValueError, match="images_at_once must be a positive"):
         probe(pipeline, NAME, QUICK, data_dir=place, images_at_once=0)
     assert deconv.seen == pipeline.seen == []
-    monkeypatch.setattr(probing.os, "sysconf", lambda name: 10)
+    monkeypatch.setattr(pixels.os, "sysconf", lambda name: 10)
     with pytest.raises(ValueError, match="pixels_per_image=40 of 6 views"):
         probe(pipeline, NAME, QUICK, data_dir=place)
     assert len(pipeline.seen) == 2  # the trial and the first batch

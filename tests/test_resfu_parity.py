@@ -19,12 +19,6 @@ BRANCHES = goldens.names("resfu_pcdc_")
 MODULES = [n for n in goldens.names("resfu_") if n not in FILTERS + BRANCHES]
 
 
-@pytest.fixture(params=[False, True], ids=["float32", "x64"])
-def x64(request):
-    with jax.enable_x64(request.param):
-        yield request.param
-
-
 def load(name, x64):
     g = goldens.load(name, x64=x64)
     inputs = {k: jnp.asarray(goldens.nhwc(v)) for k, v in g.group("in").items()}
@@ -46,7 +40,7 @@ def check_gradients(g, actual, wanted):
             assert np.max(np.abs(a)) <= 1e-4 * g.meta["grad_scale"], (g.name, path)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu", None])
+@goldens.forms
 @pytest.mark.parametrize("name", goldens.names("fns_attn"))
 def test_fns_attention(name, implementation, x64):
     g, inputs, cotangent = load(name, x64)
@@ -131,7 +125,7 @@ def test_score_branch(name, implementation, x64):
     check_gradients(g, d_params, wanted)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu", None])
+@goldens.forms
 @pytest.mark.parametrize("name", MODULES)
 def test_module(name, implementation, x64):
     g, inputs, cotangent = load(name, x64)

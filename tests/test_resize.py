@@ -24,12 +24,6 @@ METHODS = ["bilinear", "bicubic", "nearest", "nearest-exact"]
 SIZES = st.integers(1, 12)
 
 
-@pytest.fixture(params=[False, True], ids=["float32", "x64"])
-def x64(request):
-    with jax.enable_x64(request.param):
-        yield request.param
-
-
 def arguments(args: dict) -> dict:
     """Our arguments for those of `torch.nn.functional.interpolate`."""
     size = tuple(args["size"]) if "size" in args else None

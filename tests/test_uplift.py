@@ -20,12 +20,6 @@ PARTS = {"attender": 3, "decoder": 1, "encoder": 1}
 WHOLE = [n for n in goldens.names("uplift") if n.split("_")[1] not in PARTS]
 
 
-@pytest.fixture(params=[False, True], ids=["float32", "x64"])
-def x64(request):
-    with jax.enable_x64(request.param):
-        yield request.param
-
-
 def by_form(names):
     """In float32 by the form that is chosen; in float64, where no mistake hides, by all."""
     cases = [(name, None, x64) for name in names for x64 in (False, True)]

@@ -16,12 +16,6 @@ INTERPOLATIONS = ["nearest", "bilinear", "bicubic"]
 LEARNED = ["deconv", "pixel_shuffle"]
 
 
-@pytest.fixture(params=[False, True], ids=["float32", "x64"])
-def x64(request):
-    with jax.enable_x64(request.param):
-        yield request.param
-
-
 @pytest.mark.parametrize("name", goldens.names("classic_conv"))
 def test_parity(name, x64):
     """The converted module: values and all gradients."""

@@ -18,12 +18,6 @@ FAMILIES = {"carafe": 5, "sapa": 16, "fade": 6, "dysample": 9, "lda_aqu": 5}  # 
 MODULES = [n for n in goldens.names(*FAMILIES) if "_op_" not in n]
 
 
-@pytest.fixture(params=[False, True], ids=["float32", "x64"])
-def x64(request):
-    with jax.enable_x64(request.param):
-        yield request.param
-
-
 def official(g):
     """The golden's class as from_torch takes it, and what only that golden's file needs."""
     scrambled = {"scrambled_phases": True} if g.name == "fade_h2l_s2_pytorch" else {}
@@ -43,8 +37,7 @@ def value_and_gradients(graphdef, params, inputs, cotangent):
     return y, vjp(cotangent)
 
 
-# On the CPUs that run the tests, `None` is the CPU's form wherever it applies.
-@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu", None])
+@goldens.forms
 @pytest.mark.parametrize("name", MODULES)
 def test_module(name, implementation, x64):
     g = goldens.load(name, x64=x64)
@@ -77,7 +70,7 @@ OPS = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu", None])
+@goldens.forms
 @pytest.mark.parametrize("name", goldens.names(*OPS))
 def test_window_ops(name, implementation, x64):
     g = goldens.load(name, x64=x64)

@@ -18,7 +18,6 @@ from resfu_jax.cli.evaluate import evaluate
 from resfu_jax.cli.explain import explain
 from resfu_jax.cli.export import export
 from resfu_jax.cli.features import features
-from resfu_jax.cli.matte import matte
 from resfu_jax.cli.predict import predict
 from resfu_jax.cli.prepare import prepare
 from resfu_jax.cli.probe import probe
@@ -32,7 +31,6 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "train": train,
     "features": features,
     "predict": predict,
-    "matte": matte,
     "evaluate": evaluate,
     "probe": probe,
     "explain": explain,

@@ -11,6 +11,8 @@ import tyro
 from resfu_jax._files import local_path
 
 if TYPE_CHECKING:
+    from resfu_jax.depth import DepthPipeline
+    from resfu_jax.matting import MattingPipeline
     from resfu_jax.predictor import Predictor
 
 CACHE = Path("~/.cache/resfu_jax/xla")
@@ -23,7 +25,7 @@ class Run:
     checkpoint: Path
     """Workdir of the run, or one checkpoint in it: WORKDIR/checkpoints/STEP."""
     which: str = "best"
-    """Checkpoint: best (by mIoU), latest, or a step."""
+    """Checkpoint: best (by mIoU, AbsRel of depth, SAD of mattes), latest, or a step."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type."""
     mode: Literal["whole", "slide"] | None = None
@@ -42,22 +44,56 @@ class Run:
     """Where the dataset was prepared: its classes, and for evaluation its images."""
 
     def load(self, **options: Any) -> "Predictor":
-        """The predictor; further options are those of `Predictor`."""
+        """The predictor of a run that segments; further options are those of `Predictor`."""
         start_jax()
         from resfu_jax.predictor import Predictor
 
-        names = ("mode", "crop", "stride", "scales", "flip")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if self.orientation is not None:
-            options["orientation"] = self.orientation
         return Predictor.from_checkpoint(
-            local_path(self.checkpoint, "--checkpoint"),
-            self.which,
-            dtype=self.dtype,
-            inference=given,
-            data_dir=self.data_dir,
-            **options,
+            self._path, inference=self._views, data_dir=self.data_dir, **self._options, **options
         )
+
+    def kind(self) -> str:
+        """Of the run's task: segmentation, depth, matting or features."""
+        from resfu_jax import training
+
+        workdir, _ = training.find_run(self._path.resolve())
+        return training.task_kind(training.read_config(workdir))
+
+    def load_depth(self, **options: Any) -> "DepthPipeline":
+        """The pipeline of a run of depth; further options are those of `DepthPipeline`."""
+        self._sees_images_once("depth")
+        start_jax()
+        from resfu_jax.depth import DepthPipeline
+
+        return DepthPipeline.from_checkpoint(self._path, **self._options, **options)
+
+    def load_matting(self, **options: Any) -> "MattingPipeline":
+        """The pipeline of a run of matting; further options are those of `MattingPipeline`."""
+        self._sees_images_once("matting")
+        start_jax()
+        from resfu_jax.matting import MattingPipeline
+
+        return MattingPipeline.from_checkpoint(self._path, **self._options, **options)
+
+    def _sees_images_once(self, kind: str) -> None:
+        for name in self._views:
+            raise ValueError(
+                f"--{name} is for runs that segment; one of {kind} sees each image once, and whole"
+            )
+
+    @property
+    def _path(self) -> Path:
+        return local_path(self.checkpoint, "--checkpoint")
+
+    @property
+    def _views(self) -> dict[str, Any]:
+        names = ("mode", "crop", "stride", "scales", "flip")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        turned = {} if self.orientation is None else {"orientation": self.orientation}
+        return dict(which=self.which, dtype=self.dtype, **turned)
 
 
 class Shown:

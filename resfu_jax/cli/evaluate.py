@@ -1,5 +1,6 @@
 """`resfu evaluate`."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ def evaluate(
     batch_size: int | None = None,
     out: Path | None = None,
 ) -> None:
-    """Computes mIoU, boundary IoU and pixel accuracy of a trained model on a dataset.
+    """Computes mIoU, or the errors of depth, of a trained model on a dataset.
 
     resfu evaluate --checkpoint runs/camvid
 
@@ -26,36 +27,44 @@ def evaluate(
 
     Args:
       run: the trained model.
-      dataset: a prepared dataset with the same classes; by default that of the run.
+      dataset: a prepared dataset with the same classes, or of depth; by default that of the run.
       split: validation or train, or a slice of them, such as "train[:10%]".
       batch_size: images at once; by default as in the run.
       out: a JSON file for the numbers.
     """
     out = None if out is None else local_path(out, "--out")
-    predictor = run.load()
+    pipeline = run.load_depth() if run.kind() == "depth" else run.load()
 
     import jax
     from flax import nnx
     from tqdm import tqdm
 
     from resfu_jax import data, tasks, training
+    from resfu_jax.predictor import Predictor
 
-    config = predictor.config
-    name, directory = dataset or config.data.name, run.data_dir or config.data.dir
-    info = data.dataset_info(name, directory)
-    if info.class_names != predictor.class_names:
+    assert pipeline.config is not None  # as it comes from a run
+    config, of_run = pipeline.config, pipeline.config.data.name
+    config.data.name = name = dataset or of_run
+    config.data.dir = run.data_dir or config.data.dir
+    if isinstance(pipeline, Predictor):
+        views = vars(pipeline.inference)
+        given = {key: value for key, value in views.items() if hasattr(config.eval, key)}
+        config.eval = dataclasses.replace(config.eval, **given)
+    task = tasks.create_task(config)
+    if isinstance(pipeline, Predictor) and task.info.class_names != pipeline.class_names:
         raise ValueError(
-            f"--dataset {name} has the classes {', '.join(info.class_names)}; the model has "
-            f"{', '.join(predictor.class_names)}"
+            f"--dataset {name} has the classes {', '.join(task.info.class_names)}; the model has "
+            f"{', '.join(pipeline.class_names)}"
         )
+    if not isinstance(pipeline, Predictor) and task.info.depth is None:
+        raise ValueError(f"--dataset {name} has no depth maps, and the run is one of depth")
     devices = jax.local_device_count()
-    pad_to = config.eval.pad_to if name == config.data.name else None
     batches = data.eval_batches(
-        data.open_source(name, split, directory),
-        info,
+        data.open_source(name, split, config.data.dir),
+        task.info,
         batch_size=batch_size or -(-config.eval.batch_size // devices) * devices,
-        preprocess=predictor.preprocess,
-        pad_to=pad_to,
+        preprocess=pipeline.preprocess,
+        pad_to=config.eval.pad_to if name == of_run else None,
         group_sizes=config.eval.group_sizes,
         on_corrupt=config.data.on_corrupt,
     )
@@ -64,21 +73,16 @@ def evaluate(
             f"--batch-size must be a multiple of {devices} (the devices), got {batch_size}"
         )
     layout = training.Layout(training.ParallelConfig(), jax.local_devices())
-    graphdef, weights = nnx.split(predictor.model)
+    graphdef, weights = nnx.split(pipeline.model)
 
     def step(weights, batch):
-        model = nnx.merge(graphdef, weights)
-        ratio = config.eval.dilation_ratio
-        return tasks.evaluate_batch(model, predictor.inference, batch, info, dilation_ratio=ratio)[
-            0
-        ]
+        return task.evaluate(nnx.merge(graphdef, weights), batch)[0]
 
     step = jax.jit(step, out_shardings=layout.replicated)
-    counts = training.SegmentationCounts.zeros(info.num_classes)
+    counts = task.no_counts()
     for batch in tqdm(batches, unit="batch", disable=None, file=sys.stderr):
         counts = counts.merge(step(weights, layout.to_devices(batch)))
-    metrics = counts.compute(info.class_names)
-    title = f"{name}, {split}: checkpoint {predictor.step}"
-    training.print_table(title, metrics, info.class_names, {})
+    metrics = task.metrics(counts)
+    task.print_table(f"{name}, {split}: checkpoint {pipeline.step}", metrics, {})
     if out is not None:
-        write_whole(out, json.dumps({"step": predictor.step} | metrics, indent=2) + "\n")
+        write_whole(out, json.dumps({"step": pipeline.step} | metrics, indent=2) + "\n")

@@ -9,6 +9,7 @@ import tyro
 from resfu_jax._checks import need
 from resfu_jax._files import local_path
 from resfu_jax._output import counted
+from resfu_jax.cli import _correspondence as correspondence
 from resfu_jax.cli._run import Shown, start_jax
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def features(
     format: Format = "npz",  # noqa: A002
     pictures: bool = True,
     pixel: tuple[int, int] | None = None,
+    click: bool = False,
     normalisation: Literal["imagenet", "half", "clip", "unit"] | None = None,
     layers: tuple[int, ...] = (),
     class_token: bool = False,
@@ -50,8 +52,10 @@ def features(
     Writes OUT/NAME.npz with the arrays `features`, (H, W, C), and `low`, what the backbone gave,
     and OUT/pictures/NAME.png with both in the colours of their principal components. With --pixel,
     also a picture of the cosine similarity of that pixel's feature to all those of its photo, and
-    of a second one, with the pixel and the best match marked. An image that cannot be read does not
-    stop the others; the exit status is 1 then. More: docs/features.md.
+    of a second one, with the pixel and the best match marked; with --click, that picture in a
+    window, drawn anew for every pixel of the first photo that is clicked, and one file for each. An
+    image that cannot be read does not stop the others; the exit status is 1 then. More:
+    docs/features.md.
 
     Args:
       images: files and folders (their images, without subfolders).
@@ -64,6 +68,7 @@ def features(
       format: of the arrays; none writes pictures alone. In .npz files bfloat16 becomes float32.
       pictures: draw the features, too.
       pixel: row and column of a pixel of the first of one or two photos.
+      click: show one or two photos in a window, to click the pixels of the first.
       normalisation: how the backbone's images are normalised; by default as its files say.
       layers: blocks of a ViT whose maps to take, counted from 0; by default the last.
       class_token: write `class_token`, too.
@@ -86,8 +91,13 @@ def features(
     from resfu_jax.images import image_size
 
     count = count_images(images)
+    asked = "--click" if click else "--pixel"
+    need(not (click and pixel is not None), "give --pixel or --click, not both")
+    if click or pixel is not None:
+        need(count in (1, 2), f"{asked} is for one photo or two, got {count}")
+    if click:
+        correspondence.check_display()
     if pixel is not None:
-        need(count in (1, 2), f"--pixel is for one photo or two, got {count}")
         first = next(iter(_files(images)))
         size = image_size(first, orientation=orientation)
         need(
@@ -116,7 +126,7 @@ def features(
         _save(out, result, format)
         if pictures:
             visualize.save_png(out / "pictures" / f"{result.id}.png", _picture(pipeline, result))
-        if pixel is not None:
+        if click or pixel is not None:
             kept[str(result.path)] = result
         now = time.perf_counter()
         rows, columns, channels = result.features.shape
@@ -126,10 +136,14 @@ def features(
             f"{result.features.nbytes / 1e6:.1f} MB; {now - last:.2f} s"
         )
         last = now
-    if pixel is not None and not shown.failed:
-        path = out / f"similarity_{pixel[0]}_{pixel[1]}.png"
-        photos = [kept[str(file)] for file in _files(images)]
-        print(_correspondence(path, photos, pixel, stride, orientation))
+    if kept and not shown.failed:
+        pair = correspondence.Correspondence(
+            [kept[str(file)] for file in _files(images)], stride, orientation=orientation
+        )
+        if pixel is None:
+            pair.show(out)
+        else:
+            print(pair.save(out, pixel))
     said = f"{counted(len(shown.written), 'image')} in {out}, {shown.failed} failed"
     print(f"{said}; {time.perf_counter() - start:.1f} s")
     return 1 if shown.failed else 0
@@ -199,54 +213,3 @@ def _picture(pipeline: "FeaturePipeline", result: "ImageFeatures") -> Any:
     rows, columns = (np.arange(n) * m // n for n, m in cells)
     space = np.full((len(colours), 4, 3), 255, np.uint8)
     return np.concatenate([pca(result.low)[np.ix_(rows, columns)], space, colours], axis=1)
-
-
-def _correspondence(
-    path: Path,
-    results: "list[ImageFeatures]",
-    pixel: tuple[int, int],
-    stride: int,
-    orientation: bool,
-) -> str:
-    """Draws the similarity to a pixel's feature; a line that says where the best match is."""
-    import numpy as np
-    from matplotlib import colormaps
-    from PIL import Image
-
-    from resfu_jax.images import read_image
-    from resfu_jax.visualize import mark, save_grid
-
-    row, column = (i // stride for i in pixel)
-    query = results[0].features[row, column].astype(np.float32)
-    similar = [_cosine(result.features, query) for result in results]
-    best = np.unravel_index(similar[-1].argmax(), similar[-1].shape)
-    places = [pixel, tuple(int(i) * stride + stride // 2 for i in best)]
-    # One range for both: the same colour is the same similarity.
-    low = min(np.percentile(s, 1) for s in similar)
-    panels = []
-    for result, cosine, place in zip(results, similar, places, strict=False):
-        photo = read_image(result.path, orientation=orientation)
-        place = tuple(min(i, n - 1) for i, n in zip(place, photo.shape, strict=False))
-        shown = colormaps["inferno"](np.clip((cosine - low) / max(1 - low, 1e-6), 0, 1))[..., :3]
-        heat = Image.fromarray((255 * shown).round().astype(np.uint8))
-        heat = np.asarray(heat.resize(photo.shape[1::-1], Image.Resampling.NEAREST))
-        panels += [(result.path.name, mark(photo, place)), ("cosine similarity", mark(heat, place))]
-    save_grid(path, panels, columns=len(panels), width=3.2)
-    if len(results) == 1:
-        return f"{path}: similarity to pixel {pixel[0]} {pixel[1]}"
-    return (
-        f"{path}: pixel {pixel[0]} {pixel[1]} of {results[0].path} is most like {places[1][0]} "
-        f"{places[1][1]} of {results[1].path}, with cosine {similar[1].max():.3f}"
-    )
-
-
-def _cosine(features: Any, query: Any) -> Any:
-    """Of every vector to the query, a few rows at a time: float32 copies stay small."""
-    import numpy as np
-
-    rows = []
-    for row in features:
-        row = row.astype(np.float32)
-        norm = np.linalg.norm(row, axis=-1) * np.linalg.norm(query)
-        rows.append(row @ query / np.maximum(norm, 1e-12))
-    return np.stack(rows)

@@ -28,7 +28,7 @@ def probe(
     classes: tuple[str, ...] = (),
     settings: Annotated[ProbeSettings, tyro.conf.arg(name="")] = ProbeSettings(),  # noqa: B008
 ) -> None:
-    """Scores upsamplers by a linear classifier on a frozen backbone's upsampled features.
+    """Scores upsamplers by what is read off a frozen backbone's upsampled features linearly.
 
     resfu probe camvid --backbone vit.safetensors --normalisation half --upsampler bilinear jbu
 
@@ -37,10 +37,13 @@ def probe(
 
     resfu probe camvid --run runs/features_naf --class-balance 0.5 --scale 2
 
-    docs/probing.md says what is fitted on what, and what papers do differently.
+    resfu probe nyu_depth_v2 --backbone facebook/dinov2-small --upsampler anyup --depth-crop eigen
+
+    Classes or depths, whichever the dataset has. docs/probing.md says what is fitted on what, and
+    what papers do differently.
 
     Args:
-      dataset: a prepared dataset with labels.
+      dataset: a prepared dataset with classes or depth maps.
       backbone: weights of the frozen backbone: a file, or a repository of the Hugging Face hub.
       upsampler: names of upsamplers, one after the other.
       weights: of the upsampler, if not where they were released.

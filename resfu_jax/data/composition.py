@@ -22,10 +22,10 @@ from jaxtyping import UInt8
 from PIL import Image
 from scipy import ndimage
 
+from resfu_jax._trimap import BACKGROUND, FOREGROUND, UNKNOWN
 from resfu_jax.data.info import DataError
 from resfu_jax.data.transforms import photometric_jitter
 
-UNKNOWN = 128
 _SECOND, _SQUARE = 0.5, 0.25  # probabilities
 _ROTATION, _SHEAR = 30.0, 10.0  # degrees
 _ROTATED_FROM = 1024  # smaller images are not rotated, in pixels of the longer side
@@ -58,7 +58,7 @@ def draw_trimap(alpha: Grey, foreground_width: int, background_width: int) -> Gr
       background_width: likewise of alpha 0.
     """
     trimap = np.full(alpha.shape, UNKNOWN, np.uint8)
-    for value, width in ((255, foreground_width), (0, background_width)):
+    for value, width in ((FOREGROUND, foreground_width), (BACKGROUND, background_width)):
         known = alpha == value
         if not known.all():
             known &= ndimage.distance_transform_edt(known) > (width - 1) / 2
@@ -83,7 +83,7 @@ def check_same_size(image: Image.Image, matte: Image.Image, name: str) -> None:
 def check_trimap(trimap: np.ndarray, name: str) -> None:
     """Raises a `DataError` for what is no trimap, or for one without unknown pixels."""
     values = np.unique(trimap).tolist()
-    if wrong := [value for value in values if value not in (0, UNKNOWN, 255)]:
+    if wrong := [value for value in values if value not in (BACKGROUND, UNKNOWN, FOREGROUND)]:
         raise DataError(
             f"{name} holds the values {wrong[:5]}; a trimap has 0 (background), {UNKNOWN} "
             "(unknown) and 255 (foreground)."

@@ -37,6 +37,21 @@ from resfu_jax.heads._layers import (
 from resfu_jax.heads.linear import LinearHead
 
 
+def depth_of_bins(
+    scores: Float[Array, "*s k"], min_depth: float, max_depth: float
+) -> Float[Array, "*s"]:
+    """The depth that weighs the centres of K bins by relu(scores) + 0.1, float32.
+
+    Args:
+      scores: of each bin.
+      min_depth: the first centre.
+      max_depth: the last one.
+    """
+    weights = jax.nn.relu(scores.astype(jnp.float32)) + 0.1
+    centres = jnp.linspace(min_depth, max_depth, scores.shape[-1], dtype=jnp.float32)
+    return jnp.einsum("...k,k->...", weights, centres) / weights.sum(axis=-1)
+
+
 class BinsHead(LinearHead):
     """Upsamples the backbone's last map and weighs bins of depth by one matrix.
 
@@ -128,10 +143,7 @@ class BinsHead(LinearHead):
             token = token / jnp.maximum(jnp.linalg.norm(token, axis=-1, keepdims=True), 1e-12)
             scores = super().__call__(features, images)
             scores = scores + jnp.broadcast_to(self.token(token), scores.shape)
-        weights = jax.nn.relu(scores.astype(jnp.float32)) + 0.1
-        centres = jnp.linspace(*self.range, self.num_classes, dtype=jnp.float32)
-        depth = jnp.einsum("bhwk,k->bhw", weights, centres) / weights.sum(axis=-1)
-        return depth[..., None]
+        return depth_of_bins(scores, *self.range)[..., None]
 
 
 class DepthDecoder(nnx.Module):

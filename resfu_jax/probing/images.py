@@ -61,7 +61,7 @@ class Batch(NamedTuple):
 
     inputs: UInt8[np.ndarray, "b Hi Wi 3"]  # what the backbone sees
     images: UInt8[np.ndarray, "b H W 3"]  # what guides
-    labels: UInt8[np.ndarray, "b H W"]
+    labels: Num[np.ndarray, "b H W"]  # classes or depths
     size: tuple[int, int]  # of the upsampled map
     views: tuple[tuple[int, bool], ...]  # example, mirrored; further rows repeat the last one
 
@@ -131,7 +131,7 @@ class Split:
     def _stack(self, views: list[tuple[int, bool]], examples: list[Any], rows: int) -> Batch:
         filled = examples + examples[-1:] * (rows - len(examples))
         inputs, images, labels = (np.stack(arrays) for arrays in zip(*filled, strict=True))
-        labels[len(examples) :] = self.info.ignore_label
+        labels[len(examples) :] = self.info.target.fill
         stride = self.settings.output_stride
         h, w = inputs.shape[1:3] if stride else labels.shape[1:3]
         size = (h // stride, w // stride) if stride else (h, w)

@@ -55,6 +55,8 @@ def read_results(path: PathLike) -> list[dict[str, Any]]:
 def markdown(probes: Sequence[dict[str, Any]], classes: Sequence[str] = ()) -> str:
     """A table of results: a row for every upsampler and protocol, in the order of `probes`.
 
+    Those of depth have a table of their own, with other columns.
+
     Args:
       probes: entries of `probe`.
       classes: names of classes whose IoU is shown, too.
@@ -62,11 +64,22 @@ def markdown(probes: Sequence[dict[str, Any]], classes: Sequence[str] = ()) -> s
     Raises:
       ValueError: a class that no entry has.
     """
-    names = {"miou": "mIoU", "boundary_iou": "boundary IoU", "pixel_accuracy": "accuracy"}
+    names = _OF_CLASSES | {}
     for name in classes:
         has = any(f"iou/{name}" in p["mean"] for e in probes for p in e["protocols"].values())
         need(has, f"classes must be names of classes that were scored, got {name!r}")
         names[f"iou/{name}"] = name
+    depths = [e for e in probes if any("abs_rel" in p["mean"] for p in e["protocols"].values())]
+    others = [e for e in probes if e not in depths]
+    kinds = [(others, names)] * bool(others or not depths) + [(depths, _OF_DEPTHS)] * bool(depths)
+    return "\n".join(_table(entries, columns) for entries, columns in kinds)
+
+
+_OF_CLASSES = {"miou": "mIoU", "boundary_iou": "boundary IoU", "pixel_accuracy": "accuracy"}
+_OF_DEPTHS = {"delta1": "delta1", "abs_rel": "AbsRel", "rmse": "RMSE", "log10": "log10"}
+
+
+def _table(probes: Sequence[dict[str, Any]], names: dict[str, str]) -> str:
     lines = [
         f"| upsampler | dataset | protocol | {' | '.join(names.values())} | seeds |",
         "|---" * (len(names) + 4) + "|",

@@ -57,6 +57,15 @@ class ProbeSettings:
     training labels. 0: none, as in the papers."""
     dilation_ratio: float = 0.02
     """Width of the boundary of boundary IoU over the image's diagonal."""
+    bins: int = 256
+    """Of depth: outputs of the linear layer, which weigh as many depths, evenly spaced from
+    min_depth to max_depth."""
+    min_depth: float = 1e-3
+    """Smaller depths do not count."""
+    max_depth: float = 10.0
+    """Larger depths do not count."""
+    depth_crop: Literal["none", "eigen", "garg"] = "none"
+    """Part of the images whose depths are scored: eigen for NYU, garg for KITTI."""
     train_split: str = "train"
     """Split to fit on, or a slice of it, such as "train[:50%]"."""
     validation_split: str = "validation"
@@ -84,6 +93,13 @@ class ProbeSettings:
             scale=self.scale, learning_rate=self.learning_rate, dilation_ratio=self.dilation_ratio
         )
         check_not_negative(weight_decay=self.weight_decay)
+        check_whole(bins=self.bins)
+        check_positive(min_depth=self.min_depth, max_depth=self.max_depth)
+        need(
+            self.min_depth < self.max_depth,
+            f"min_depth must be below max_depth, got {self.min_depth:g} and {self.max_depth:g}",
+        )
+        check_choice(("none", "eigen", "garg"), depth_crop=self.depth_crop)
         need(
             is_number(self.class_balance),
             f"class_balance must be a number, got {self.class_balance!r}",

@@ -4,7 +4,7 @@ from resfu_jax._checks import need
 from resfu_jax._extras import extra
 
 with extra("train"):
-    from resfu_jax.tasks.depth import Depth
+    from resfu_jax.tasks.depth import Depth, depth_model
     from resfu_jax.tasks.features import Features
     from resfu_jax.tasks.matting import Matting, matting_model
     from resfu_jax.tasks.mirl import MIRL
@@ -21,6 +21,7 @@ __all__ = [
     "Segmentation",
     "Task",
     "create_task",
+    "depth_model",
     "evaluate_batch",
     "matting_model",
     "register_task",

@@ -61,7 +61,7 @@ class Depth(Task):
     def __init__(self, config: Config):
         super().__init__(config)
         depth = config.depth
-        self._range: dict[str, Any] = dict(min_depth=depth.min_depth, max_depth=depth.max_depth)
+        self._range = _range(config)
         cap = depth.max_depth if depth.cap is None else depth.cap
         self._counted: dict[str, Any] = dict(
             min_depth=depth.min_depth, max_depth=cap, crop=cast(Crop, depth.crop)
@@ -69,16 +69,7 @@ class Depth(Task):
 
     def create_model(self, rngs: nnx.Rngs) -> DepthModel:
         """A `DepthModel`."""
-        given = model_arguments(self.config.model)
-        head = given.pop("head") | self._range
-        model = create_model(**given, head=head, num_classes=1, rngs=rngs)
-        need(
-            getattr(model.head, "token", None) is None
-            or hasattr(model.backbone, "maps_and_class_tokens"),
-            "class_token must be False unless the backbone is a ViT",
-        )
-        kept = {name: given[name] for name in ("frozen", "mean", "std")}
-        return DepthModel(model.backbone, model.head, **kept)
+        return depth_model(self.config, rngs)
 
     def initial_weights(self) -> tuple[Any, str]:
         """Of `init_from`, then of `model.backbone.pretrained`."""
@@ -189,6 +180,20 @@ class Depth(Task):
         print_with_facts(table, facts)
 
 
+def depth_model(config: Config, rngs: nnx.Rngs) -> DepthModel:
+    """The model of a config, which `training.validate` has checked."""
+    given = model_arguments(config.model)
+    head = given.pop("head") | _range(config)
+    model = create_model(**given, head=head, num_classes=1, rngs=rngs)
+    need(
+        getattr(model.head, "token", None) is None
+        or hasattr(model.backbone, "maps_and_class_tokens"),
+        "class_token must be False unless the backbone is a ViT",
+    )
+    kept = {name: given[name] for name in ("frozen", "mean", "std")}
+    return DepthModel(model.backbone, model.head, **kept)
+
+
 def depth_picture(
     image: np.ndarray, depth: Float[np.ndarray, "h w"], prediction: Float[np.ndarray, "h w"]
 ) -> np.ndarray:
@@ -207,6 +212,10 @@ def depth_picture(
             (heatmap(error, 0.0, most, "magma"), (0.0, most, "magma")),
         ]
     )
+
+
+def _range(config: Config) -> dict[str, Any]:
+    return dict(min_depth=config.depth.min_depth, max_depth=config.depth.max_depth)
 
 
 def _depth(model: Any, batch: Arrays) -> Float[Array, "b h w"]:

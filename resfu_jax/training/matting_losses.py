@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from resfu_jax.matting import UNKNOWN
+from resfu_jax._trimap import UNKNOWN
 
 _EPSILON = 1e-6
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float64, UInt8
 from scipy import ndimage
 
 from resfu_jax._checks import need
-from resfu_jax.matting import UNKNOWN
+from resfu_jax._trimap import UNKNOWN
 
 _SIGMA, _HALF_SIZE = 1.4, 4  # half size: where the Gaussian falls below 0.01
 _STEPS, _THETA = 10, 0.15

@@ -284,6 +284,13 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
                 f"config.data.name is {config.data.name!r}, images without label maps; it has to "
                 "be a dataset with classes, or config.task 'features' or 'mirl'"
             )
+        if not classes and kind == "features" and config.objective.name == "loftup":
+            holds = "depths" if info.depth else "none"
+            wrong.append(
+                f"config.data.name is {config.data.name!r}, whose label maps hold {holds}; "
+                "config.objective.name 'loftup' averages over masks: it needs a dataset with "
+                "classes, or label maps whose numbers are masks"
+            )
         if not info.depth and kind == "depth":
             wrong.append(
                 f"config.data.name is {config.data.name!r}, which has no depth maps; those of "
