@@ -142,7 +142,7 @@ def backbone_colours(
     mean, std = getattr(backbone, "mean", None), getattr(backbone, "std", None)
     if _are_three(mean) and _are_three(std):
         return _three(mean), _three(std)
-    plain = isinstance(backbone, ViT) and backbone.blocks[0].attention_scale is None
+    plain = isinstance(backbone, ViT) and backbone.block(0).attention_scale is None
     need(
         not plain,
         "normalisation is needed: plain ViTs were published with several, and nothing beside the "

@@ -179,12 +179,13 @@ def run_folder(path: Any) -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(path)).resolve()
 
 
-# What loads the runs of each kind of task.
-_LOADERS = {
-    "segmentation": "Predictor",
-    "depth": "DepthPipeline",
-    "features": "FeaturePipeline",
-    "matting": "MattingPipeline",
+# What the runs of each kind of task are for.
+_USES = {
+    "segmentation": "Predictor.from_checkpoint loads it",
+    "depth": "DepthPipeline.from_checkpoint loads it",
+    "features": "FeaturePipeline.from_checkpoint loads it",
+    "matting": "MattingPipeline.from_checkpoint loads it",
+    "mirl": "other runs of train.py start from it with --config.init_from",
 }
 
 
@@ -209,8 +210,7 @@ def open_run(
     config = training.read_config(workdir)
     other = training.task_kind(config)
     if other != kind:
-        loader = _LOADERS.get(other)
-        advice = f": {loader}.from_checkpoint loads it" if loader else ""
+        advice = f": {_USES[other]}" if other in _USES else ""
         raise ValueError(
             f"path must be a run of {kind}, and {workdir} has task={config.task!r}{advice}"
         )

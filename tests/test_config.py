@@ -10,6 +10,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from absl import flags
 from flax import nnx
@@ -52,9 +53,10 @@ def runnable(**changes):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Where the recipes' dataset of one's own photos is prepared."""
+    """Where the recipes' datasets of one's own photos are prepared."""
     directory = tmp_path_factory.mktemp("data")
-    prepare_fabricated("image_folder/photos", directory)
+    for name in ("photos", "imagenet"):
+        prepare_fabricated(f"image_folder/{name}", directory)
     return str(directory)
 
 
@@ -91,6 +93,13 @@ def test_configs_build_a_model(name, photos):
         assert model.head.features == model.backbone.features[-1]
         return
     images = jax.ShapeDtypeStruct((1, *config.data.crop_size, 3), jnp.uint8)
+    if config.task == "mirl":
+        batch = task.draw(dict(image=np.zeros((1, *config.data.crop_size, 3), np.uint8)), 1)
+        predictions = jax.eval_shape(
+            lambda x: task.create_model(nnx.Rngs(0))(x, jnp.asarray(batch["visible"])), images
+        )
+        assert len(predictions) == config.mirl.segments
+        return
     if config.task == "depth":
         depth = jax.eval_shape(lambda x: task.create_model(nnx.Rngs(0))(x), images)
         assert depth.shape == (1, *config.data.crop_size, 1)
@@ -222,6 +231,9 @@ def test_twins_differ_in_the_upsampler_alone(pair):
         ("data.resize_to", (64, 32), "short <= long"),
         ("data.resize_to", (64,), "(short, long)"),
         ("data.max_class_share", 0.0, "above 0, at most 1"),
+        ("data.area_range", (0.2, 1.5), "share of an image"),
+        ("data.aspect_range", (0.0, 1.0), "both positive"),
+        ("optimizer.decay", "linear", "'polynomial' or 'cosine'"),
         ("data.on_corrupt", "drop", "'raise' or 'skip'"),
         ("data.name", "shape", "shapes"),
         ("model.dtype", "float16", "bfloat16"),

@@ -227,6 +227,34 @@ def test_cropping_while_resampling_equals_cropping_afterwards(scale, size):
     )
 
 
+def test_resized_crops_have_the_areas_and_aspects_asked_for():
+    size, rng = (60, 40), np.random.default_rng(0)
+    boxes = [transforms.resized_crop(size, (0.2, 1.0), (3 / 4, 4 / 3), rng) for _ in range(2000)]
+    left, top, right, bottom = np.array(boxes, float).T
+    assert left.min() == top.min() == 0 and right.max() == 60 and bottom.max() == 40
+    share, aspect = (right - left) * (bottom - top) / 2400, (right - left) / (bottom - top)
+    assert 0.19 < share.min() < 0.22 and 0.85 < share.max() <= 0.9  # 53 x 40 is the largest
+    assert 0.72 < aspect.min() < 0.78 and 1.28 < aspect.max() < 1.38
+    # What never fits is the largest window in the middle that has the aspect.
+    assert transforms.resized_crop((100, 10), (1.0, 1.0), (0.5, 2.0), rng) == (40, 0, 60, 10)
+    assert transforms.resized_crop((10, 100), (1.0, 1.0), (0.5, 2.0), rng) == (0, 40, 10, 60)
+    assert transforms.resized_crop((8, 8), (1.0, 1.0), (1.0, 1.0), rng) == (0, 0, 8, 8)
+
+
+def test_resized_crops_keep_labels_aligned_and_come_again():
+    source, _ = _bands()
+    options = dict(
+        batch_size=20, crop_size=(48, 48), area_range=(0.2, 1.0), photometric=False, seed=1
+    )
+    (batch,) = _take(train_batches(source, BANDS, **options), 1)
+    _assert_equal([batch], _take(train_batches(source, BANDS, **options), 1))
+    assert (batch["label"] < 64).all()  # nothing is padded
+    offset = batch["image"][..., 0] + 0.5 - (4.0 * batch["label"] + 2)
+    assert np.abs(offset[:, 6:-6, 6:-6]).max() <= 2.0 + 2.5  # half a band, and a pixel of the crop
+    starts = batch["image"][:, 24, 10, 0].astype(int) - batch["image"][:, 24, 38, 0]
+    assert 3 < (starts > 0).sum() < 17  # mirrored or not
+
+
 def test_small_images_are_padded_and_never_cropped_below_the_crop_size():
     (batch,) = _take(_train(crop_size=(32, 48), scale_range=(1.0, 1.0), photometric=False), 1)
     assert np.all(batch["label"][:, :20, :28] < 6)
@@ -539,6 +567,8 @@ def test_nothing_left_to_decode():
         ({"crop_size": (0, 4)}, r"crop_size must be positive \(height, width\), got \(0, 4\)"),
         ({"scale_range": (2.0, 0.5)}, r"0 < low <= high, got \(2.0, 0.5\)"),
         ({"max_class_share": 0.0}, "max_class_share must be above 0, at most 1"),
+        ({"area_range": (0.5, 2.0)}, r"area_range must be 0 < low <= high <= 1, or None, got"),
+        ({"aspect_range": (2.0, 1.0)}, r"aspect_range must be 0 < low <= high, got"),
         ({"num_workers": -1}, "num_workers must be a whole number from 0, got -1"),
         ({"shard": (2, 2)}, r"0 <= index < count, got \(2, 2\)"),
     ],

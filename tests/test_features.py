@@ -10,8 +10,7 @@ from tiny_run import make_run, tiny_config_of
 
 from resfu_jax import FeaturePipeline, Predictor, create_upsampler, training
 from resfu_jax import features as module
-from resfu_jax.backbones import ViT
-from resfu_jax.backbones import vit as vit_module
+from resfu_jax.backbones import ViT, transformer
 from resfu_jax.convert import load_backbone
 from resfu_jax.images import ImageError
 from resfu_jax.self_supervised import GuidedUpsampler
@@ -126,7 +125,7 @@ def test_attention_in_parts(vit, monkeypatch):
         return jax.value_and_grad(lambda x: jnp.sum(vit(x)[-1] ** 2 * vit(x)[-1]))(x)
 
     whole = run()
-    monkeypatch.setattr(vit_module, "_MOST_SCORES", 300)  # of 2 x 2 x 13 x 13
+    monkeypatch.setattr(transformer, "_MOST_SCORES", 300)  # of 2 x 2 x 13 x 13
     for one, other in zip(run(), whole, strict=True):
         close(one, other, 1e-4)
 
@@ -173,7 +172,7 @@ def test_values_get_the_weights_of_features(vit):
 def test_memory_of_large_attention_is_bounded(vit, monkeypatch):
     """All of attention's scores, 4 bytes x 2 heads x 2304 ** 2, are 42 MB."""
     whole = pipeline_of(vit, devices=jax.devices()[:1]).memory(384, 384, 8)
-    monkeypatch.setattr(vit_module, "_MOST_SCORES", 2**20)
+    monkeypatch.setattr(transformer, "_MOST_SCORES", 2**20)
     parts = pipeline_of(vit, devices=jax.devices()[:1]).memory(384, 384, 8)
     assert whole.encode > 42e6 and parts.encode < 0.4 * whole.encode
     assert parts.result == 48 * 48 * WIDTH * 4

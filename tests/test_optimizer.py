@@ -61,6 +61,17 @@ def test_schedule_is_the_written_formula(warmup, power, final):
     assert schedule(108) > schedule(109)
 
 
+def test_cosine_decay_is_half_a_period():
+    config = OptimizerConfig(
+        learning_rate=2.0, final_learning_rate=0.5, warmup_steps=10, warmup_start=0, decay="cosine"
+    )
+    schedule = create_schedule(config, 110)
+    assert (schedule(0), schedule(5), schedule(10), schedule(109)) == (0, 1, 2, 0.5)
+    for step in (20, 60, 100):
+        wave = (1 + np.cos(np.pi * (step - 10) / 99)) / 2
+        np.testing.assert_allclose(schedule(step), 1.5 * wave + 0.5, rtol=1e-6)
+
+
 def test_the_last_of_fifty_steps_has_the_final_rate():
     """As MMEngine's PolyLR; its values for T = 50 and no warm-up."""
     config = OptimizerConfig(

@@ -1,4 +1,4 @@
-"""Vision Transformer (ViT): plain, DINO, DINOv2 with or without registers, DINOv3.
+"""Vision Transformer (ViT): plain, DINO, DINOv2 with or without registers, DINOv3, MIRL.
 
 Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, section 3.1:
 
@@ -15,21 +15,21 @@ family differs from the plain ViT in few parts, which are options here, set by i
   more tokens, which have no position and are left out of the features.
 * DINOv3 (Siméoni et al., 2025): instead of learned positions, queries and keys of the patches are
   rotated by angles that grow with their place (RoPE); no bias of the keys.
+* MIRL (Huang et al., NeurIPS 2023): 24 to 54 blocks, positions of fixed sines and cosines.
 
+Blocks, attention and positions are in `transformer.py`, a loop over equal blocks in `stacked.py`.
 Values equal timm's `VisionTransformer` and the models of Hugging Face transformers.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.typing import Dtype
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from resfu_jax._checks import (
     check_count,
@@ -42,12 +42,20 @@ from resfu_jax._checks import (
     need,
 )
 from resfu_jax.backbones._layers import LayerNorm, PatchConv, check_images
+from resfu_jax.backbones.stacked import create_stacked, scan_blocks, stack, unstack
+from resfu_jax.backbones.transformer import (
+    Block,
+    Initial,
+    Rotation,
+    rope_rotation,
+    sincos_positions,
+)
 from resfu_jax.ops.checks import check_floating
 from resfu_jax.ops.dtypes import at_least_float32
 from resfu_jax.ops.resize import resize
 from resfu_jax.preprocess import is_integer
 
-Positions = Literal["learned", "rope"]
+Positions = Literal["learned", "rope", "sincos"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +74,8 @@ class Variant:
     layer_scale: bool = False
     key_bias: bool = True
     norm_epsilon: float = 1e-6
+    initial: Initial = "normal"
+    scan: bool = False
 
 
 _SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
@@ -77,26 +87,34 @@ _DINO: dict[str, dict[str, Any]] = {
         positions="rope", registers=4, layer_scale=True, key_bias=False, norm_epsilon=1e-5
     ),
 }
+_MIRL = {"s54": (384, 54, 12), "b24": (768, 24, 12), "b48": (768, 48, 12)}
 VARIANTS = {size: Variant(*sizes) for size, sizes in _SIZES.items()} | {
     f"{family}_{size}": Variant(*_SIZES[size], **parts)
     for family, parts in _DINO.items()
     for size in ("small", "base", "large")
 }
+VARIANTS |= {
+    size: Variant(*sizes, positions="sincos", initial="xavier", scan=True)
+    for size, sizes in _MIRL.items()
+}
 
-_linear_init = nnx.initializers.normal(0.02)
-_embed_init = nnx.initializers.lecun_normal()
-_INITIAL_LAYER_SCALE = 1e-5
-_ROPE_BASE = 100.0
-_MOST_SCORES = 2**28  # of an attention at once: 1 GiB of float32, of 1152 images of 6 x 197 x 197
+# Of the patches' embedding and the tokens, by the rule for the blocks' weights.
+_EMBED_INIT = {
+    "normal": nnx.initializers.lecun_normal(),
+    # Xavier's rule on the matrix from a patch to its token: the axes before are its rows.
+    "xavier": nnx.initializers.xavier_uniform(in_axis=(0, 1, 2)),
+}
+_TOKEN_STD = {"normal": 1e-6, "xavier": 0.02}
 
 
 class ViT(nnx.Module):
     """Vision Transformer: images to feature maps at the stride of its patches.
 
     Args:
-      variant: published model: `"tiny"`, `"small"`, `"base"`, `"large"` (ViT and DINO), or
-        `"dinov2_"`, `"dinov2_registers_"` or `"dinov3_"` and `"small"`, `"base"` or `"large"`.
-        The other arguments up to `norm_epsilon` override it part by part.
+      variant: published model: `"tiny"`, `"small"`, `"base"`, `"large"` (ViT and DINO);
+        `"dinov2_"`, `"dinov2_registers_"` or `"dinov3_"` and `"small"`, `"base"` or `"large"`; or
+        `"s54"`, `"b24"`, `"b48"` (MIRL). The other arguments up to `scan` override it part by
+        part.
       patch_size: side of a patch, hence stride of the features.
       image_size: side, or height and width, of the images that the learned positions are for; a
         checkpoint must have as many. Positions are interpolated for images of another size.
@@ -104,7 +122,8 @@ class ViT(nnx.Module):
       depth: number of blocks.
       heads: attention heads; divide the width.
       mlp_ratio: hidden width of the feed-forward part over the width.
-      positions: `"learned"`, or `"rope"`, which rotates queries and keys.
+      positions: `"learned"`; `"rope"`, which rotates queries and keys; or `"sincos"`, fixed sines
+        and cosines, no parameters, computed for the grid of the images at hand.
       antialias: interpolate learned positions by the antialiased bicubic rule, as timm and DINOv2
         with registers do, or by the plain one, as ViT and DINOv2 of transformers do (and their
         authors, but for a ratio of (n + 0.1) / m from m to n patches). The rules differ for
@@ -113,6 +132,9 @@ class ViT(nnx.Module):
       layer_scale: multiply every branch by a learned factor per channel, initially 1e-5.
       key_bias: give the keys a bias, as queries and values have.
       norm_epsilon: epsilon of the LayerNorms (1e-12 in ViT and DINO of transformers).
+      initial: of the weights: `"normal"`, or `"xavier"`, Xavier's uniform rule, as in MAE and MIRL.
+      scan: keep all blocks as one, with a leading axis for the depth, and run them in a loop of
+        XLA: the time to compile does not grow with the depth. Results are the same.
       layers: blocks whose output to return, in ascending order, counted from 0: `(2, 5, 8, 11)` are
         the quarters of a ViT with blocks 0 .. 11. The last one by default. Blocks after the
         last one named are not computed.
@@ -149,6 +171,8 @@ class ViT(nnx.Module):
         layer_scale: bool | None = None,
         key_bias: bool | None = None,
         norm_epsilon: float | None = None,
+        initial: Initial | None = None,
+        scan: bool | None = None,
         layers: Sequence[int] | None = None,
         num_classes: int | None = None,
         drop_path: float = 0.0,
@@ -174,6 +198,8 @@ class ViT(nnx.Module):
             layer_scale=layer_scale,
             key_bias=key_bias,
             norm_epsilon=norm_epsilon,
+            initial=initial,
+            scan=scan,
         )
         sizes = dataclasses.replace(
             VARIANTS[variant], **{name: value for name, value in given.items() if value is not None}
@@ -187,6 +213,8 @@ class ViT(nnx.Module):
         self.strides = self.strides_of(patch_size=patch, layers=layers)
         self.layers = layers
         self.heads = sizes.heads
+        self.depth = sizes.depth
+        self.scan = sizes.scan
         self.antialias = sizes.antialias
         self.in_channels = in_channels
         self.remat = remat
@@ -197,27 +225,39 @@ class ViT(nnx.Module):
         def token(std: float, *shape: int) -> nnx.Param:
             return nnx.Param(std * jax.random.normal(rngs.params(), (*shape, width), param_dtype))
 
-        self.embed = PatchConv(in_channels, width, patch, kernel_init=_embed_init, **types)
-        self.class_token = token(1e-6)
-        self.registers = token(1e-6, sizes.registers) if sizes.registers else None
+        embed_init, token_std = _EMBED_INIT[sizes.initial], _TOKEN_STD[sizes.initial]
+        self.embed = PatchConv(in_channels, width, patch, kernel_init=embed_init, **types)
+        self.class_token = token(token_std)
+        self.registers = token(token_std, sizes.registers) if sizes.registers else None
         learned = sizes.positions == "learned"
+        self.rotates = sizes.positions == "rope"
         self.class_position = token(0.02) if learned else None
         self.positions = token(0.02, *(n // patch for n in image_size)) if learned else None
-        self.blocks = nnx.List(
-            [
-                Block(
-                    width,
-                    sizes.heads,
-                    int(width * sizes.mlp_ratio),
-                    layer_scale=sizes.layer_scale,
-                    key_bias=sizes.key_bias,
-                    norm_epsilon=sizes.norm_epsilon,
-                    drop_path=drop_path * i / max(sizes.depth - 1, 1),
-                    **types,
-                )
-                for i in range(sizes.depth)
-            ]
-        )
+
+        # Stochastic depth: from 0 at the first block to `drop_path` at the last.
+        rates = [drop_path * i / max(sizes.depth - 1, 1) for i in range(sizes.depth)]
+        self.drop_path = tuple(rates) if drop_path else None
+
+        def block(rate: float, rngs: nnx.Rngs) -> Block:
+            return Block(
+                width,
+                sizes.heads,
+                int(width * sizes.mlp_ratio),
+                layer_scale=sizes.layer_scale,
+                key_bias=sizes.key_bias,
+                norm_epsilon=sizes.norm_epsilon,
+                drop_path=rate,
+                initial=sizes.initial,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        self.blocks: Any
+        if sizes.scan:
+            self.blocks = create_stacked(lambda rngs: block(0.0, rngs), sizes.depth, rngs)
+        else:
+            self.blocks = nnx.List([block(rate, rngs) for rate in rates])
         self.norm = LayerNorm(width, epsilon=sizes.norm_epsilon, **types)
         zeros = nnx.initializers.zeros_init()
         self.head = (
@@ -267,7 +307,7 @@ class ViT(nnx.Module):
           ValueError: images of another shape or type, or blocks that there are not.
         """
         layers = self.layers if layers is None else check_layers(self, layers)
-        outputs = self._run(images, layers)
+        outputs = [self.norm(x) for x in self._run(images, layers)]
         b, h, w, _ = images.shape
         h, w = h // self.strides[0], w // self.strides[0]
         prefix = self._prefix_length()
@@ -281,8 +321,56 @@ class ViT(nnx.Module):
           ValueError: a model without `num_classes`; images as for `__call__`.
         """
         head = self._classifier()
-        (x,) = self._run(images, (len(self.blocks) - 1,))
-        return head(x[:, 0])
+        (x,) = self._run(images, (self.depth - 1,))
+        return head(self.norm(x)[:, 0])
+
+    def encode_visible(
+        self,
+        images: Float[Array, "b H W c"],
+        visible: Int[Array, "b v"],
+        layers: Sequence[int] | None = None,
+    ) -> tuple[Float[Array, "b _n d"], ...]:
+        """Tokens of some patches alone, as masked autoencoders encode an image.
+
+        The patches keep their positions in the whole image; class token and registers come first,
+        as ever. None of the tokens went through the final LayerNorm.
+
+        Args:
+          images: as for `__call__`.
+          visible: numbers of the visible patches, row by row from 0, as many in every image.
+          layers: blocks, as in the constructor, which need not be those; None: those.
+
+        Returns:
+          The tokens that enter the first block, and those after each of the `layers`.
+
+        Raises:
+          ValueError: images or numbers of another shape or type, or blocks that there are not.
+        """
+        layers = self.layers if layers is None else check_layers(self, layers)
+        self._check_images(images)
+        if visible.ndim != 2 or not jnp.issubdtype(visible.dtype, jnp.integer):
+            raise ValueError(
+                "visible must be whole numbers (batch, visible patches), got "
+                f"{visible.dtype} {visible.shape}"
+            )
+        x, rotation = self._tokens(images if self.dtype is None else images.astype(self.dtype))
+        prefix = jnp.arange(self._prefix_length(), dtype=visible.dtype)
+        prefix = jnp.broadcast_to(prefix[None], (visible.shape[0], len(prefix)))
+        taken = jnp.concatenate([prefix, visible + len(prefix[0])], axis=1)
+        x = jnp.take_along_axis(x, taken[..., None], axis=1)
+        if rotation is not None:
+            cos, sin = (jnp.take(r, taken, axis=0) for r in rotation)
+            rotation = cos, sin
+        return (x, *self._after(x, rotation, layers))
+
+    def block(self, index: int) -> Block:
+        """One of the blocks; with `scan`, a copy of its variables."""
+        return unstack(self.blocks, index) if self.scan else self.blocks[index]
+
+    def set_blocks(self, blocks: Sequence[Block]) -> None:
+        """Puts the variables of all blocks in the place of the model's own."""
+        stacked = stack(blocks) if self.scan else nnx.List(blocks)
+        nnx.update(self.blocks, nnx.state(stacked))
 
     def last_activations(
         self, images: Float[Array, "b H W c"]
@@ -302,9 +390,9 @@ class ViT(nnx.Module):
         head = self._classifier()
         self._check_images(images)
         x, rotation = self._tokens(images if self.dtype is None else images.astype(self.dtype))
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x, rotation)
+        if self.depth > 1:
+            (x,) = self._after(x, rotation, (self.depth - 2,))
+        last = self.block(self.depth - 1)
         normalised, prefix = last.attention_norm(x), self._prefix_length()
         b, h, w, _ = images.shape
         h, w = h // self.strides[0], w // self.strides[0]
@@ -322,25 +410,36 @@ class ViT(nnx.Module):
         return self.head
 
     def _run(self, images: Array, layers: tuple[int, ...]) -> list[Array]:
-        """The normalised tokens after these blocks."""
+        """The tokens after these blocks."""
         self._check_images(images)
         x, rotation = self._tokens(images if self.dtype is None else images.astype(self.dtype))
+        return self._after(x, rotation, layers)
+
+    def _after(self, x: Array, rotation: Rotation | None, layers: Sequence[int]) -> list[Array]:
+        """The same, from what enters the first block."""
+        if self.scan:
+            return scan_blocks(
+                self.blocks, x, rotation, layers, rates=self.drop_path, remat=self.remat
+            )
         outputs = []
         for i in range(layers[-1] + 1):
             block = self.blocks[i]
             x = nnx.remat(Block.__call__)(block, x, rotation) if self.remat else block(x, rotation)
             if i in layers:
-                outputs.append(self.norm(x))
+                outputs.append(x)
         return outputs
 
-    def _tokens(self, images: Array) -> tuple[Array, tuple[Array, Array] | None]:
+    def _tokens(self, images: Array) -> tuple[Array, Rotation | None]:
         """What enters the first block: the tokens, and the rotation of queries and keys."""
         x = self.embed(images)
         b, h, w, c = x.shape
         class_token, rotation = self.class_token[...], None
-        if self.positions is None or self.class_position is None:
+        if self.rotates:
             size = c // self.heads
-            rotation = _rotation(h, w, self._prefix_length(), size, at_least_float32(x.dtype))
+            rotation = rope_rotation(h, w, self._prefix_length(), size, at_least_float32(x.dtype))
+        elif self.positions is None or self.class_position is None:
+            fixed = sincos_positions(h, w, c, at_least_float32(x.dtype))
+            x = x + fixed[None].astype(x.dtype)
         else:
             positions = self.positions[...][None]
             if positions.shape[1:3] != (h, w):
@@ -379,7 +478,7 @@ def _check(
         check_whole(**{name: getattr(sizes, name)})
     check_positive(mlp_ratio=sizes.mlp_ratio, norm_epsilon=sizes.norm_epsilon)
     check_count(registers=sizes.registers)
-    for name in ("antialias", "layer_scale", "key_bias"):
+    for name in ("antialias", "layer_scale", "key_bias", "scan"):
         check_flag(**{name: getattr(sizes, name)})
     if num_classes is not None:
         check_whole(num_classes=num_classes)
@@ -399,6 +498,14 @@ def _check(
             "positions='rope' needs heads of 4, 8, 12, .. channels, "
             f"got width={sizes.width}, heads={sizes.heads}"
         )
+    if sizes.positions == "sincos" and sizes.width % 4:
+        raise ValueError(
+            f"positions='sincos' needs a width that is a multiple of 4, got width={sizes.width}"
+        )
+    if sizes.initial not in get_args(Initial):
+        raise ValueError(
+            f"initial must be one of {', '.join(get_args(Initial))}, got {sizes.initial!r}"
+        )
     image_size: Any = sizes.image_size
     if is_whole(image_size):
         image_size = (image_size, image_size)
@@ -415,7 +522,7 @@ def _check(
 
 def check_layers(vit: ViT, layers: Sequence[int]) -> tuple[int, ...]:
     """The layers, if they are blocks of the ViT; else a `ValueError`."""
-    return _check_layers(layers, len(vit.blocks))
+    return _check_layers(layers, vit.depth)
 
 
 def _check_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
@@ -427,187 +534,3 @@ def _check_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
         f"layers must be ascending numbers of blocks, 0 .. {depth - 1}, got {layers}",
     )
     return tuple(layers)
-
-
-def _rotation(h, w, prefix: int, size: int, dtype: Dtype) -> tuple[Array, Array]:
-    """Cosines and sines, `(tokens, size)`, of the angles by which RoPE rotates a head's channels.
-
-    A patch whose centre is (y, x), in -1 .. 1 from border to border whatever the number of patches,
-    has the angles 2 pi y / 100^(4 k / size), then those of x, for k = 0 .. size / 4 - 1. Each
-    rotates channel i with channel i + size / 2. The tokens before the patches are not rotated. The
-    random shifts and scales of the centres in DINOv3's pre-training are left out.
-    """
-    period = _ROPE_BASE ** (np.arange(size // 4) * 4 / size)
-    frequencies = jnp.asarray(2 * math.pi / period, dtype)
-    angles = []
-    for axis, n in enumerate((h, w)):
-        centres = (jnp.arange(n, dtype=dtype) + 0.5) / jnp.asarray(n, dtype) * 2 - 1
-        a = jnp.expand_dims(centres[:, None] * frequencies[None], 1 - axis)
-        angles.append(jnp.broadcast_to(a, (h, w, size // 4)))
-    angles = jnp.concatenate(angles * 2, axis=-1).reshape(h * w, size)
-    angles = jnp.concatenate([jnp.zeros((prefix, size), dtype), angles])
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def _rotate(x: Float[Array, "b n k d"], rotation: tuple[Array, Array]) -> Float[Array, "b n k d"]:
-    """Rotate the pairs of channels (i, i + d / 2) by the angles of each token."""
-    cos, sin = (jnp.expand_dims(r, (0, 2)) for r in rotation)
-    y = x.astype(cos.dtype)
-    first, second = jnp.split(y, 2, axis=-1)
-    return (y * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)
-
-
-class Block(nnx.Module):
-    """x + scale attention(norm(x)), then x + scale feed-forward(norm(x)); branches may be dropped.
-
-    `scale`, a factor per channel, is 1 without layer scale.
-    """
-
-    def __init__(
-        self,
-        features: int,
-        heads: int,
-        hidden: int,
-        *,
-        layer_scale: bool,
-        key_bias: bool,
-        norm_epsilon: float,
-        drop_path: float,
-        dtype: Dtype | None,
-        param_dtype: Dtype,
-        rngs: nnx.Rngs,
-    ):
-        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-
-        def scale() -> nnx.Param | None:
-            if not layer_scale:
-                return None
-            return nnx.Param(jnp.full((features,), _INITIAL_LAYER_SCALE, param_dtype))
-
-        self.attention_norm = LayerNorm(features, epsilon=norm_epsilon, **types)
-        self.attention = Attention(features, heads, key_bias=key_bias, **types)
-        self.attention_scale = scale()
-        self.ffn_norm = LayerNorm(features, epsilon=norm_epsilon, **types)
-        self.ffn = FFN(features, hidden, **types)
-        self.ffn_scale = scale()
-        # One draw per image: the branch is dropped as a whole.
-        self.drop_path = nnx.Dropout(drop_path, broadcast_dims=(1, 2), rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "b n c"], rotation: tuple[Array, Array] | None
-    ) -> Float[Array, "b n c"]:
-        """Both residual branches."""
-        return self.branches(x, self.attention_norm(x), rotation)
-
-    def branches(
-        self,
-        x: Float[Array, "b n c"],
-        normalised: Float[Array, "b n c"],
-        rotation: tuple[Array, Array] | None,
-    ) -> Float[Array, "b n c"]:
-        """The same with norm(x), which attention reads, given apart."""
-
-        def scaled(y: Array, scale: nnx.Param | None) -> Array:
-            if scale is not None:
-                y = y * jnp.expand_dims(scale[...].astype(y.dtype), (0, 1))
-            return self.drop_path(y)
-
-        x = x + scaled(self.attention(normalised, rotation), self.attention_scale)
-        return x + scaled(self.ffn(self.ffn_norm(x)), self.ffn_scale)
-
-
-class Attention(nnx.Module):
-    """Self-attention of all tokens to all tokens."""
-
-    def __init__(
-        self,
-        features: int,
-        heads: int,
-        *,
-        key_bias: bool,
-        dtype: Dtype | None,
-        param_dtype: Dtype,
-        rngs: nnx.Rngs,
-    ):
-        types: dict[str, Any] = dict(
-            kernel_init=_linear_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
-        self.heads = heads
-        self.query = nnx.Linear(features, features, **types)
-        self.key = nnx.Linear(features, features, use_bias=key_bias, **types)
-        self.value = nnx.Linear(features, features, **types)
-        self.out = nnx.Linear(features, features, **types)
-
-    def __call__(
-        self, x: Float[Array, "b n c"], rotation: tuple[Array, Array] | None
-    ) -> Float[Array, "b n c"]:
-        """Softmax(query · key / sqrt(c / heads)) · value, per head."""
-        b, n, c = x.shape
-        query, key, value = (
-            project(x).reshape(b, n, self.heads, c // self.heads)
-            for project in (self.query, self.key, self.value)
-        )
-        if rotation is not None:
-            query, key = _rotate(query, rotation), _rotate(key, rotation)
-        return self.out(_attend_in_parts(query, key, value).reshape(b, n, c))
-
-
-def _attend(
-    query: Float[Array, "b n h d"], key: Float[Array, "b m h d"], value: Float[Array, "b m h d"]
-) -> Float[Array, "b n h d"]:
-    wide = at_least_float32(value.dtype)
-    scores = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=wide)
-    highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp((scores - highest) * query.shape[-1] ** -0.5)
-    # Softmax's division comes after the product, where it has d numbers per token to divide and
-    # not n: on a CPU, that saves a third of the gradient's time.
-    total = jnp.einsum("bhnm->bnh", weights)
-    y = jnp.einsum(
-        "bhnm,bmhd->bnhd", weights.astype(value.dtype), value, preferred_element_type=wide
-    )
-    return (y / total[..., None]).astype(value.dtype)
-
-
-def _attend_in_parts(
-    query: Float[Array, "b n h d"], key: Float[Array, "b m h d"], value: Float[Array, "b m h d"]
-) -> Float[Array, "b n h d"]:
-    """The same, some queries after the others where all at once would have very many scores.
-
-    The scores grow with the fourth power of an image's side: of 2048 x 2048 pixels in patches of
-    16, six heads have 6.4 GB of them. Backward, a part's are computed again.
-    """
-    b, n, h, d = query.shape
-    if not all(isinstance(size, int) for size in (b, n)):  # symbolic: the number of parts is fixed
-        return _attend(query, key, value)
-    parts = -(-b * h * n * n // _MOST_SCORES)
-    if parts <= 1:
-        return _attend(query, key, value)
-    rows = -(-n // parts)
-    query = jnp.pad(query, ((0, 0), (0, parts * rows - n), (0, 0), (0, 0)))
-    query = jnp.moveaxis(query.reshape(b, parts, rows, h, d), 1, 0)
-    attend = jax.checkpoint(lambda part: _attend(part, key, value))
-    y = jnp.moveaxis(jax.lax.map(attend, query), 0, 1)
-    return y.reshape(b, parts * rows, h, d)[:, :n]
-
-
-class FFN(nnx.Module):
-    """linear -> GELU -> linear."""
-
-    def __init__(
-        self,
-        features: int,
-        hidden: int,
-        *,
-        dtype: Dtype | None,
-        param_dtype: Dtype,
-        rngs: nnx.Rngs,
-    ):
-        types: dict[str, Any] = dict(
-            kernel_init=_linear_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
-        self.expand = nnx.Linear(features, hidden, **types)
-        self.contract = nnx.Linear(hidden, features, **types)
-
-    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        """The feed-forward branch."""
-        return self.contract(jax.nn.gelu(self.expand(x), approximate=False))

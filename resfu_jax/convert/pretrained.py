@@ -60,7 +60,8 @@ def load_pretrained(
     - `ResNet`: a ResNet of torchvision, timm, transformers or MMSegmentation; classifier and
       decoder are left out.
     - `ViT`: a plain ViT or DINO of timm or transformers, a DINOv2 of transformers, timm or its
-      authors, or a DINOv3 of transformers. A classifier is left out unless the model has one.
+      authors, a DINOv3 of transformers, or the encoder of a MIRL, by the names of PaddlePaddle. A
+      classifier is left out unless the model has one.
 
     The entries may have a prefix, of a wrapper (`module.`, `_orig_mod.`), of a trainer's checkpoint
     (`state_dict.`, `teacher.backbone.`) or of a larger model (`backbone.`): the one place that has

@@ -1,13 +1,15 @@
-"""ViT checkpoints of timm, Hugging Face transformers and the DINO authors -> ViT."""
+"""ViT checkpoints of timm, Hugging Face transformers, the DINO and the MIRL authors -> ViT."""
 
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from resfu_jax.backbones.transformer import sincos_positions
 from resfu_jax.backbones.vit import VARIANTS, ViT
 from resfu_jax.convert._state import StateDict, as_array, shape_of, store
 
@@ -34,10 +36,16 @@ _RENAMES = (
 )
 
 _SIZES = {(v.width, v.depth): name for name, v in reversed(VARIANTS.items())}
-_HEADS = {v.width: v.heads for v in VARIANTS.values()}
+_HEADS = {v.width: v.heads for v in VARIANTS.values() if v.positions != "sincos"}
 # What a feature extractor has no use for: the pooler of transformers, the token that replaces
-# masked patches in training, and two constants in the files of DINOv3's authors.
-_UNUSED = re.compile(r"^pooler\.|^mask_token$|\.attn\.qkv\.bias_mask$|^rope_embed\.periods$")
+# masked patches in training, two constants in the files of DINOv3's authors, and the decoders of
+# MIRL with the norms before them.
+_UNUSED = re.compile(
+    r"^pooler\.|^mask_token\d*$|\.attn\.qkv\.bias_mask$|^rope_embed\.periods$"
+    r"|^decoder_(embed|pos_embed|blocks|norm|pred)\d|^norm(_low|\d)\."
+)
+# Matrices that PaddlePaddle stores as (in, out), and all others as (out, in).
+_MATRICES = re.compile(r"(\.attn\.(qkv|proj)|\.mlp\.fc[12]|^head)\.weight$")
 
 
 def load_vit(state: Mapping[str, Any], vit: ViT, source: str) -> list[str]:
@@ -45,8 +53,8 @@ def load_vit(state: Mapping[str, Any], vit: ViT, source: str) -> list[str]:
 
     Names may be those of timm, of Hugging Face transformers (`ViTModel`,
     `ViTForImageClassification`, `Dinov2Model`, `Dinov2WithRegistersModel`, `DINOv3ViTModel`) or of
-    the official repositories of DINO, DINOv2 and DINOv3. The classifier is loaded if the model has
-    one.
+    the official repositories of DINO, DINOv2, DINOv3 and MIRL, whose matrices are those of
+    PaddlePaddle, (in, out), or converted ones. The classifier is loaded if the model has one.
 
     Args:
       state: a checkpoint's entries; values may be anything that `as_array` reads.
@@ -61,11 +69,14 @@ def load_vit(state: Mapping[str, Any], vit: ViT, source: str) -> list[str]:
         `attn.qkv` count as three, `attn.q`, `attn.k` and `attn.v`. `vit` is then unchanged.
     """
     unused, entries, names = [], {}, {}
+    turned = _is_paddle({_rename(name): shape_of(value) for name, value in state.items()})
     for name, value in state.items():
         key = _rename(name)
         if _UNUSED.search(key) or (vit.head is None and key.startswith("head.")):
             unused.append(name)
             continue
+        if turned and _MATRICES.search(key) and len(shape_of(value)) == 2:
+            value = as_array(value).T
         prefix, fused, kind = key.partition(".attn.qkv.")
         shape = shape_of(value)
         if fused and shape and shape[0] % 3 == 0:
@@ -78,7 +89,7 @@ def load_vit(state: Mapping[str, Any], vit: ViT, source: str) -> list[str]:
                 names[f"{prefix}.attn.{part}.{kind}"] = name
         else:
             entries[key], names[key] = value, name
-    keys_are_biased = vit.blocks[0].attention.key.bias is not None
+    keys_are_biased = vit.block(0).attention.key.bias is not None
     if not keys_are_biased and any(name.endswith("attn.qkv.bias") for name in state):
         # The authors of DINOv3 store the fused bias whole, and mask the keys' part.
         entries = {k: v for k, v in entries.items() if not k.endswith(".attn.k.bias")}
@@ -111,6 +122,8 @@ def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
     for a ViT with layer scale and no registers.
     """
     shapes = {_rename(name): shape for name, shape in shapes.items()}
+    if _is_paddle(shapes):
+        shapes = {k: s[::-1] if _MATRICES.search(k) else s for k, s in shapes.items()}
     embed = shapes.get("patch_embed.proj.weight", ())
     blocks = {m[1] for name in shapes if (m := re.match(r"blocks\.(\d+)\.", name))}
     if len(embed) != 4 or not blocks:
@@ -119,15 +132,20 @@ def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
     scaled = any(name.endswith(".ls1.gamma") for name in shapes)
     registers = (*shapes.get("reg_token", ()), 0)[1] if "reg_token" in shapes else 0
     rope = "pos_embed" not in shapes
+    published = VARIANTS.get(_SIZES.get((width, depth), ""))
+    fixed = published is not None and published.positions == "sincos"
     found: dict[str, Any] = dict(
         patch_size=patch,
         width=width,
         depth=depth,
-        heads=_HEADS.get(width, max(1, width // 64)),
+        heads=published.heads
+        if published is not None and fixed
+        else _HEADS.get(width, max(1, width // 64)),
         mlp_ratio=(*shapes.get("blocks.0.mlp.fc1.weight", ()), 4 * width)[0] / width,
         registers=registers,
         layer_scale=scaled,
-        positions="rope" if rope else "learned",
+        positions="rope" if rope else "sincos" if fixed else "learned",
+        scan=fixed,
         key_bias=not rope,
         norm_epsilon=1e-5 if rope else 1e-6,
         antialias=not scaled or registers > 0,
@@ -146,15 +164,24 @@ def _rename(name: str) -> str:
     return name
 
 
+def _is_paddle(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether matrices are stored as PaddlePaddle does, by that of query, key and value."""
+    shape = shapes.get("blocks.0.attn.qkv.weight", ())
+    return len(shape) == 2 and shape[1] == 3 * shape[0]
+
+
 def _vit(state: StateDict, vit: ViT, entries: Mapping[str, Any]) -> None:
     state.set_layer(vit.embed, "patch_embed.proj", layout="OIHW")
     c = vit.embed.kernel.shape[-1]
     store(vit.class_token, state.take("cls_token", (1, 1, c)))
     if vit.registers is not None:
         store(vit.registers, state.take("reg_token", (1, *vit.registers.shape)))
+    if vit.positions is None and not vit.rotates:
+        _fixed_positions(state, c, shape_of(entries.get("pos_embed")))
     if vit.positions is not None:
         _positions(state, vit, shape_of(entries.get("pos_embed")))
-    for i, block in enumerate(vit.blocks):
+    blocks = [vit.block(i) for i in range(vit.depth)]
+    for i, block in enumerate(blocks):
         name, attention = f"blocks.{i}", block.attention
         state.set_layer(block.attention_norm, f"{name}.norm1")
         state.set_layer(attention.query, f"{name}.attn.q", layout="OI")
@@ -167,6 +194,8 @@ def _vit(state: StateDict, vit: ViT, entries: Mapping[str, Any]) -> None:
         if block.attention_scale is not None:
             state.set(block.attention_scale, f"{name}.ls1.gamma")
             state.set(block.ffn_scale, f"{name}.ls2.gamma")
+    if vit.scan:
+        vit.set_blocks(blocks)
     state.set_layer(vit.norm, "norm")
     state.set_layer(vit.head, "head", layout="OI")
 
@@ -184,3 +213,17 @@ def _positions(state: StateDict, vit: ViT, shape: tuple[int, ...]) -> None:
             f"it has {shape[1]} positions, and the model {n + 1} for images of "
             f"{h * vit.strides[0]}x{w * vit.strides[0]}: build it with the checkpoint's image_size"
         )
+
+
+def _fixed_positions(state: StateDict, width: int, shape: tuple[int, ...]) -> None:
+    """Checks that positions in the file, of a square of patches, are those that we compute."""
+    count = (*shape, 0, 0)[1] - 1
+    side = math.isqrt(max(count, 1))
+    grid = sincos_positions(side, side, width, jnp.float32)
+    table = np.concatenate([np.zeros((1, width), np.float32), grid.reshape(-1, width)])
+    state.buffer(
+        "pos_embed",
+        table[None],
+        "is not the table of sines and cosines: positions that were trained on need "
+        "positions='learned'",
+    )

@@ -34,6 +34,8 @@ def train_batches(
     max_class_share: float = 1.0,
     flip: bool = True,
     photometric: bool = True,
+    area_range: tuple[float, float] | None = None,
+    aspect_range: tuple[float, float] = (3 / 4, 4 / 3),
     seed: int,
     num_workers: int = 0,
     on_corrupt: OnCorrupt = "raise",
@@ -59,6 +61,10 @@ def train_batches(
         anew, up to ten times.
       flip: mirror left-right with probability 1/2.
       photometric: jitter brightness, contrast, saturation and hue.
+      area_range: a crop covers this share of the image, and is resized to `crop_size`
+        (RandomResizedCrop); then the scales and `max_class_share` are not used. None: crops of the
+        scaled image.
+      aspect_range: bounds of width over height of such a crop, in the image.
       seed: of shuffling and augmentation.
       num_workers: worker processes; 0 reads in threads of this process.
       on_corrupt: what to do about examples that cannot be decoded: raise `DataError` when one
@@ -79,6 +85,11 @@ def train_batches(
         raise ValueError(f"crop_size must be positive (height, width), got {crop_size}.")
     if not _is_pair(scale_range, _is_finite) or not 0 < scale_range[0] <= scale_range[1]:
         raise ValueError(f"scale_range must be 0 < low <= high, got {scale_range}.")
+    ranged = area_range is None or _is_pair(area_range, _is_finite)
+    if not ranged or area_range is not None and not 0 < area_range[0] <= area_range[1] <= 1:
+        raise ValueError(f"area_range must be 0 < low <= high <= 1, or None, got {area_range}.")
+    if not _is_pair(aspect_range, _is_finite) or not 0 < aspect_range[0] <= aspect_range[1]:
+        raise ValueError(f"aspect_range must be 0 < low <= high, got {aspect_range}.")
     if not _is_finite(max_class_share) or not 0 < max_class_share <= 1:
         raise ValueError(f"max_class_share must be above 0, at most 1, got {max_class_share}.")
     if not _is_whole(num_workers) or num_workers < 0:
@@ -95,6 +106,8 @@ def train_batches(
         flip,
         photometric,
         info.target.fill,
+        None if area_range is None else (area_range[0], area_range[1]),
+        (aspect_range[0], aspect_range[1]),
     )
     augmented = functools.partial(_augmented, source=source, info=info, augment=augment)
     return augmented_batches(

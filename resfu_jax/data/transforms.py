@@ -147,6 +147,9 @@ class Augment:
       flip: mirror left-right with probability 1/2.
       photometric: `photometric_jitter` on the image.
       fill: label of padded pixels, of the type of label maps.
+      area_range: bounds of the share of the image that a crop covers, which is then resized to
+        `crop_size`, whatever the scales: `resized_crop`. None: crops of the scaled image.
+      aspect_range: bounds of width over height of such a crop.
     """
 
     crop_size: tuple[int, int]
@@ -156,11 +159,31 @@ class Augment:
     flip: bool
     photometric: bool
     fill: np.generic
+    area_range: tuple[float, float] | None = None
+    aspect_range: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __call__(
         self, image: Image.Image, label: Image.Image, rng: np.random.Generator
     ) -> tuple[UInt8[np.ndarray, "h w 3"], Num[np.ndarray, "h w"]]:
         """Draws everything from `rng`, so equal generators give equal results."""
+        height, width = self.crop_size
+        if self.area_range is not None:
+            box = resized_crop(image.size, self.area_range, self.aspect_range, rng)
+            image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+            label = label.resize((width, height), Image.Resampling.NEAREST, box=box)
+        else:
+            image, label = self._crop(image, label, rng)
+        if self.flip and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            label = label.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.photometric:
+            image = photometric_jitter(image, rng)
+        return pad(image, label, height, width, self.preprocess.pad_color, self.fill)
+
+    def _crop(
+        self, image: Image.Image, label: Image.Image, rng: np.random.Generator
+    ) -> tuple[Image.Image, Image.Image]:
+        """A window of the image at a random scale."""
         height, width = self.crop_size
         scale = self.preprocess.resize_scale(*image.size)
         scale *= rng.uniform(*self.scale_range)
@@ -172,18 +195,59 @@ class Augment:
             cut = _resample(label, scale, window, Image.Resampling.NEAREST)
             if self.max_class_share == 1 or self._is_mixed(cut):
                 break
-        image, label = _resample(image, scale, window, Image.Resampling.BILINEAR), cut
-        if self.flip and rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            label = label.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.photometric:
-            image = photometric_jitter(image, rng)
-        return pad(image, label, height, width, self.preprocess.pad_color, self.fill)
+        return _resample(image, scale, window, Image.Resampling.BILINEAR), cut
 
     def _is_mixed(self, label: Image.Image) -> bool:
         counts = label.histogram()
         counts[int(self.fill)] = 0
         return max(counts) < self.max_class_share * sum(counts)
+
+
+def resized_crop(
+    size: tuple[int, int],
+    area_range: tuple[float, float],
+    aspect_range: tuple[float, float],
+    rng: np.random.Generator,
+) -> tuple[int, int, int, int]:
+    """The window of a RandomResizedCrop (Szegedy et al., CVPR 2015, section 6), as torchvision's.
+
+    The area is drawn uniformly, the aspect uniformly in its logarithm; of ten draws the first one
+    that fits into the image counts, else the largest window in the middle whose aspect is allowed.
+
+    Args:
+      size: (width, height) of the image.
+      area_range: bounds of the window's area over that of the image.
+      aspect_range: bounds of its width over its height.
+      rng: source of randomness.
+
+    Returns:
+      (left, top, right, bottom).
+    """
+    width, height = size
+    low, high = aspect_range
+    for _ in range(10):
+        area = width * height * rng.uniform(*area_range)
+        aspect = np.exp(rng.uniform(np.log(low), np.log(high)))
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            left = int(rng.integers(width - w + 1))
+            top = int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w = min(width, max(1, round(height * high)))
+    h = min(height, max(1, round(width / low)))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def middle(
+    array: Num[np.ndarray, "h w *c"], size: tuple[int, ...], method: Image.Resampling
+) -> Num[np.ndarray, "H W *c"]:
+    """The middle of an image or label map, resized so that `size`, (height, width), just fits."""
+    factor = max(n / m for n, m in zip(size, array.shape[:2], strict=True))
+    height, width = (max(n, round(factor * m)) for n, m in zip(size, array.shape[:2], strict=True))
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    resized = np.asarray(Image.fromarray(array).resize((width, height), method))
+    return resized[top : top + size[0], left : left + size[1]]
 
 
 def photometric_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:

@@ -7,11 +7,13 @@ with extra("train"):
     from resfu_jax.tasks.depth import Depth, depth_model
     from resfu_jax.tasks.features import Features
     from resfu_jax.tasks.matting import Matting, matting_model
+    from resfu_jax.tasks.mirl import MIRL
     from resfu_jax.tasks.segmentation import Segmentation, evaluate_batch
     from resfu_jax.tasks.task import Pictures, Task
     from resfu_jax.training.config import TASK_KINDS, Config
 
 __all__ = [
+    "MIRL",
     "Depth",
     "Features",
     "Matting",
@@ -30,6 +32,7 @@ _TASKS: dict[str, type[Task]] = {
     "depth": Depth,
     "features": Features,
     "matting": Matting,
+    "mirl": MIRL,
 }
 
 

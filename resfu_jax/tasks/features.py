@@ -17,6 +17,7 @@ from rich.text import Text
 from resfu_jax._checks import need
 from resfu_jax.backbones import create_backbone
 from resfu_jax.convert import load_upsampler
+from resfu_jax.data import transforms
 from resfu_jax.model import evaluating, normalise
 from resfu_jax.ops.resize import resize
 from resfu_jax.self_supervised import GuidedUpsampler
@@ -186,7 +187,10 @@ class Features(Task):
         size = self.config.data.crop_size
         there = batch["size"][:, 0] > 0
         rows = [
-            _middle(image[:h, :w], label[:h, :w], size)
+            (
+                transforms.middle(image[:h, :w], size, Image.Resampling.BILINEAR),
+                transforms.middle(label[:h, :w], size, Image.Resampling.NEAREST),
+            )
             if h
             else (np.zeros((*size, 3), np.uint8), np.full(size, 255, np.uint8))
             for image, label, (h, w) in zip(
@@ -303,17 +307,3 @@ def _bilinear(
     """Called as a `GuidedUpsampler`."""
     del images, guide_size
     return resize(features, size)
-
-
-def _middle(
-    image: np.ndarray, label: np.ndarray, size: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Resized until `size` just fits, and the middle of it."""
-    factor = max(n / m for n, m in zip(size, image.shape[:2], strict=True))
-    height, width = (max(n, round(factor * m)) for n, m in zip(size, image.shape[:2], strict=True))
-    top, left = (height - size[0]) // 2, (width - size[1]) // 2
-    cut = []
-    for array, how in ((image, Image.Resampling.BILINEAR), (label, Image.Resampling.NEAREST)):
-        resized = np.asarray(Image.fromarray(array).resize((width, height), how))
-        cut.append(resized[top : top + size[0], left : left + size[1]])
-    return cut[0], cut[1]

@@ -36,7 +36,7 @@ class BackboneConfig:
     name: str = "mit"
     """Architecture family: "mit", "resnet" or "vit"."""
     variant: str = "b0"
-    """Published size: b0 .. b5; 18, 34, 50, 101; tiny, small, base, large."""
+    """Published size: b0 .. b5; 18, 34, 50, 101; tiny, small, base, large, s54, b24, b48."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further arguments of the family's class, for instance {"drop_path": 0.1}."""
     pretrained: str | None = None
@@ -126,6 +126,11 @@ class DataConfig:
     """Height and width of training crops, in pixels."""
     scale_range: tuple[float, ...] = (0.5, 2.0)
     """Bounds of the random training scale."""
+    area_range: tuple[float, ...] | None = None
+    """Training crops cover this share of the image, drawn between these bounds, and are resized to
+    `crop_size`: RandomResizedCrop. None: crops of the image at a random scale."""
+    aspect_range: tuple[float, ...] = (0.75, 1.3333333333333333)
+    """Bounds of the width over the height of such a crop, in the image."""
     max_class_share: float = 1.0
     """Training crops in which one class has this share of the labelled pixels are drawn anew, up
     to ten times; MMSegmentation's `cat_max_ratio`. 1 takes the first."""
@@ -141,7 +146,7 @@ class DataConfig:
 
 @dataclasses.dataclass
 class OptimizerConfig:
-    """AdamW or SGD with linear warm-up and polynomial decay."""
+    """AdamW or SGD with linear warm-up and polynomial or cosine decay."""
 
     name: str = "adamw"
     """"adamw"; "nadam", the same with Nesterov's momentum; or "sgd": with Nesterov-free momentum
@@ -169,6 +174,9 @@ class OptimizerConfig:
     peak rate."""
     warmup_start: float = 1e-6
     """Rate of the first step of the warm-up over the peak rate."""
+    decay: str = "polynomial"
+    """How the rate falls from the peak to `final_learning_rate`: "polynomial", or "cosine", half a
+    period of it."""
     power: float = 1.0
     """Exponent of the polynomial decay from the peak to `final_learning_rate`."""
     milestones: tuple[int, ...] = ()
@@ -241,6 +249,23 @@ class DepthConfig:
 
 
 @dataclasses.dataclass
+class MIRLConfig:
+    """Masks and decoders of the task "mirl"; see `resfu_jax.heads.mirl`."""
+
+    segments: int = 6
+    """Parts of equal length that the backbone's blocks fall into, each with a decoder: even; or 1,
+    which is a masked autoencoder (MAE)."""
+    mask_ratio: float = 0.75
+    """Share of the patches that the encoder does not see."""
+    decoder_width: int = 384
+    """Channels of the decoders."""
+    decoder_depth: int = 1
+    """Blocks of every decoder."""
+    decoder_heads: int = 12
+    """Their attention heads."""
+
+
+@dataclasses.dataclass
 class EvalConfig:
     """Evaluation on the whole validation split."""
 
@@ -309,8 +334,8 @@ class Config:
     """One experiment."""
 
     task: str = "segmentation"
-    """What is learned: "segmentation"; "depth"; "matting"; or "features", an upsampler of a frozen
-    backbone's features, without labels."""
+    """What is learned: "segmentation"; "depth"; "matting"; "features", an upsampler of a frozen
+    backbone's features, without labels; or "mirl", a ViT from images alone."""
     steps: int = 1000
     """Total number of optimizer steps."""
     batch_size: int = 16
@@ -335,6 +360,7 @@ class Config:
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     matting: MattingConfig = dataclasses.field(default_factory=MattingConfig)
     depth: DepthConfig = dataclasses.field(default_factory=DepthConfig)
+    mirl: MIRLConfig = dataclasses.field(default_factory=MIRLConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
@@ -608,7 +634,7 @@ def all_fields(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 # What a task is like, by its name: `tasks.register_task` adds to it.
-TASK_KINDS = {name: name for name in ("segmentation", "depth", "features", "matting")}
+TASK_KINDS = {name: name for name in ("segmentation", "depth", "features", "matting", "mirl")}
 
 
 def task_kind(config: Config) -> str:
@@ -624,3 +650,16 @@ def size_multiple(config: BackboneConfig) -> int:
     """
     options = {"variant": config.variant} | config.options
     return math.lcm(*backbone_strides(config.name, **options))
+
+
+def masked_patches(config: Config) -> int:
+    """How many patches of an image the task "mirl" masks: all but the whole part of the others.
+
+    Raises:
+      ValueError: options that no stride follows from.
+    """
+    height, width = config.data.crop_size
+    patch = size_multiple(config.model.backbone)
+    patches = (height // patch) * (width // patch)
+    # 10 (1 - 0.9) is a little less than 1.
+    return patches - int(patches * (1 - config.mirl.mask_ratio) + 1e-6)

@@ -46,6 +46,8 @@ def train_batches(config: Config, source: data.Source, info: data.DatasetInfo) -
         max_class_share=config.data.max_class_share,
         flip=config.data.flip,
         photometric=config.data.photometric,
+        area_range=cast(tuple[float, float] | None, config.data.area_range),
+        aspect_range=cast(tuple[float, float], config.data.aspect_range),
         seed=config.seed,
         num_workers=config.data.num_workers,
         shard=(jax.process_index(), jax.process_count()),

@@ -1,10 +1,11 @@
-"""The optimisers of semantic segmentation: warm-up, polynomial decay, a rate for every part."""
+"""The optimisers: warm-up, polynomial or cosine decay, a rate for every part."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from resfu_jax._checks import check_whole, need
@@ -14,7 +15,7 @@ _UNDECAYED = ("norm", "bias", "position", "token", "register")  # parts of names
 
 
 def create_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of the backbone: linear warm-up, then polynomial decay to the final rate.
+    """Learning rate of the backbone: linear warm-up, then decay to the final rate.
 
     With steps counted from 0 to T - 1, W steps of warm-up, lr the peak and s = `warmup_start`:
 
@@ -22,7 +23,9 @@ def create_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         step >= W:  (lr - final) · (1 - (step - W) / (T - 1 - W))^power + final
 
     so the peak is the rate of step W, and `final` that of the last step, T - 1, as MMEngine's
-    `PolyLR` reaches its `eta_min`. A run of W + 1 steps or fewer ends before the decay begins.
+    `PolyLR` reaches its `eta_min`. With cosine decay, (1 + cos(pi (step - W) / (T - 1 - W))) / 2
+    stands in the place of the power (Loshchilov and Hutter, ICLR 2017, without restarts). A run of
+    W + 1 steps or fewer ends before the decay begins.
 
     With `milestones` M instead: lr · 0.1^(number of m in M with step >= m).
     """
@@ -34,12 +37,14 @@ def create_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         tenths = {m - config.warmup_steps: 0.1 for m in config.milestones}
         decay = optax.piecewise_constant_schedule(config.learning_rate, tenths)
         return optax.join_schedules([warmup, decay], [config.warmup_steps])
-    decay = optax.polynomial_schedule(
-        config.learning_rate,
-        config.final_learning_rate,
-        config.power,
-        max(steps - 1 - config.warmup_steps, 1),
-    )
+    length = max(steps - 1 - config.warmup_steps, 1)
+    if config.decay == "cosine":
+        floor = config.final_learning_rate / config.learning_rate
+        decay = optax.cosine_decay_schedule(config.learning_rate, length, alpha=floor)
+    else:
+        decay = optax.polynomial_schedule(
+            config.learning_rate, config.final_learning_rate, config.power, length
+        )
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
 
 
@@ -47,18 +52,23 @@ def decay_mask(params: Any) -> Any:
     """True for parameters that weight decay applies to.
 
     Not to norms, biases and other vectors, nor to positions, class token and registers of a ViT,
-    which timm's `no_weight_decay` exempts (`pos_embed`, `cls_token`, `reg_token`).
+    which timm's `no_weight_decay` exempts (`pos_embed`, `cls_token`, `reg_token`). The axis that
+    counts the blocks of a `ViT` with `scan` makes no vector a matrix.
     """
 
     def decays(path: tuple, param: jax.Array) -> bool:
-        names = [name.lower() for name in map(str, _keys(path))]
-        return param.ndim > 1 and not any(part in name for name in names for part in _UNDECAYED)
+        keys = _keys(path)
+        names = [name.lower() for name in map(str, keys)]
+        return param.ndim - _is_stacked(keys) > 1 and not any(
+            part in name for name in names for part in _UNDECAYED
+        )
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def learning_rate_multiples(config: OptimizerConfig, params: Any) -> Any:
-    """Learning rate of every parameter over that of the schedule.
+    """Learning rate of every parameter over that of the schedule, a number or, of blocks with a
+    leading axis that counts them (`ViT` with `scan`), an array that multiplies the parameter.
 
     Under `head` it is `head_learning_rate_multiple`, times `upsampler_learning_rate_multiple`
     under `head.upsample`. Under `backbone` it is `layer_decay`^(L + 1 - n), with the L blocks of
@@ -71,8 +81,11 @@ def learning_rate_multiples(config: OptimizerConfig, params: Any) -> Any:
     """
     # (stage, block) of every block, in order; a backbone of one stage has (0, block).
     blocks = sorted({block for path in _paths(params) if (block := _block(path)) is not None})
+    stacked = [p.shape[0] for keys, p in _by_keys(params) if _in_stacked_backbone(keys)]
+    if stacked:
+        blocks = [(0, i) for i in range(stacked[0])]
 
-    def multiple(path: tuple, _: Any) -> float:
+    def multiple(path: tuple, param: Any) -> float | np.ndarray:
         keys = _keys(path)
         if keys[0] == "head":
             upsampler = "upsample" in keys
@@ -81,6 +94,9 @@ def learning_rate_multiples(config: OptimizerConfig, params: Any) -> Any:
             )
         if config.layer_decay == 1.0 or not blocks:
             return 1.0
+        if _in_stacked_backbone(keys):
+            each = config.layer_decay ** np.arange(len(blocks), 0, -1)
+            return each.reshape(-1, *[1] * (param.ndim - 1))
         return config.layer_decay ** (len(blocks) + 1 - _layer(keys, blocks))
 
     return jax.tree_util.tree_map_with_path(multiple, params)
@@ -104,17 +120,31 @@ def _keys(path: tuple) -> tuple:
     return tuple(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in path)
 
 
+def _by_keys(params: Any) -> list[tuple[tuple, Any]]:
+    return [(_keys(path), p) for path, p in jax.tree_util.tree_flatten_with_path(params)[0]]
+
+
 def _paths(params: Any) -> list[tuple]:
-    return [_keys(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    return [keys for keys, _ in _by_keys(params)]
+
+
+def _is_stacked(keys: tuple) -> bool:
+    """Whether a parameter has a leading axis that counts blocks: blocks.PART and not blocks.I."""
+    after = keys[keys.index("blocks") + 1 :] if "blocks" in keys else ()
+    return bool(after) and not isinstance(after[0], int)
+
+
+def _in_stacked_backbone(keys: tuple) -> bool:
+    return keys[:2] == ("backbone", "blocks") and _is_stacked(keys)
 
 
 def _block(keys: tuple) -> tuple[int, int] | None:
     """(stage, block) that a parameter of the backbone is in.
 
-    ViT: blocks.I; MiT: stages.S.blocks.I; ResNet: stages.S.I.
+    ViT: blocks.I, or blocks.PART, of all: None; MiT: stages.S.blocks.I; ResNet: stages.S.I.
     """
     if keys[:2] == ("backbone", "blocks"):
-        return 0, keys[2]
+        return None if _is_stacked(keys) else (0, keys[2])
     if keys[:2] != ("backbone", "stages"):
         return None
     stage, *inside = keys[2:]
@@ -153,9 +183,15 @@ def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTrans
     def scaled(updates: Any, params: Any) -> Any:
         del params
         multiples = learning_rate_multiples(config, updates)
-        return jax.tree.map(lambda u, m: u if m == 1.0 else u * m, updates, multiples)
+        return jax.tree.map(_times, updates, multiples)
 
     return optax.chain(clip, rule, optax.stateless(scaled))
+
+
+def _times(update: jax.Array, multiple: float | np.ndarray) -> jax.Array:
+    if isinstance(multiple, np.ndarray):
+        return update * jnp.asarray(multiple, update.dtype)
+    return update if multiple == 1.0 else update * multiple
 
 
 def update_ema(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:

@@ -52,6 +52,7 @@ def initial_weights(
         with blaming("config.init_from"):
             entries, source = _entries(config.init_from, config, create_model, num_classes)
             shapes = {name: tuple(v.shape) for name, (_, v) in variables.items()}
+            entries = _blocks_as_in(shapes, entries)
             found, left = _fitting(entries, shapes, source, config.init_skip)
         said = f"starting from {source}: {len(found)} of {len(variables)} arrays"
         if left:
@@ -141,6 +142,34 @@ def _published(
     load_pretrained(init_from, model if decoder else model.backbone)
     flat = nnx.to_flat_state(nnx.state(model, _WEIGHTS))
     return {_name(p): v[...] for p, v in flat if isinstance(v.get_value(), jax.Array)}
+
+
+def _blocks_as_in(
+    shapes: Mapping[str, tuple[int, ...]], entries: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The entries, with the blocks of a `ViT` in one array or one by one, as the model has them."""
+    found = dict(entries)
+    for name, shape in shapes.items():
+        place, has_blocks, part = name.partition("blocks.")
+        number, _, inside = part.partition(".")
+        if name in entries or not has_blocks:
+            continue
+        if number.isdecimal():
+            stacked = f"{place}blocks.{inside}"
+            if stacked not in entries:
+                continue
+            depth = len(entries[stacked])
+            ends = (f"{place}blocks.{i}.{inside}" in shapes for i in (depth - 1, depth))
+            if tuple(ends) == (True, False):
+                found[name] = np.asarray(entries[stacked][int(number)])
+                found.pop(stacked, None)
+        elif shape:
+            each = [f"{place}blocks.{i}.{part}" for i in range(shape[0])]
+            if all(n in entries for n in each) and (
+                f"{place}blocks.{shape[0]}.{part}" not in entries
+            ):
+                found[name] = np.stack([np.asarray(found.pop(n)) for n in each])
+    return found
 
 
 def _fitting(

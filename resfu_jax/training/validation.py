@@ -20,14 +20,17 @@ from resfu_jax.training.config import (
     Config,
     ConfigError,
     DepthConfig,
+    HeadConfig,
     LossConfig,
     MattingConfig,
+    MIRLConfig,
     ObjectiveConfig,
     all_fields,
     create_inference,
     create_preprocess,
     did_you_mean,
     given,
+    masked_patches,
     size_multiple,
     task_kind,
 )
@@ -113,6 +116,21 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         "(smallest, largest), both positive",
     )
     require(
+        "data.area_range",
+        lambda v: v is None or len(v) == 2 and 0 < v[0] <= v[1] <= 1,
+        "(smallest, largest) share of an image, above 0 and at most 1, or None",
+    )
+    require(
+        "data.aspect_range",
+        lambda v: len(v) == 2 and 0 < v[0] <= v[1],
+        "(smallest, largest) width over height, both positive",
+    )
+    if config.data.area_range is not None:
+        # They would have no effect.
+        need = "where config.data.area_range is given"
+        require("data.scale_range", lambda v: tuple(v) == (1.0, 1.0), f"(1.0, 1.0) {need}")
+        require("data.max_class_share", lambda v: v == 1, f"1 {need}")
+    require(
         "data.resize_to",
         lambda v: v is None or len(v) == 2 and 0 < v[0] <= v[1],
         "(short, long) with 0 < short <= long, or None",
@@ -128,6 +146,8 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
     names = ("adamw", "nadam", "sgd")
     require("optimizer.name", lambda v: v in names, "'adamw', 'nadam' or 'sgd'")
     require("task", lambda v: v in TASK_KINDS, " or ".join(map(repr, TASK_KINDS)))
+    decays = ("polynomial", "cosine")
+    require("optimizer.decay", lambda v: v in decays, "'polynomial' or 'cosine'")
     require("optimizer.layer_decay", lambda v: 0 < v <= 1, "above 0, at most 1")
     require(
         "optimizer.final_learning_rate",
@@ -147,6 +167,20 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         require(f"depth.{field}", lambda v: v >= 0, "0 or more")
     require("depth.crop", lambda v: v in get_args(Crop), "'none', 'eigen' or 'garg'")
     require("depth.align", lambda v: v in get_args(Align), "'none' or 'scale_shift'")
+    require(
+        "mirl.segments",
+        lambda v: v == 1 or v >= 2 and v % 2 == 0,
+        "even, or 1 (a masked autoencoder)",
+    )
+    require("mirl.mask_ratio", lambda v: 0 < v < 1, "between 0 and 1")
+    for field in ("mirl.decoder_depth", "mirl.decoder_heads"):
+        require(field, lambda v: v >= 1, "at least 1")
+    heads = max(config.mirl.decoder_heads, 1)
+    require(
+        "mirl.decoder_width",
+        lambda v: v >= 4 and v % 4 == 0 and v % heads == 0,
+        "a multiple of 4 and of config.mirl.decoder_heads",
+    )
     require("model.head.bins", lambda v: v is None or v >= 2, "2 or more, or None")
     require("matting.composition_weight", lambda v: 0 <= v <= 1, "between 0 and 1")
     require(
@@ -224,7 +258,8 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         wrong.append(f"config.model.head.upsampler_options: {error}")
     kind = task_kind(config)
     wrong += _BY_KIND[kind](config) if kind in _BY_KIND else []
-    for task, default in (("depth", DepthConfig()), ("matting", MattingConfig())):
+    groups = dict(depth=DepthConfig(), matting=MattingConfig(), mirl=MIRLConfig())
+    for task, default in groups.items():
         if kind != task and getattr(config, task) != default:
             wrong.append(
                 f"config.{task} is {getattr(config, task)!r}; it has to be {default!r} unless "
@@ -247,7 +282,7 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
         if not (classes or info.mattes) and kind == "segmentation":
             wrong.append(
                 f"config.data.name is {config.data.name!r}, images without label maps; it has to "
-                "be a dataset with classes, or config.task 'features'"
+                "be a dataset with classes, or config.task 'features' or 'mirl'"
             )
         if not classes and kind == "features" and config.objective.name == "loftup":
             holds = "depths" if info.depth else "none"
@@ -383,13 +418,7 @@ _FIXED_IN_MATTING: dict[str, Any] = {
 
 def _matting(config: Config) -> list[str]:
     """Likewise."""
-    values = dict(all_fields(config))
-    wrong = [
-        f"config.{field} is {values[field]!r}; it has to be {fixed!r} where config.task is "
-        "'matting'"
-        for field, fixed in _FIXED_IN_MATTING.items()
-        if (tuple(values[field]) if isinstance(values[field], list) else values[field]) != fixed
-    ]
+    wrong = _not_fixed(config, _FIXED_IN_MATTING, "matting")
     backbone = config.model.backbone
     if backbone.variant not in DEPTHS:
         wrong.append(
@@ -405,11 +434,59 @@ def _matting(config: Config) -> list[str]:
     return wrong
 
 
+# Fields that have one value in this task.
+_FIXED_IN_MIRL: dict[str, Any] = {
+    "model.backbone.name": "vit",
+    "model.backbone.frozen": False,
+    "model.backbone.cache_features": False,
+    "model.head": HeadConfig(),
+    "data.max_class_share": 1.0,
+    "eval.mode": "whole",
+    "eval.scales": (1.0,),
+    "eval.flip": False,
+    "loss": LossConfig(),
+    "objective": ObjectiveConfig(),
+}
+
+
+def _mirl(config: Config) -> list[str]:
+    """Likewise."""
+    wrong = _not_fixed(config, _FIXED_IN_MIRL, "mirl")
+    mirl = config.mirl
+    for option in config.model.backbone.options.keys() & {"layers", "num_classes"}:
+        wrong.append(
+            f"config.model.backbone.options holds {option!r}, which config.task 'mirl' sets itself"
+        )
+    try:
+        height, width = config.data.crop_size
+        patches = height * width // size_multiple(config.model.backbone) ** 2
+        masked = masked_patches(config)
+        if 0 < mirl.mask_ratio < 1 and not 0 < masked < patches:
+            wrong.append(
+                f"config.mirl.mask_ratio is {mirl.mask_ratio!r}, which masks {masked} of the "
+                f"{patches} patches of config.data.crop_size: it has to mask some and leave some"
+            )
+    except ValueError:
+        pass  # the size or the patch, which are told elsewhere
+    return wrong
+
+
+def _not_fixed(config: Config, fixed: dict[str, Any], task: str) -> list[str]:
+    """The fields that have another value than the only one in a task."""
+    values = dict(all_fields(config))
+    return [
+        f"config.{field} is {values[field]!r}; it has to be {value!r} where config.task is {task!r}"
+        for field, value in fixed.items()
+        if (tuple(values[field]) if isinstance(values[field], list) else values[field]) != value
+    ]
+
+
 _BY_KIND: dict[str, Callable[[Config], list[str]]] = {
     "segmentation": _segmentation,
     "depth": _depth,
     "features": _features,
     "matting": _matting,
+    "mirl": _mirl,
 }
 
 
