@@ -1,19 +1,16 @@
-"""Matting models: an image and a trimap to the opacity of every pixel.
+"""Trained matting models on images of any size: photos and trimaps to the opacity of every pixel.
 
     pipeline = MattingPipeline.from_checkpoint("runs/matting_fade")
     alpha = pipeline("photo.jpg", "trimap.png")  # (H, W) uint8
 
-or, in JAX,
-
-    model = create_matting_model(head={"upsampler": "fade"}, rngs=nnx.Rngs(0))
-    alpha = evaluating(model).matte(images, trimaps)  # (B, H, W) in 0 .. 1
+The network itself is `resfu_jax.model.MattingModel`.
 """
 
 import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,123 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Dtype
-from jaxtyping import Array, Float, Num, UInt8
+from jaxtyping import Array, UInt8
 
 from resfu_jax._checks import check_flag, need
 from resfu_jax._running import Images, Item, Path, failed, find_images, open_run, restore
-from resfu_jax._trimap import BACKGROUND, FOREGROUND
-from resfu_jax.backbones.matting import MattingEncoder
-from resfu_jax.heads.matting import MattingHead
-from resfu_jax.model import evaluating, normalise
-from resfu_jax.ops.dtypes import at_least_float32
-from resfu_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from resfu_jax.model import MattingModel, evaluating
 
 if TYPE_CHECKING:
     from resfu_jax.images import ImageError
     from resfu_jax.training import Config
-
-
-class MattingModel(nnx.Module):
-    """Encoder and decoder of A2U matting, and what is around them.
-
-    Modules are built for training; `evaluating(model)` is the model to evaluate.
-
-    Args:
-      backbone: `MattingEncoder`.
-      head: `MattingHead`.
-      mean: mean of the three colours, in 0 .. 255.
-      std: their standard deviation.
-      frozen: the encoder's parameters do not learn.
-    """
-
-    def __init__(
-        self,
-        backbone: MattingEncoder,
-        head: MattingHead,
-        *,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        frozen: bool = False,
-    ):
-        check_flag(frozen=frozen)
-        self.backbone, self.head = backbone, head
-        self.mean, self.std, self.frozen = tuple(mean), tuple(std), frozen
-
-    def __call__(
-        self, images: Num[Array, "b h w 3"], trimaps: UInt8[Array, "b h w"]
-    ) -> Float[Array, "b h w"]:
-        """Alpha of every pixel as it comes out of the network, not bounded; float32 at least.
-
-        Args:
-          images: RGB in 0 .. 255, uint8 or floating point; sides are multiples of 16.
-          trimaps: 0 where alpha is known to be 0, 255 where it is known to be 1, else 128.
-
-        Raises:
-          ValueError: images or trimaps of other sizes or types.
-        """
-        need(
-            trimaps.shape == images.shape[:3] and trimaps.dtype == jnp.uint8,
-            f"trimaps must be uint8 of shape {images.shape[:3]}, as the images, got "
-            f"{trimaps.dtype} of {trimaps.shape}",
-        )
-        colours = normalise(images, self.mean, self.std)
-        inputs = jnp.concatenate([colours, trimaps[..., None].astype(colours.dtype) / 255], -1)
-        alpha = self.head(self.backbone(inputs), inputs, colours)
-        return alpha.astype(at_least_float32(alpha.dtype))
-
-    def matte(
-        self, images: Num[Array, "b h w 3"], trimaps: UInt8[Array, "b h w"]
-    ) -> Float[Array, "b h w"]:
-        """Alpha in 0 .. 1; where the trimap knows it, what it says. Arguments as for a call."""
-        alpha = jnp.clip(self(images, trimaps), 0, 1)
-        alpha = jnp.where(trimaps == BACKGROUND, 0, alpha)
-        return jnp.where(trimaps == FOREGROUND, 1, alpha)
-
-    def trainable(self, path: tuple, variable: Any) -> bool:
-        """Filter for `nnx.split`: the parameters that learn."""
-        return isinstance(variable, nnx.Param) and not (self.frozen and path[0] == "backbone")
-
-
-def create_matting_model(
-    *,
-    backbone: dict[str, Any] | None = None,
-    head: dict[str, Any] | None = None,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    frozen: bool = False,
-    dtype: Dtype | None = None,
-    param_dtype: Dtype = jnp.float32,
-    remat: bool = False,
-    rngs: nnx.Rngs,
-) -> MattingModel:
-    """Build a model from the settings of its parts.
-
-    Args:
-      backbone: arguments of `MattingEncoder`.
-      head: arguments of `MattingHead`: `{"upsampler": "sapa"}`.
-      mean: mean of the three colours, in 0 .. 255.
-      std: their standard deviation.
-      frozen: the encoder does not learn.
-      dtype: compute type; float32 images compute in float32 by default.
-      param_dtype: type of the parameters.
-      remat: recompute the encoder's activations in the backward pass instead of keeping them.
-      rngs: source of initial weights and dropout.
-
-    Raises:
-      ValueError: unknown names, or options that do not fit together.
-    """
-    types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    encoder = MattingEncoder(**(backbone or {}), remat=remat, **types)
-    decoder = MattingHead(
-        encoder.features,
-        encoder.guide_features,
-        in_channels=encoder.in_channels,
-        **(head or {}),
-        **types,
-    )
-    # Some upsamplers are made for evaluation. Here they learn: `evaluating`.
-    decoder.set_attributes(use_running_average=False, raise_if_not_found=False)
-    return MattingModel(encoder, decoder, mean=mean, std=std, frozen=frozen)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,7 +16,8 @@ from PIL import Image
 import train
 from resfu_jax import cli, data, tasks, training
 from resfu_jax.data.fabricate import prepare_fabricated
-from resfu_jax.matting import MattingPipeline, create_matting_model
+from resfu_jax.matting import MattingPipeline
+from resfu_jax.model import create_matting_model
 
 RNG = np.random.default_rng(0)
 SIZES = dict(variant="18", widths=(4, 8, 8), depths=(1, 1, 1), stem_width=4)

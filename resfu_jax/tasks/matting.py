@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from resfu_jax import data
-from resfu_jax.matting import MattingModel, create_matting_model
+from resfu_jax.model import MattingModel, create_matting_model
 from resfu_jax.tasks.task import Arrays, Batch, Task
 from resfu_jax.training.config import Config, model_arguments
 from resfu_jax.training.devices import local_rows
