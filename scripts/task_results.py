@@ -115,7 +115,7 @@ def table(task: str, results: dict[str, list[dict]]) -> str:
     return "\n".join(rows)
 
 
-def picture(task: str, root: pathlib.Path, path: pathlib.Path, rows: int = 4) -> None:
+def picture(task: str, root: pathlib.Path, path: pathlib.Path, rows: int = 3) -> None:
     """Image | truth | prediction of some members, for the first validation images, of seed 0.
 
     The pictures are in the workdirs: without a run of each member there, the file stays as it is.
@@ -139,7 +139,7 @@ def picture(task: str, root: pathlib.Path, path: pathlib.Path, rows: int = 4) ->
             shown = [("image", image), ("truth", truth)] if member == SHOWN[0] else []
             for title, panel in (*shown, (member, prediction)):
                 panels.append(("" if row else title, panel))
-    save_grid(path, panels, columns=2 + len(SHOWN), width=1.5)
+    save_grid(path, panels, columns=2 + len(SHOWN), width=1.2)
 
 
 def between(page: pathlib.Path, mark: str, text: str) -> None:

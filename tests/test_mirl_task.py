@@ -237,3 +237,18 @@ def test_configs_that_cannot_be(data_dir, change, message):
 def test_segments_that_do_not_divide_the_blocks_end_before_anything_is_read(run, tmp_path):
     with pytest.raises(training.ConfigError, match="config.mirl.segments must divide the 4 blocks"):
         run(tmp_path / "run", config_of(segments=6))
+
+
+def test_parameters_that_are_spread_over_devices_learn_the_same(run, tmp_path):
+    """With the blocks in one array, of which every device holds a part."""
+    found = []
+    for shard in (False, True):
+        config = config_of()
+        config.steps = config.eval.every = 2
+        config.parallel = training.ParallelConfig(shard_parameters=shard, shard_at_least=64)
+        found.append(run(tmp_path / str(shard), config))
+    one, spread = (losses(lines) for lines in found)
+    assert len(one) == 2 and one.keys() == spread.keys()
+    np.testing.assert_allclose(list(spread.values()), list(one.values()), rtol=1e-4)
+    held_out = [lines[-1]["val/loss"] for lines in found]
+    np.testing.assert_allclose(*held_out, rtol=1e-4)
