@@ -6,8 +6,8 @@ Shapes lie on each other in fog, so that depth can be seen (contrast fades with 
 every outline. Losses are those of the depth probes, without their warm-up.
 
 Result (mean of seeds 0, 1, 2, standard deviation): AbsRel 0.0944 ± 0.0019, RMSE 0.702 ± 0.002 with
-ReSFU, 0.0976 ± 0.0056 and 0.706 ± 0.007 with bilinear; others in docs/depth.md. One to three minutes
-of training on two CPU cores.
+ReSFU, 0.0976 ± 0.0056 and 0.706 ± 0.007 with bilinear; others in docs/depth.md. One to three
+minutes of training on two CPU cores.
 """
 
 from configs import shapes_resfu
