@@ -66,11 +66,11 @@ class Batches(abc.ABC):
         self,
         model: nnx.Module,
         *,
-        preprocess: Preprocess | None,
-        batch_size: int | None,
-        max_compilations: int,
-        devices: Sequence[jax.Device] | None,
-        on_compile: Callable[[Shape], None] | None,
+        preprocess: Preprocess | None = None,
+        batch_size: int | None = None,
+        max_compilations: int = 32,
+        devices: Sequence[jax.Device] | None = None,
+        on_compile: Callable[[Shape], None] | None = None,
         **changes: Any,
     ):
         if not isinstance(model, nnx.Module):

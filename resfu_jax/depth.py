@@ -8,7 +8,7 @@ Images are seen whole, as in the run's evaluation, padded and resized as `Prepro
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,11 +18,10 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Float32, Integer, UInt8, UInt16
 
-from resfu_jax._batches import Batches, Shape, collect, is_one
+from resfu_jax._batches import Batches, collect, is_one
 from resfu_jax._checks import check_positive, need
 from resfu_jax._running import Images, Item, Path, local_devices, open_run, restore
 from resfu_jax.images import ImageError
-from resfu_jax.preprocess import Preprocess
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,27 +62,6 @@ class DepthPipeline(Batches):
     """
 
     _less = "smaller batches, or images that resize_to or scale make smaller,"
-
-    def __init__(
-        self,
-        model: nnx.Module,
-        *,
-        preprocess: Preprocess | None = None,
-        batch_size: int | None = None,
-        max_compilations: int = 32,
-        devices: Sequence[jax.Device] | None = None,
-        on_compile: Callable[[Shape], None] | None = None,
-        **changes: Any,
-    ):
-        super().__init__(
-            model,
-            preprocess=preprocess,
-            batch_size=batch_size,
-            max_compilations=max_compilations,
-            devices=devices,
-            on_compile=on_compile,
-            **changes,
-        )
 
     @classmethod
     def from_checkpoint(

@@ -29,6 +29,7 @@ interest is the same budget for every upsampler of the library, down to a single
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ from jaxtyping import Array, Float, Num
 from resfu_jax._checks import need
 from resfu_jax._extras import extra
 from resfu_jax.heads.linear import ImageStem
+from resfu_jax.images import read_image
 from resfu_jax.model import IMAGENET_MEAN, IMAGENET_STD, evaluating, normalise
 from resfu_jax.ops.resize import resize
 from resfu_jax.upsamplers import create_upsampler, pixel_weights
@@ -203,7 +205,7 @@ def extractor(
 
 
 def fitted(
-    image: Num[np.ndarray, "h w 3"], *, side: int, multiple: int
+    image: str | os.PathLike[str] | Num[np.ndarray, "h w 3"], *, side: int, multiple: int
 ) -> Num[np.ndarray, "H W 3"]:
     """The image with its longer side `side`, both sides resized to multiples of `multiple`.
 
@@ -211,10 +213,16 @@ def fitted(
     multiple.
 
     Args:
-      image: uint8, RGB.
+      image: a file, or uint8, RGB.
       side: rounded to a multiple, too.
       multiple: of the sides.
+
+    Raises:
+      ImageError: a file that cannot be read.
+      ValueError: a side smaller than the multiple.
     """
+    if isinstance(image, str | os.PathLike):
+        image = read_image(image)
     if side < multiple:
         raise ValueError(f"side must be at least {multiple} (the multiple), got {side}")
     factor = side / max(image.shape[:2])

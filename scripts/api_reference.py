@@ -66,11 +66,12 @@ def _public(module: Any) -> list[str]:
 
 def _entry(module: Any, name: str) -> str:
     """A line of the page for one name."""
-    node = _find(module, name)
+    home = _home(module, name)
+    node = None if home is None else _definitions(home)[name]
     if isinstance(node, ast.FunctionDef):
         return _line(f"{name}{_signature(node)}", node)
     if isinstance(node, ast.ClassDef):
-        return _line(f"class {name}{_constructor(node)}", node)
+        return _line(f"class {name}{_constructor(node, home)}", node)
     if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
         value = ast.unparse(node.value)
         return f"- `{name}`" if len(value) > 80 else f"- `{name} = {value}`"
@@ -82,15 +83,15 @@ def _line(code: str, node: ast.FunctionDef | ast.ClassDef) -> str:
     return f"- `{code}`" + (f"<br>{doc.splitlines()[0]}" if doc else "")
 
 
-def _find(module: Any, name: str) -> ast.stmt | None:
-    """The definition of a module's name, in whichever module of the package it stands."""
+def _home(module: Any, name: str) -> str | None:
+    """The module of the package in which a module's name is defined."""
     here = module.__name__
     while name not in (found := _definitions(here)):
         home = found.get("import " + name) or getattr(module, "_HOMES", {}).get(name)
         if home is None:
             return None
         here = home
-    return found[name]
+    return here
 
 
 @functools.cache
@@ -125,11 +126,16 @@ def _signature(node: ast.FunctionDef) -> str:
     return f"({ast.unparse(arguments)}){returns}"
 
 
-def _constructor(node: ast.ClassDef) -> str:
-    """Arguments of a class: of its `__init__`, or the fields of a dataclass or named tuple."""
+def _constructor(node: ast.ClassDef, module: str) -> str:
+    """Arguments of a class: of its `__init__` or its base's, or the fields of a dataclass."""
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
             return _signature(item)
+    for base in (b.id for b in node.bases if isinstance(b, ast.Name)):
+        home = _home(importlib.import_module(module), base)
+        found = None if home is None else _definitions(home)[base]
+        if home is not None and isinstance(found, ast.ClassDef):
+            return _constructor(found, home)
     fields = [ast.unparse(item) for item in node.body if isinstance(item, ast.AnnAssign)]
     return f"({', '.join(fields)})"
 

@@ -1,7 +1,7 @@
 """Every upsampler behind a frozen ViT-Ti/16 on CamVid: trains what is missing, writes the results.
 
     python -m resfu_jax.data prepare camvid && python -m resfu_jax.data prepare camvid/clean
-    python scripts/camvid_results.py --workdir runs/camvid_vit
+    python -m scripts.camvid_results --workdir runs/camvid_vit
 
 Each run is `train.py --config configs/camvid_vit_frozen.py:NAME`, or camvid_vit_augmented.py in one
 of the experiments; complete ones in the workdir are not repeated, a killed one continues.
@@ -25,19 +25,16 @@ import matplotlib
 import numpy as np
 from flax import nnx
 
+from configs import camvid_vit_frozen
 from resfu_jax import training
 from resfu_jax.heads import create_head
 from resfu_jax.training import read_metrics
 from resfu_jax.visualize import compare_predictions
+from scripts.pages import DOCS, ROOT, between, recorded, spread
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from configs import camvid_vit_frozen  # noqa: E402
-
-DOCS = ROOT / "docs"
 MEMBERS = ("nearest", "bilinear", "carafe", "dysample", "sapa", "fade", "lda_aqu", "resfu")
 RARE = ("Pole", "SignSymbol", "Fence")
 SHOWN = ("bilinear", "carafe", "fade", "resfu")  # in the picture
@@ -97,15 +94,6 @@ def load(root: pathlib.Path, experiment: str, member: str, seed: int) -> dict | 
     return dict(seed=seed, steps=steps, losses=losses, **evaluations[-1])
 
 
-def recorded() -> dict[str, dict[str, dict[int, dict]]]:
-    """Runs of docs/results.json by experiment, member and seed."""
-    runs = json.loads(RECORD.read_text())["runs"] if RECORD.exists() else {}
-    return {
-        name: {member: {run["seed"]: run for run in found} for member, found in members.items()}
-        for name, members in runs.items()
-    }
-
-
 def measure(member: str, repeats: int = 10) -> dict[str, float]:
     """Parameters and milliseconds of the head for one image: features in, logits out."""
     config = camvid_vit_frozen.get_config(member)
@@ -126,12 +114,6 @@ def measure(member: str, repeats: int = 10) -> dict[str, float]:
     return {"parameters": parameters, "milliseconds": 1e3 * statistics.median(times)}
 
 
-def cell(values: list[float]) -> str:
-    """Mean, with the standard deviation where there are several."""
-    mean = f"{np.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.3f}"
-
-
 def table(results: dict[str, list[dict]], costs: dict[str, dict], baseline: str) -> str:
     """Markdown: a row for every member, best mIoU last."""
     columns = ["mIoU", "boundary IoU", "accuracy", *RARE, "seeds", "parameters", "ms"]
@@ -140,7 +122,7 @@ def table(results: dict[str, list[dict]], costs: dict[str, dict], baseline: str)
     order = sorted(results, key=lambda m: np.mean([r["val/miou"] for r in results[m]]))
     for member in order:
         runs = results[member]
-        cells = [cell([r[f"val/{key}"] for r in runs]) for key in keys]
+        cells = [spread([r[f"val/{key}"] for r in runs]) for key in keys]
         cost = costs[member]
         cells += [str(len(runs)), f"{cost['parameters']:,}", f"{cost['milliseconds']:.0f}"]
         name = f"**{member}**" if member == baseline else member
@@ -202,18 +184,9 @@ def pictures(root: pathlib.Path, path: pathlib.Path, rows: int = 3) -> None:
     compare_predictions(path, files, width=1.8)
 
 
-def between(page: pathlib.Path, mark: str, text: str) -> None:
-    """Replaces what stands between `<!-- mark -->` and `<!-- /mark -->`."""
-    head, _, rest = page.read_text().partition(f"<!-- {mark} -->\n")
-    _, end, tail = rest.partition(f"<!-- /{mark} -->\n")
-    if not end:
-        raise ValueError(f"{page} has no <!-- {mark} --> ... <!-- /{mark} -->")
-    page.write_text(f"{head}<!-- {mark} -->\n{text}\n{end}{tail}")
-
-
 def report(root: pathlib.Path) -> None:
     """Writes record, tables, curves and pictures."""
-    record = recorded()
+    record = recorded(RECORD)
     found = {}
     for name, experiment in EXPERIMENTS.items():
         for member in experiment.members:
@@ -251,7 +224,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--missing", action="store_true", help="not what is recorded already")
     args, overrides = parser.parse_known_args()
-    record = recorded() if args.missing else {}
+    record = recorded(RECORD) if args.missing else {}
     for seed in range(0 if args.report else max(e.seeds for e in EXPERIMENTS.values())):
         for name in args.experiments:
             experiment = EXPERIMENTS[name]

@@ -1,7 +1,7 @@
 """Makes the tables and pictures of docs/ from finished runs.
 
-    python scripts/report.py shapes runs/shapes_*  # workdirs of shapes_{bilinear,resfu}, all seeds
-    python scripts/report.py camvid runs/camvid_*  # workdirs of camvid_segformer_b0_*
+    python -m scripts.report shapes runs/shapes_*  # workdirs of shapes_{bilinear,resfu}, all seeds
+    python -m scripts.report camvid runs/camvid_*  # workdirs of camvid_segformer_b0_*
 
 Writes docs/<name>.md, docs/<name>_curves.png and docs/<name>_predictions.png.
 """
@@ -15,11 +15,11 @@ import numpy as np
 
 from resfu_jax.training import read_metrics
 from resfu_jax.visualize import compare_predictions
+from scripts.pages import DOCS, spread
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
 COLOURS = {"bilinear": "tab:gray", "resfu": "tab:red"}
 
 
@@ -38,12 +38,6 @@ def load(workdir: pathlib.Path) -> dict:
         last=evaluations[-1],
         minutes=sum(line.get("seconds", 0) for line in history) / 60,
     )
-
-
-def spread(values: list[float]) -> str:
-    """Mean, with the standard deviation where there are several."""
-    mean = f"{np.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.3f}"
 
 
 def table(groups: dict[str, list[dict]]) -> str:

@@ -1,7 +1,7 @@
 """Every upsampler on embedded depth and matting data: trains what is missing, writes the results.
 
-    python scripts/task_results.py --workdir runs/tasks
-    python scripts/task_results.py --workdir runs/tasks --tasks depth --members bilinear resfu
+    python -m scripts.task_results --workdir runs/tasks
+    python -m scripts.task_results --workdir runs/tasks --tasks depth --members bilinear resfu
 
 Each run is `train.py` with configs/shapes_depth.py or configs/matting.py:soft_shapes and
 `--config.model.head.upsampler=NAME`; nothing else differs but the seed.
@@ -25,9 +25,8 @@ from PIL import Image
 from resfu_jax import tasks, training
 from resfu_jax.training import read_metrics
 from resfu_jax.visualize import save_grid
+from scripts.pages import DOCS, ROOT, between, recorded, spread
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs"
 RECORD = DOCS / "task_results.json"
 MEMBERS = (
     *("nearest", "bilinear", "bicubic", "deconv", "pixel_shuffle"),
@@ -81,15 +80,6 @@ def load(workdir: pathlib.Path, seed: int) -> dict | None:
     return dict(seed=seed, **evaluations[-1]) if evaluations[-1]["step"] == steps else None
 
 
-def recorded() -> dict[str, dict[str, dict[int, dict]]]:
-    """Runs of docs/task_results.json by task, member and seed."""
-    runs = json.loads(RECORD.read_text())["runs"] if RECORD.exists() else {}
-    return {
-        task: {member: {run["seed"]: run for run in found} for member, found in members.items()}
-        for task, members in runs.items()
-    }
-
-
 def parameters(task: str, member: str) -> int:
     """Number of parameters of the member's model."""
     config = training.load_config(str(ROOT / EXPERIMENTS[task].config))
@@ -107,9 +97,7 @@ def table(task: str, results: dict[str, list[dict]]) -> str:
     for member in sorted(means, key=means.__getitem__):
         runs, cells = results[member], []
         for key, _, digits in metrics:
-            values = [run[f"val/{key}"] for run in runs]
-            spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.{digits}f}{spread}")
+            cells.append(spread([run[f"val/{key}"] for run in runs], digits))
         cells += [str(len(runs)), f"{parameters(task, member):,}"]
         rows.append(f"| `{member}` | {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -142,18 +130,9 @@ def picture(task: str, root: pathlib.Path, path: pathlib.Path, rows: int = 3) ->
     save_grid(path, panels, columns=2 + len(SHOWN), width=1.2)
 
 
-def between(page: pathlib.Path, mark: str, text: str) -> None:
-    """Replaces what stands between `<!-- mark -->` and `<!-- /mark -->`."""
-    head, _, rest = page.read_text().partition(f"<!-- {mark} -->\n")
-    _, end, tail = rest.partition(f"<!-- /{mark} -->\n")
-    if not end:
-        raise ValueError(f"{page} has no <!-- {mark} --> ... <!-- /{mark} -->")
-    page.write_text(f"{head}<!-- {mark} -->\n{text}\n{end}{tail}")
-
-
 def report(root: pathlib.Path) -> None:
     """Writes record, tables and pictures."""
-    record, found = recorded(), {}
+    record, found = recorded(RECORD), {}
     for task in EXPERIMENTS:
         for member in MEMBERS:
             runs = record.get(task, {}).get(member, {})
@@ -176,7 +155,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=tuple(EXPERIMENTS), choices=EXPERIMENTS)
     parser.add_argument("--report", action="store_true", help="train nothing")
     args = parser.parse_args()
-    record = recorded()
+    record = recorded(RECORD)
     for seed in range(0 if args.report else SEEDS):
         for member in args.members:
             for task in args.tasks:

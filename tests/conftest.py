@@ -131,6 +131,25 @@ def x64(request):
 
 
 @pytest.fixture
+def train_here(data_dir, programs_are_kept):
+    """Runs train.py's loop in this process, on the module's `data_dir`; returns metrics.jsonl."""
+    import train
+    from resfu_jax import training
+
+    stop = training.StopSignals()
+
+    def run(workdir, config, mode="train"):
+        config.data.dir = str(data_dir)
+        stop.at_once, stop.received = True, 0
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            train.run(config, workdir, mode, "best" if mode == "eval" else "latest", stop)
+        return training.read_metrics(workdir / "metrics.jsonl")
+
+    yield run
+    stop.close()
+
+
+@pytest.fixture
 def as_users_call():
     """Switches off jaxtyping's shape checks, which users do not have, to see our own errors."""
     jaxtyping.config.update("jaxtyping_disable", True)

@@ -62,3 +62,13 @@ def decoded(folder, example_id, name=NAME):
     example, info = examples(folder, name)[example_id], dataset_info(name, folder)
     image, label = transforms.decode(example, info, example_id)
     return np.asarray(image), np.asarray(label)
+
+
+def photos(folder, sizes, cells, resample):
+    """Twelve photos, of these sizes in turn, each of `cells` x `cells` random colours, resized."""
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        height, width = sizes[i % len(sizes)]
+        picture = Image.fromarray(rng.integers(0, 256, (cells, cells, 3)).astype(np.uint8))
+        picture.resize((width, height), resample).save(folder / f"{i}.png")
+    return folder

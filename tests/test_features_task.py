@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from own_images import photos
 from PIL import Image
+from tiny_run import losses
 
-import train
 from resfu_jax import FeaturePipeline, data, tasks, training
 from resfu_jax.convert import load_upsampler
 from resfu_jax.data.image_folder import OwnImages
@@ -50,32 +51,11 @@ def config_of(**head):
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     """Twelve photos without label maps, of three sizes."""
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for i in range(12):
-        height, width = [(80, 96), (64, 64), (100, 72)][i % 3]
-        picture = Image.fromarray(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8))
-        picture.resize((width, height), Image.Resampling.NEAREST).save(folder / f"{i}.png")
+    sizes, how = [(80, 96), (64, 64), (100, 72)], Image.Resampling.NEAREST
+    folder = photos(tmp_path_factory.mktemp("photos"), sizes, 8, how)
     directory = tmp_path_factory.mktemp("data")
     data.prepare("image_folder/photos", directory, own=OwnImages(images=folder))
     return directory
-
-
-@pytest.fixture
-def run(data_dir, programs_are_kept):
-    """Runs train.py's loop in this process."""
-    stop = training.StopSignals()
-    stop.at_once = False
-
-    def run(workdir, config, mode="train"):
-        config.data.dir = str(data_dir)
-        stop.at_once, stop.received = True, 0
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            train.run(config, workdir, mode, "best" if mode == "eval" else "latest", stop)
-        return training.read_metrics(workdir / "metrics.jsonl")
-
-    yield run
-    stop.close()
 
 
 def test_loftup_takes_no_depths_for_masks(data_dir):
@@ -88,10 +68,6 @@ def test_loftup_takes_no_depths_for_masks(data_dir):
         message = f"config.data.name is '{name}', whose label maps hold {holds}; .*'loftup'"
         with pytest.raises(training.ConfigError, match=message):
             training.validate(config)
-
-
-def losses(lines):
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def test_photos_without_label_maps_have_no_classes(data_dir):
@@ -122,9 +98,9 @@ def test_what_cannot_be_said_of_photos_alone(tmp_path, own, message):
         OwnImages(images=tmp_path / "images", **own | places)
 
 
-def test_a_run_learns_scores_draws_and_continues_bit_for_bit(run, tmp_path, capfd):
+def test_a_run_learns_scores_draws_and_continues_bit_for_bit(train_here, tmp_path, capfd):
     config = config_of()
-    whole = run(tmp_path / "whole", copy.deepcopy(config))
+    whole = train_here(tmp_path / "whole", copy.deepcopy(config))
     assert "│ bilinear │ 1." in capfd.readouterr().out
     errors = {line["step"]: line["val/error"] for line in whole if "val/error" in line}
     assert list(errors) == [3, 6] and errors[6] < errors[3]
@@ -134,12 +110,12 @@ def test_a_run_learns_scores_draws_and_continues_bit_for_bit(run, tmp_path, capf
 
     first = copy.deepcopy(config)
     first.steps = 4
-    run(tmp_path / "parts", first)
-    assert losses(run(tmp_path / "parts", copy.deepcopy(config))) == losses(whole)
+    train_here(tmp_path / "parts", first)
+    assert losses(train_here(tmp_path / "parts", copy.deepcopy(config))) == losses(whole)
     kept = training.Checkpoints(tmp_path / "whole" / "checkpoints", read_only=True)
     assert kept.find("best") == 6
     kept.close()
-    run(tmp_path / "whole", config_of(), mode="eval")
+    train_here(tmp_path / "whole", config_of(), mode="eval")
     saved = json.loads((tmp_path / "whole" / "eval_6.json").read_text())
     assert saved["error"] == errors[6]
     the_run_is_a_pipeline(tmp_path / "whole")
@@ -163,12 +139,12 @@ def the_run_is_a_pipeline(workdir):
     np.testing.assert_allclose(pipeline(image, stride=4), expected, atol=2e-5)
 
 
-def test_parts_of_a_batch_give_the_gradient_of_the_whole(run, tmp_path):
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(train_here, tmp_path):
     config = config_of()
     config.steps = config.eval.every = 1
-    whole = run(tmp_path / "whole", copy.deepcopy(config))[0]
+    whole = train_here(tmp_path / "whole", copy.deepcopy(config))[0]
     config.optimizer.accumulate = 2
-    parts = run(tmp_path / "parts", config)[0]
+    parts = train_here(tmp_path / "parts", config)[0]
     for name in ("loss", "gradient_norm"):
         assert parts[name] == pytest.approx(whole[name], rel=1e-5)
 
@@ -222,9 +198,9 @@ def test_configs_that_cannot_be(data_dir, change, message):
     ],
 )
 def test_objectives_that_do_not_fit_end_before_anything_is_read(
-    run, tmp_path, name, options, scale, message
+    train_here, tmp_path, name, options, scale, message
 ):
     config = config_of(scale=scale)
     config.objective = training.ObjectiveConfig(name, options)
     with pytest.raises((training.ConfigError, ValueError), match=message):
-        run(tmp_path / "run", config)
+        train_here(tmp_path / "run", config)

@@ -12,8 +12,8 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 from PIL import Image
+from tiny_run import losses
 
-import train
 from resfu_jax import cli, data, tasks, training
 from resfu_jax.data.fabricate import prepare_fabricated
 from resfu_jax.matting import MattingPipeline
@@ -132,37 +132,20 @@ def data_dir(tmp_path_factory):
     return directory
 
 
-@pytest.fixture
-def run(data_dir, programs_are_kept):
-    """Runs train.py's loop in this process."""
-    stop = training.StopSignals()
-
-    def run(workdir, config, mode="train"):
-        config.data.dir = str(data_dir)
-        stop.at_once, stop.received = True, 0
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            train.run(config, workdir, mode, "best" if mode == "eval" else "latest", stop)
-        return training.read_metrics(workdir / "metrics.jsonl")
-
-    yield run
-    stop.close()
-
-
-def test_a_run_scores_draws_continues_bit_for_bit_and_mattes(run, data_dir, tmp_path, capsys):
-    whole = run(tmp_path / "whole", config_of())
+def test_a_run_scores_draws_continues_bit_for_bit_and_mattes(
+    train_here, data_dir, tmp_path, capsys
+):
+    whole = train_here(tmp_path / "whole", config_of())
     first = config_of()
     first.steps = 3
-    run(tmp_path / "parts", first)
-    losses = [
-        {line["step"]: line["loss"] for line in lines if "loss" in line}
-        for lines in (whole, run(tmp_path / "parts", config_of()))
-    ]
-    assert losses[0] == losses[1] and len(losses[0]) == 4
+    train_here(tmp_path / "parts", first)
+    continued = losses(train_here(tmp_path / "parts", config_of()))
+    assert continued == losses(whole) and len(continued) == 4
     scores = {line["step"]: line["val/sad"] for line in whole if "val/sad" in line}
     assert list(scores) == [2, 4]
     with Image.open(tmp_path / "whole/predictions/step0000004_0.png") as picture:
         assert picture.size == (4 * 128, 128)
-    run(tmp_path / "whole", config_of(), mode="eval")
+    train_here(tmp_path / "whole", config_of(), mode="eval")
     best = min(scores, key=lambda step: (scores[step], -step))
     saved = json.loads((tmp_path / f"whole/eval_{best}.json").read_text())
     assert saved["sad"] == scores[best] and {"mse", "grad", "conn", "grad_python"} < saved.keys()

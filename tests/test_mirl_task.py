@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from own_images import photos
 from PIL import Image
+from tiny_run import losses
 
-import train
 from resfu_jax import FeaturePipeline, Predictor, data, tasks, training
 from resfu_jax.data.image_folder import OwnImages
 
@@ -45,41 +46,16 @@ def config_of(segments=2, **options):
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     """Twelve photos without label maps, of three sizes; and the embedded shapes, for labels."""
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for i in range(12):
-        height, width = [(40, 48), (32, 32), (50, 36)][i % 3]
-        picture = Image.fromarray(rng.integers(0, 256, (4, 4, 3)).astype(np.uint8))
-        picture.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    sizes, how = [(40, 48), (32, 32), (50, 36)], Image.Resampling.BICUBIC
+    folder = photos(tmp_path_factory.mktemp("photos"), sizes, 4, how)
     directory = tmp_path_factory.mktemp("data")
     data.prepare("image_folder/photos", directory, own=OwnImages(images=folder))
     return directory
 
 
-@pytest.fixture
-def run(data_dir, programs_are_kept):
-    """Runs train.py's loop in this process."""
-    stop = training.StopSignals()
-    stop.at_once = False
-
-    def run(workdir, config, mode="train"):
-        config.data.dir = str(data_dir)
-        stop.at_once, stop.received = True, 0
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            train.run(config, workdir, mode, "best" if mode == "eval" else "latest", stop)
-        return training.read_metrics(workdir / "metrics.jsonl")
-
-    yield run
-    stop.close()
-
-
-def losses(lines):
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
-def test_a_run_learns_scores_draws_and_is_started_from(run, tmp_path, capfd):
+def test_a_run_learns_scores_draws_and_is_started_from(train_here, tmp_path, capfd):
     config = config_of()
-    whole = run(tmp_path / "whole", config)
+    whole = train_here(tmp_path / "whole", config)
     assert "image_folder/photos, 2 segments" in capfd.readouterr().out
     held_out = {line["step"]: line for line in whole if "val/loss" in line}
     assert list(held_out) == [3, 6]
@@ -93,16 +69,16 @@ def test_a_run_learns_scores_draws_and_is_started_from(run, tmp_path, capfd):
     kept = training.Checkpoints(tmp_path / "whole" / "checkpoints", read_only=True)
     assert kept.find("best") == 6
     kept.close()
-    run(tmp_path / "whole", config_of(), mode="eval")
+    train_here(tmp_path / "whole", config_of(), mode="eval")
     saved = json.loads((tmp_path / "whole" / "eval_6.json").read_text())
     assert saved["loss"] == held_out[6]["val/loss"]
-    its_encoder_starts_another_run(tmp_path / "whole", run)
+    its_encoder_starts_another_run(tmp_path / "whole")
     for load in (Predictor, FeaturePipeline):
         with pytest.raises(ValueError, match=r"task='mirl'.*--config.init_from"):
             load.from_checkpoint(tmp_path / "whole")
 
 
-def its_encoder_starts_another_run(workdir, run):
+def its_encoder_starts_another_run(workdir):
     """Of segmentation, whether it keeps the blocks in one array or one by one."""
     checkpoints = training.Checkpoints(workdir / "checkpoints", read_only=True)
     arrays = checkpoints.read_weights(6)
@@ -134,25 +110,25 @@ def its_encoder_starts_another_run(workdir, run):
         tasks.create_task(config).initial_weights()
 
 
-def test_a_stopped_run_continues_bit_for_bit_with_dropped_paths(run, tmp_path):
+def test_a_stopped_run_continues_bit_for_bit_with_dropped_paths(train_here, tmp_path):
     """As a run that is killed does: the length, hence the schedule, is the same."""
     config = config_of(segments=1, drop_path=0.3)
     config.optimizer.decay = "polynomial"
     config.optimizer.final_learning_rate = config.optimizer.learning_rate
     config.steps = 4
-    whole = run(tmp_path / "whole", copy.deepcopy(config))
+    whole = train_here(tmp_path / "whole", copy.deepcopy(config))
     config.steps = 2
-    run(tmp_path / "parts", copy.deepcopy(config))
+    train_here(tmp_path / "parts", copy.deepcopy(config))
     config.steps = 4
-    assert losses(run(tmp_path / "parts", config)) == losses(whole)
+    assert losses(train_here(tmp_path / "parts", config)) == losses(whole)
 
 
-def test_parts_of_a_batch_give_the_gradient_of_the_whole(run, tmp_path):
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(train_here, tmp_path):
     config = config_of()
     config.steps = config.eval.every = 1
-    whole = run(tmp_path / "whole", copy.deepcopy(config))[0]
+    whole = train_here(tmp_path / "whole", copy.deepcopy(config))[0]
     config.optimizer.accumulate = 2
-    parts = run(tmp_path / "parts", config)[0]
+    parts = train_here(tmp_path / "parts", config)[0]
     for name in ("loss", "gradient_norm"):
         assert parts[name] == pytest.approx(whole[name], rel=1e-5)
 
@@ -234,19 +210,19 @@ def test_configs_that_cannot_be(data_dir, change, message):
         training.validate(config)
 
 
-def test_segments_that_do_not_divide_the_blocks_end_before_anything_is_read(run, tmp_path):
+def test_segments_that_do_not_divide_the_blocks_end_before_anything_is_read(train_here, tmp_path):
     with pytest.raises(training.ConfigError, match="config.mirl.segments must divide the 4 blocks"):
-        run(tmp_path / "run", config_of(segments=6))
+        train_here(tmp_path / "run", config_of(segments=6))
 
 
-def test_parameters_that_are_spread_over_devices_learn_the_same(run, tmp_path):
+def test_parameters_that_are_spread_over_devices_learn_the_same(train_here, tmp_path):
     """With the blocks in one array, of which every device holds a part."""
     found = []
     for shard in (False, True):
         config = config_of()
         config.steps = config.eval.every = 2
         config.parallel = training.ParallelConfig(shard_parameters=shard, shard_at_least=64)
-        found.append(run(tmp_path / str(shard), config))
+        found.append(train_here(tmp_path / str(shard), config))
     one, spread = (losses(lines) for lines in found)
     assert len(one) == 2 and one.keys() == spread.keys()
     np.testing.assert_allclose(list(spread.values()), list(one.values()), rtol=1e-4)

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from resfu_jax import list_upsamplers
 from resfu_jax.backbones import create_backbone
@@ -136,6 +137,14 @@ def test_images_are_resized_to_multiples(height, width, expected):
     image = fitted(np.full((height, width, 3), 7, np.uint8), side=100, multiple=16)
     assert image.shape == (*expected, 3)
     assert image.dtype == np.uint8 and (image == 7).all()
+
+
+def test_a_file_is_fitted_as_its_pixels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for file in (tmp_path / "a.png", str(tmp_path / "a.png")):
+        found = fitted(file, side=32, multiple=16)
+        np.testing.assert_array_equal(found, fitted(pixels, side=32, multiple=16))
 
 
 def test_wrong_arguments_are_named(as_users_call):

@@ -1,4 +1,4 @@
-"""A workdir as train.py leaves it, without its training: random weights, in a second."""
+"""Workdirs of train.py: one without its training, random weights, in a second; what is in them."""
 
 import dataclasses
 import pathlib
@@ -54,3 +54,8 @@ def make_run(workdir: pathlib.Path, config: training.Config, steps: dict[int, fl
         state = jax.tree.map_with_path(random, abstract)  # in rest are variances
         checkpoints.save(step, state, position, miou)
     checkpoints.close()
+
+
+def losses(lines: list[dict]) -> dict[int, float]:
+    """The loss of every step in metrics.jsonl."""
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}

@@ -354,9 +354,10 @@ class ViT(nnx.Module):
                 f"{visible.dtype} {visible.shape}"
             )
         x, rotation = self._tokens(images if self.dtype is None else images.astype(self.dtype))
-        prefix = jnp.arange(self._prefix_length(), dtype=visible.dtype)
-        prefix = jnp.broadcast_to(prefix[None], (visible.shape[0], len(prefix)))
-        taken = jnp.concatenate([prefix, visible + len(prefix[0])], axis=1)
+        count = self._prefix_length()
+        prefix = jnp.arange(count, dtype=visible.dtype)[None]
+        prefix = jnp.broadcast_to(prefix, (visible.shape[0], count))
+        taken = jnp.concatenate([prefix, visible + count], axis=1)
         x = jnp.take_along_axis(x, taken[..., None], axis=1)
         if rotation is not None:
             cos, sin = (jnp.take(r, taken, axis=0) for r in rotation)
