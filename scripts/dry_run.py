@@ -13,7 +13,6 @@ import contextlib
 import importlib
 import io
 import multiprocessing
-import os
 import pathlib
 import resource
 import sys
@@ -35,14 +34,13 @@ def experiments() -> list[str]:
     return found
 
 
-def compile_quickly(directory: str) -> None:
+def prepare(directory: str) -> None:
     """Of configs with the same programs one compiles them; without optimisation."""
     import jax
 
-    quick = "--xla_backend_optimization_level=0"
-    if jax.__version_info__ < (0, 11):
-        quick += " --xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}"
+    from scripts.quick import compile_quickly
+
+    compile_quickly()
     jax.config.update("jax_compilation_cache_dir", directory)
 
 
@@ -91,7 +89,7 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory(prefix="resfu_compiled_") as compiled,
-        ProcessPoolExecutor(arguments.processes, spawn, compile_quickly, (compiled,)) as pool,
+        ProcessPoolExecutor(arguments.processes, spawn, prepare, (compiled,)) as pool,
     ):
         for done in as_completed([pool.submit(dry_run, experiment) for experiment in wanted]):
             experiment, outcome, printed = done.result()

@@ -1,6 +1,5 @@
 """Test-wide settings: strict numerics, eight fake CPU devices, and where the golden tensors are."""
 
-import gc
 import os
 import shutil
 import tempfile
@@ -13,21 +12,11 @@ import numpy as np
 import pytest
 from absl import flags
 from jax._src import compiler
-from jax._src.interpreters.partial_eval import DynamicJaxprTracer
 from jax.experimental.compilation_cache import compilation_cache
 
-# The suite compiles much and computes little: without LLVM's optimisations, and without the
-# emitters that go through MLIR where they can be switched off, it takes a fraction of the time.
-# Processes that tests start inherit it.
-quick = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-if jax.__version_info__ < (0, 11):
-    quick += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}"
+from scripts.quick import AS_IN_USE, compile_quickly
 
-# The defaults again, for tests that are marked `optimized`.
-AS_IN_USE = {"xla_backend_optimization_level": 3}
-if jax.__version_info__ < (0, 11):
-    AS_IN_USE["xla_cpu_use_fusion_emitters"] = True
+compile_quickly()
 
 # The processes that tests start share the programs that they compile (`pytest_configure`). Those of
 # pytest itself do not: JAX does not know the memory of a program that comes from a file, and cannot
@@ -39,11 +28,6 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-
-# Flax's random streams ask traced arrays for their sharding. JAX answers with an error, and to say
-# where the array came from it walks the whole program so far, each time: most of the time that
-# tracing the initialisers of a large network takes.
-DynamicJaxprTracer._origin_msg = lambda self: ""
 
 # A function without annotations has nothing to be checked, and for one inside another a checker
 # would be written and compiled each time the function around it runs.
@@ -61,10 +45,6 @@ def check_annotated_types(*, typechecker):
 
 
 jaxtyping.jaxtyped = check_annotated_types
-
-# Tracing makes and drops many objects while JAX's caches hold many more, through which Python's
-# collector would go again and again.
-gc.set_threshold(100_000, 20, 100)
 
 # grain's multiprocess prefetch reads absl flags, which nobody parses under pytest.
 flags.FLAGS.mark_as_parsed()

@@ -66,10 +66,14 @@ def build(name, scale=2, width=16, **options):
 def inputs(name, *, scale=2, batch=2, size=(3, 5), width=16):
     """Random features, and a guide, a map or an image, if the upsampler takes one."""
     h, w = size
-    x = jax.random.normal(jax.random.key(1), (batch, h, w, width))
     channels = 3 if name in BY_IMAGE else width
-    guide = jax.random.normal(jax.random.key(2), (batch, h * scale, w * scale, channels))
-    return (x, guide) if name in GUIDED else (x,)
+    x = normal(1, batch, h, w, width)
+    return (x, normal(2, batch, h * scale, w * scale, channels)) if name in GUIDED else (x,)
+
+
+def normal(seed, *shape):
+    """Random numbers, by NumPy: JAX would compile a program for every shape."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 def disturbed(name, spread=0.2, **options):
@@ -77,7 +81,10 @@ def disturbed(name, spread=0.2, **options):
     graphdef, params, rest = nnx.split(build(name, **options), nnx.Param, ...)
     leaves, treedef = jax.tree.flatten(params)
     rng = np.random.default_rng(3)
-    leaves = [p + jnp.asarray(spread * rng.normal(size=p.shape), p.dtype) for p in leaves]
+    leaves = [
+        jnp.asarray(np.asarray(p) + np.asarray(spread * rng.normal(size=p.shape), p.dtype))
+        for p in leaves
+    ]
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves), rest)
 
 
@@ -122,10 +129,10 @@ def test_every_parameter_and_input_receives_a_gradient(name):
         assert np.abs(g).max() > 1e-6
 
 
-@pytest.mark.parametrize("scale", [3, 4, 8])
+@pytest.mark.parametrize("scale", [3, 8])
 @every
 def test_scales(name, scale):
-    """All other tests are of scale 2."""
+    """All other tests are of scale 2, or 4 in those that compare with goldens."""
     for width in (16, 64, 72):  # the first that the member takes at this scale
         try:
             up = build(name, scale, width)
@@ -151,20 +158,22 @@ def test_single_pixel(name):
 def test_output_size_is_kept_or_refused(name):
     """Any other size is made or, if the member says so, answered by what is possible."""
     up, size = build(name), (7, 11)
-    x = inputs(name, batch=1)[0]
-    guide = jax.random.normal(jax.random.key(2), (1, *size, 16))
-    call = (x, guide) if name in GUIDED else (x, size)
+    arrays, sizes = (inputs(name, batch=1)[0], normal(2, 1, *size, 16)), ()
     if name in BY_IMAGE:  # larger than the output along one axis, smaller along the other
-        call = x, jax.random.normal(jax.random.key(2), (1, 9, 8, 3)), size
+        arrays, sizes = (arrays[0], normal(2, 1, 9, 8, 3)), (size,)
+    elif name not in GUIDED:
+        arrays, sizes = arrays[:1], (size,)
+    call = jax.jit(lambda *arrays: up(*arrays, *sizes))
     if up.needs_whole_scale:
         with pytest.raises(ValueError, match="scale 2"):
-            jax.eval_shape(lambda: up(*call))
+            call.trace(*arrays)
     else:
-        y = jax.jit(lambda: up(*call))()
+        y = call(*arrays)
         assert y.shape == (1, *size, 16)
         assert np.isfinite(y).all()
-    if name not in GUIDED:
-        np.testing.assert_array_equal(*jax.jit(lambda: (up(x, (6, 10)), up(x)))())
+    if name not in GUIDED:  # its own size, in words, is the same program
+        told, untold = (jax.make_jaxpr(f)(*arrays) for f in (lambda x: up(x, (6, 10)), up))
+        assert str(told) == str(untold)
 
 
 @every
@@ -293,7 +302,7 @@ def test_values_stand_in_for_the_features(name):
     x = arrays[0]
     goldens.assert_close(run(up, arrays, values=x), run(up, arrays), 1e-6, "values=features")
     # A member that mixes them with the guide needs as many channels.
-    a, b = jax.random.normal(jax.random.key(5), (2, *x.shape[:3], 16 if up.same_width else 8))
+    a, b = normal(5, 2, *x.shape[:3], 16 if up.same_width else 8)
     zero, y, both = (run(up, arrays, values=v) for v in (0 * a, a, 3 * a - 2 * b))
     assert y.shape[3] == a.shape[3]
     assert np.abs(y - zero).max() > 0.01
@@ -308,7 +317,7 @@ def test_weights_of_an_output_pixel(name):
     find = jax.jit(lambda x, *guide: pixel_weights(up, x, pixel, *guide))
     weights = find(x, *guide)
     assert weights.shape == (1, 6, 7)
-    values = jax.random.normal(jax.random.key(5), (1, 6, 7, 1))
+    values = normal(5, 1, 6, 7, 1)
     y, zero = (
         run(up, (x, *guide), values=jnp.broadcast_to(v, x.shape))[0, *pixel].mean()
         for v in (values, 0 * values)
@@ -395,10 +404,11 @@ def test_float16_with_bfloat16_is_float32(name):
         mixed = {
             n: a.astype(jnp.float16 if n == argument else jnp.bfloat16) for n, a in arrays.items()
         }
-        wide = {n: a.astype(jnp.float32) for n, a in mixed.items()}
-        y, expected = (run(up, (), **arrays) for arrays in (mixed, wide))
-        assert y.dtype == jnp.float32
-        goldens.assert_close(y, expected, 2e-6, argument)
+        assert jax.eval_shape(lambda m=mixed: up(**m)).dtype == jnp.float32
+        if argument == "features":
+            wide = {n: a.astype(jnp.float32) for n, a in mixed.items()}
+            y, expected = (run(up, (), **arrays) for arrays in (mixed, wide))
+            goldens.assert_close(y, expected, 2e-6, argument)
 
 
 @pytest.mark.parametrize("name", REASSEMBLING)
@@ -413,17 +423,15 @@ def test_values_are_not_narrowed_to_the_features(name):
 def test_an_empty_batch(name):
     """An empty result, empty gradients to inputs, and zeros to parameters."""
     up, arrays = build(name), inputs(name, batch=0)
-    assert up(*arrays).shape == (0, 6, 10, 16)
     y = run(build(name, dtype=jnp.bfloat16), (), **named(name, arrays))
     assert (y.shape, y.dtype) == ((0, 6, 10, 16), jnp.bfloat16)
     params, d_inputs = gradients(up, arrays)
     assert [g.shape for g in d_inputs] == [a.shape for a in arrays]
     for g in jax.tree.leaves(params):
         np.testing.assert_array_equal(g, jnp.zeros_like(g))
-    y = jax.jit(jax.vmap(up))(*(jnp.zeros((3, *a.shape)) for a in arrays))
-    assert y.shape == (3, 0, 6, 10, 16)
-    y = jax.jit(jax.vmap(up))(*(jnp.zeros((0, 2, *a.shape[1:])) for a in arrays))
-    assert y.shape == (0, 2, 6, 10, 16)
+    for batch in ((3, 0), (0, 2)):
+        y = jax.eval_shape(jax.vmap(up), *(jnp.zeros((*batch, *a.shape[1:])) for a in arrays))
+        assert y.shape == (*batch, 6, 10, 16)
 
 
 @every
