@@ -1,11 +1,12 @@
 """Dry runs of every config, with every upsampler that it names: two steps, evaluation, checkpoint.
 
     python -m scripts.dry_run                                   # all of configs/
+    python -m scripts.dry_run --distinct                        # as CI does
     python -m scripts.dry_run ade20k_segformer_b1:fade shapes_resfu
 
 Each is what `python train.py --config configs/NAME.py:UPSAMPLER --dry_run` does, with several in
 one process. What a run prints is shown if it fails. On a CPU most of the time goes into compiling,
-so it is done quickly, as in tests/conftest.py.
+so it is done quickly, as in tests.
 """
 
 import argparse
@@ -21,46 +22,55 @@ import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
+import jax
+
+import train
+from resfu_jax import training
+from resfu_jax.training import Config
+from scripts.quick import compile_quickly
+
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
-def experiments() -> list[str]:
-    """NAME or NAME:UPSAMPLER of all configs."""
-    found = []
+def experiments(distinct: bool = False) -> list[str]:
+    """NAME or NAME:UPSAMPLER of all configs.
+
+    Args:
+      distinct: leave out what differs from a later one in the upsampler's name alone; that heads
+        take every upsampler is seen in their tests.
+    """
+    found = {}
     for name in sorted(path.stem for path in CONFIGS.glob("*.py")):
-        module = importlib.import_module(f"configs.{name}")
-        upsamplers = getattr(module, "UPSAMPLERS", ())
-        found += [f"{name}:{upsampler}" for upsampler in upsamplers] or [name]
-    return found
+        upsamplers = getattr(importlib.import_module(f"configs.{name}"), "UPSAMPLERS", ())
+        for experiment in [f"{name}:{upsampler}" for upsampler in upsamplers] or [name]:
+            config = load(experiment)
+            config.model.head.upsampler = ""
+            found[(name, str(config)) if distinct else experiment] = experiment
+    return list(found.values())
+
+
+def load(experiment: str) -> Config:
+    """Its config."""
+    name, _, upsampler = experiment.partition(":")
+    module = importlib.import_module(f"configs.{name}")
+    return module.get_config(*([upsampler] if upsampler else []))
 
 
 def prepare(directory: str) -> None:
     """Of configs with the same programs one compiles them; without optimisation."""
-    import jax
-
-    from scripts.quick import compile_quickly
-
     compile_quickly()
     jax.config.update("jax_compilation_cache_dir", directory)
 
 
 def dry_run(experiment: str) -> tuple[str, str, str]:
     """The experiment, what to say of it, and what it printed if it failed."""
-    import jax
-
-    import train
-    from resfu_jax import training
-
-    name, _, upsampler = experiment.partition(":")
     printed, start = io.StringIO(), (time.perf_counter(), _cpu_seconds())
     try:
-        module = importlib.import_module(f"configs.{name}")
-        config = module.get_config(*([upsampler] if upsampler else []))
         with (
             contextlib.redirect_stdout(printed),
             contextlib.redirect_stderr(printed),
             contextlib.closing(training.StopSignals()) as stop,
-            training.dry_run(config) as (small, workdir),
+            training.dry_run(load(experiment)) as (small, workdir),
         ):
             train.run(small, workdir, "train", "latest", stop)
             history = training.read_metrics(workdir / "metrics.jsonl")
@@ -82,9 +92,12 @@ def main() -> None:
     """Runs what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("experiments", nargs="*", help="NAME or NAME:UPSAMPLER; all by default")
+    parser.add_argument(
+        "--distinct", action="store_true", help="not those that differ in the upsampler alone"
+    )
     parser.add_argument("--processes", type=int, default=2, help="runs at the same time")
     arguments = parser.parse_args()
-    wanted = arguments.experiments or experiments()
+    wanted = arguments.experiments or experiments(arguments.distinct)
     failed = []
     spawn = multiprocessing.get_context("spawn")
     with (
