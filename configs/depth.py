@@ -8,8 +8,9 @@
 
 bts     ResNet-50, a decoder with `sapa`; crops of 416x544, 50 epochs of 24,231 images in batches
         of 4, AdamW 1e-4 to 1e-5 (power 0.9), decay 0.01, the silog loss; Eigen's crop, 10 m
-jafar   DINOv2 ViT-S/14 at 448, frozen; upsampled features and class token to 256 bins; batches of
-        2, 5 epochs of COCO (118,287 images), AdamW 5e-3; sig loss and half the gradient loss
+jafar   DINOv2 ViT-S/14 at 448 and JAFAR's released weights, both frozen; upsampled features and
+        class token to 256 bins; batches of 2, 5 epochs of COCO (118,287 images), AdamW 5e-3; sig
+        loss and half the gradient loss
 
 Settings of cleinc/bts and of PaulCouairon/JAFAR's evaluation (and its issue 5). Published: BTS-R50
 with SAPA-B, delta1 .871, AbsRel .116, RMSE .410 (nearest .865, .119, .419; SAPA's README); JAFAR,
@@ -17,9 +18,8 @@ no table of depth; AnyUp's paper has, for NYU at 224 pixels, JAFAR RMSE .4906 an
 
 What differs. BTS: no local planar guidance, pyramid pooling or rotation, and decay of the decoder,
 too; the training images of the official file are 795, FastDepth's archive has 47,584.
-JAFAR: the labels are of Depth Anything V2 Small, here from a folder; the upsampler, there frozen
-after its own training, learns with the probe; whole images are evaluated, there their middle; the
-rate decays linearly, there a cosine goes up and down.
+JAFAR: the labels are of Depth Anything V2 Small, here from a folder; whole images are evaluated,
+there their middle; the rate decays linearly, there a cosine goes up and down.
 
 Result: none was run here to its end; `make dry-run` runs two steps of each.
 """
@@ -89,7 +89,14 @@ def jafar() -> Config:
                 pretrained="facebook/dinov2-small",
                 frozen=True,
             ),
-            head=HeadConfig(name="bins", upsampler="jafar", scale=14, bins=256, class_token=True),
+            head=HeadConfig(
+                name="bins",
+                upsampler="jafar",
+                pretrained="jafar_dinov2_vits14",
+                scale=14,
+                bins=256,
+                class_token=True,
+            ),
         ),
         data=DataConfig(
             name="depth_folder/photos",
@@ -102,6 +109,7 @@ def jafar() -> Config:
         optimizer=OptimizerConfig(
             learning_rate=5e-3,
             head_learning_rate_multiple=1.0,
+            upsampler_learning_rate_multiple=0.0,
             weight_decay=1e-5,
             warmup_steps=0,
         ),

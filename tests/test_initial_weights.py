@@ -3,6 +3,7 @@
 import shutil
 import zipfile
 
+import goldens
 import jax
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tiny_run import make_run, tiny_config_of
 
-from resfu_jax import training
+from resfu_jax import create_upsampler, load_upsampler, training
 from resfu_jax.export import export_model
 from resfu_jax.model import create_model
 from resfu_jax.predictor import Predictor
@@ -18,6 +19,8 @@ from resfu_jax.training import (
     CheckpointError,
     ConfigError,
     model_arguments,
+    pretrained,
+    validate,
 )
 
 CLASSES = 8  # of shapes
@@ -139,6 +142,42 @@ def test_pretrained_points_to_init_from(run, exported):
     config.model.backbone.pretrained = str(exported)
     with pytest.raises(ConfigError, match="does not fit MiT: it holds a model of this library"):
         initial_weights(config, CLASSES)
+
+
+# ------------------------------------------------------------------------------ upsamplers of heads
+ANYUP = str(goldens.index()["anyup_multi_backbone"]["path"])
+
+
+@pytest.mark.parametrize("head", ["linear", "linear_probe"])
+def test_a_head_starts_from_released_weights_of_its_upsampler(run, head):
+    upsampler = arrays(nnx.state(load_upsampler("anyup", ANYUP), nnx.Param))
+    config = config_of(name=head, width=None, upsampler="anyup", pretrained=ANYUP)
+    validate(config)
+    weights, said = initial_weights(config, CLASSES)
+    same(arrays(weights), {f"head.upsample.{name}": value for name, value in upsampler.items()})
+    assert said == f"anyup starts from {ANYUP}: {len(upsampler)} arrays" and len(upsampler) > 20
+    config.init_from, config.init_skip = str(run), ("head",)
+    found, said = initial_weights(config, CLASSES)
+    assert len(arrays(found)) > len(arrays(weights)) and "; anyup starts from " in said
+
+
+def test_weights_of_another_upsampler_are_refused(monkeypatch):
+    jafar = config_of(name="linear", width=None, upsampler="jafar", pretrained="anyup")
+    with pytest.raises(ConfigError, match="config.model.head.pretrained: anyup is of anyup, not"):
+        initial_weights(jafar, CLASSES)
+    jafar.model.head.pretrained = "released"
+    with pytest.raises(ConfigError, match="'jafar' has .* choose one by its name"):
+        initial_weights(jafar, CLASSES)
+    other = create_upsampler("jafar", features=8)
+    monkeypatch.setattr(pretrained, "load_upsampler", lambda name: other)
+    jafar.model.head.pretrained = "jafar_dinov2_vits14"
+    with pytest.raises(ConfigError, match="does not fit the head's jafar:\n  head.upsample.*there"):
+        initial_weights(jafar, CLASSES)
+
+
+def test_a_head_of_several_upsamplers_starts_from_whole_models():
+    with pytest.raises(ConfigError, match="head.pretrained is 'x'; .*unless the head is linear, "):
+        validate(config_of(name="segformer", pretrained="x"))
 
 
 # --------------------------------------------------------------------------------- published files

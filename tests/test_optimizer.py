@@ -132,6 +132,19 @@ def test_upsamplers_have_a_rate_of_their_own():
     }
 
 
+def test_an_upsampler_stays_as_it_is():
+    """At a rate of 0; it does not decay, either."""
+    config = OptimizerConfig(
+        learning_rate=0.1, warmup_steps=0, weight_decay=0.1, upsampler_learning_rate_multiple=0.0
+    )
+    params = {"head": {"upsample": {"kernel": jnp.ones((2, 2))}, "classify": jnp.ones((2, 2))}}
+    optimizer = create_optimizer(config, 10)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(params, optimizer.init(params), params)
+    np.testing.assert_array_equal(updates["head"]["upsample"]["kernel"], 0)
+    assert (updates["head"]["classify"] < -0.01).all()
+
+
 @pytest.mark.parametrize(
     "tree",
     [

@@ -16,7 +16,6 @@ from rich.text import Text
 
 from resfu_jax._checks import need
 from resfu_jax.backbones import create_backbone
-from resfu_jax.convert import load_upsampler
 from resfu_jax.data import transforms
 from resfu_jax.model import evaluating, normalise
 from resfu_jax.ops.resize import resize
@@ -160,21 +159,7 @@ class Features(Task):
 
     def initial_weights(self) -> tuple[Any, str]:
         """Of `init_from`, `model.backbone.pretrained` and `model.head.pretrained`."""
-        head, parts = self.config.model.head, {}
-        if head.pretrained is not None:
-            path = None if head.pretrained == "released" else head.pretrained
-            with blaming("config.model.head.pretrained"):
-                up = load_upsampler(head.upsampler, path, **head.upsampler_options)
-            state = nnx.state(up, nnx.Any(nnx.Param, nnx.BatchStat))
-            for key, value in nnx.to_flat_state(state):
-                parts[".".join(map(str, ("head", "upsample", *key)))] = value[...]
-        with blaming("config.model.head.pretrained"):
-            weights, said = initial_weights(
-                self.config, 0, lambda _, rngs: self.create_model(rngs), parts
-            )
-        if parts and not said:
-            said = f"{head.upsampler} starts from {head.pretrained}: {len(parts)} arrays"
-        return weights, said
+        return initial_weights(self.config, 0, lambda _, rngs: self.create_model(rngs))
 
     # ---------------------------------------------------------------------------------------- data
     def draw(self, batch: Batch, step: int) -> Batch:

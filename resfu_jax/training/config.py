@@ -64,8 +64,9 @@ class HeadConfig:
     upsampler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options of that upsampler, for instance {"lr_mult": 500.0}."""
     pretrained: str | None = None
-    """Task "features": weights of that upsampler to start from: a file, or "released" for those
-    that its authors published; see `resfu_jax.load_upsampler`."""
+    """linear, linear_probe, bins and the task "features": weights of that upsampler to start from.
+    A file, a name of `resfu upsamplers --weights`, or "released" if there is one of that upsampler;
+    see `resfu_jax.load_upsampler`."""
     width: int | None = None
     """Channels of all maps in the head; linear: channels of the guide."""
     dropout: float | None = None
@@ -159,7 +160,7 @@ class OptimizerConfig:
     """The rate of each block of the backbone is this many times that of the block after it; the
     last block's is this many times the full rate, which the final norm has, as in BEiT."""
     upsampler_learning_rate_multiple: float = 1.0
-    """Rate of the head's upsamplers over that of the rest of the head."""
+    """Rate of the head's upsamplers over that of the rest of the head; 0: they stay as they are."""
     head_learning_rate_multiple: float = 10.0
     """The head learns at this multiple of the backbone's rate."""
     weight_decay: float = 0.01
@@ -530,10 +531,11 @@ def load_config(argument: str) -> Config:
 
 def model_arguments(config: ModelConfig) -> dict[str, Any]:
     """Arguments of `resfu_jax.model.create_model`, all but the number of classes and `rngs`."""
-    backbone = config.backbone
+    backbone, head = config.backbone, given(config.head)
+    head.pop("pretrained", None)
     return dict(
         backbone=dict(name=backbone.name, variant=backbone.variant, **backbone.options),
-        head=given(config.head),
+        head=head,
         frozen=backbone.frozen,
         mean=config.mean,
         std=config.std,

@@ -12,9 +12,10 @@ import numpy as np
 from flax import nnx
 
 from resfu_jax.backbones import create_backbone
-from resfu_jax.convert import load_pretrained, read_entries
+from resfu_jax.convert import load_pretrained, load_upsampler, read_entries
+from resfu_jax.convert.catalogue import RELEASES
 from resfu_jax.training.checkpoint import CheckpointError, Checkpoints
-from resfu_jax.training.config import BackboneConfig, Config, ConfigError
+from resfu_jax.training.config import BackboneConfig, Config, ConfigError, HeadConfig
 from resfu_jax.training.state import blaming
 from resfu_jax.training.workdir import find_run
 
@@ -24,19 +25,17 @@ _WEIGHTS = nnx.Any(nnx.Param, nnx.BatchStat)
 _CLASSIFIER = "decode_head.classifier.weight"  # of a published SegFormer: a row for every class
 
 
-def initial_weights(
-    config: Config, num_classes: int, create_model: Create, parts: Mapping[str, Any] | None = None
-) -> tuple[Any, str]:
-    """What a new run starts from, by `config.init_from` and `config.model.backbone.pretrained`.
+def initial_weights(config: Config, num_classes: int, create_model: Create) -> tuple[Any, str]:
+    """What a new run starts from, by `config.init_from`, then by `pretrained` of backbone and head.
 
     Args:
       config: an experiment.
       num_classes: of its dataset.
       create_model: of a number of classes.
-      parts: arrays by name that are known already; `init_from` counts for more.
 
     Returns:
-      Weights for `nnx.update(model, ...)`, None if there are none; and what to say of `init_from`.
+      Weights for `nnx.update(model, ...)`, None if there are none; and what to say of `init_from`
+      and of the upsampler.
 
     Raises:
       ConfigError: they are not there, or do not fit the model; names all that differs.
@@ -46,31 +45,37 @@ def initial_weights(
     variables = {
         _name(path): (path, v) for path, v in nnx.to_flat_state(nnx.state(model, _WEIGHTS))
     }
+    shapes = {name: tuple(v.shape) for name, (_, v) in variables.items()}
     found: dict[str, Any] = {}
-    said = ""
+    said = []
     if config.init_from is not None:
         with blaming("config.init_from"):
             entries, source = _entries(config.init_from, config, create_model, num_classes)
-            shapes = {name: tuple(v.shape) for name, (_, v) in variables.items()}
             entries = _blocks_as_in(shapes, entries)
             found, left = _fitting(entries, shapes, source, config.init_skip)
-        said = f"starting from {source}: {len(found)} of {len(variables)} arrays"
+        said.append(f"starting from {source}: {len(found)} of {len(variables)} arrays")
         if left:
-            said += f"; initialised, as config.init_skip says: {_listed(left)}"
+            said.append(f"initialised, as config.init_skip says: {_listed(left)}")
         if unused := [name for name in entries if name not in variables]:
-            said += f"; not in this model: {_listed(unused)}"
+            said.append(f"not in this model: {_listed(unused)}")
+    head = config.model.head
+    if head.pretrained is not None:
+        with blaming("config.model.head.pretrained"):
+            upsampler = _upsampler(head, shapes)
+        if left := upsampler.keys() - found.keys():
+            said.append(f"{head.upsampler} starts from {head.pretrained}: {len(left)} arrays")
+        found = upsampler | found
     if any(name.startswith("backbone.") and name not in found for name in variables):
         with blaming("config.model.backbone.pretrained"):
             backbone = pretrained_backbone(config.model.backbone)
         if backbone is not None:
             flat = nnx.to_flat_state(backbone)
             found = {_name(("backbone", *path)): value for path, value in flat} | found
-    found = dict(parts or {}) | found
     if not found:
-        return None, said
+        return None, "; ".join(said)
     kept = [(path, v, found[name]) for name, (path, v) in variables.items() if name in found]
     state = [(path, v.replace(jnp.asarray(value, v.dtype))) for path, v, value in kept]
-    return nnx.as_pure(nnx.from_flat_state(state)), said
+    return nnx.as_pure(nnx.from_flat_state(state)), "; ".join(said)
 
 
 def pretrained_backbone(config: BackboneConfig) -> Any:
@@ -92,6 +97,40 @@ def pretrained_backbone(config: BackboneConfig) -> Any:
     backbone = nnx.eval_shape(lambda: create_backbone(**options, rngs=nnx.Rngs(0)))
     load_pretrained(config.pretrained, backbone, prefix=config.pretrained_prefix)
     return nnx.as_pure(nnx.state(backbone, _WEIGHTS))
+
+
+def _upsampler(head: HeadConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Weights of the head's upsampler that were released, by their names in the model.
+
+    Args:
+      head: `pretrained` is the name of a release, "released" for the member's only one, or a file.
+      shapes: of the model's arrays.
+
+    Raises:
+      ValueError: they are of an upsampler with other arrays; what `load_upsampler` raises.
+    """
+    source = str(head.pretrained)
+    if source in RELEASES:
+        if RELEASES[source].member != head.upsampler:
+            raise ValueError(f"{source} is of {RELEASES[source].member}, not of {head.upsampler}")
+        loaded = load_upsampler(source, **head.upsampler_options)
+    else:
+        path = None if source == "released" else source
+        loaded = load_upsampler(head.upsampler, path, **head.upsampler_options)
+    flat = nnx.to_flat_state(nnx.state(loaded, _WEIGHTS))
+    found = {_name(("head", "upsample", *path)): value[...] for path, value in flat}
+    there = {name: np.shape(value) for name, value in found.items()}
+    here = {name: shape for name, shape in shapes.items() if name.startswith("head.upsample.")}
+    if there != here:
+        wrong = [
+            f"  {name}: there {there.get(name, 'nothing')}, here {here.get(name, 'nothing')}"
+            for name in sorted(there | here)
+            if there.get(name) != here.get(name)
+        ]
+        raise ValueError(
+            f"{source} does not fit the head's {head.upsampler}:\n" + "\n".join(wrong[:20])
+        )
+    return found
 
 
 def _run(path: str) -> tuple[pathlib.Path, str] | None:

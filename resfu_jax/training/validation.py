@@ -64,12 +64,13 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
     ).split():
         require(field, lambda v: v >= 1, "at least 1")
     for field in (
-        "data.num_workers eval.pictures optimizer.weight_decay optimizer.warmup_steps profile.steps"
+        "data.num_workers eval.pictures optimizer.weight_decay optimizer.warmup_steps "
+        "optimizer.upsampler_learning_rate_multiple profile.steps"
     ).split():
         require(field, not_negative, "0 or more")
     for field in (
         "data.resize_scale optimizer.learning_rate optimizer.power "
-        "optimizer.head_learning_rate_multiple optimizer.upsampler_learning_rate_multiple"
+        "optimizer.head_learning_rate_multiple"
     ).split():
         require(field, positive, "positive")
     for field in "parallel.peak_tflops optimizer.clip_norm".split():
@@ -304,7 +305,7 @@ def validate(config: Config, *, devices: int = 1, processes: int = 1) -> None:
 
 def _segmentation(config: Config) -> list[str]:
     """What is wrong for this task alone."""
-    wrong = _only_of_features(config)
+    wrong = _objective_and_upsampler(config)
     if config.model.head.name in DEPTH_HEADS:
         wrong.append(f"config.model.head.name is {config.model.head.name!r}, a head of depth")
     return wrong + _head(config)
@@ -312,7 +313,7 @@ def _segmentation(config: Config) -> list[str]:
 
 def _depth(config: Config) -> list[str]:
     """Likewise."""
-    wrong, depth = _only_of_features(config), config.depth
+    wrong, depth = _objective_and_upsampler(config), config.depth
     for field, holds, need in (
         ("model.head.name", config.model.head.name in DEPTH_HEADS, f"one of {DEPTH_HEADS}"),
         (
@@ -336,8 +337,11 @@ def _depth(config: Config) -> list[str]:
     return wrong + _head(config)
 
 
-def _only_of_features(config: Config) -> list[str]:
-    """What only the task "features" reads."""
+_OF_ONE_UPSAMPLER = ("linear", "linear_probe", "bins")
+
+
+def _objective_and_upsampler(config: Config) -> list[str]:
+    """What only the task "features" reads, and what it and some heads do."""
     wrong = []
     default = ObjectiveConfig()
     if config.objective != default:
@@ -345,10 +349,12 @@ def _only_of_features(config: Config) -> list[str]:
             f"config.objective is {config.objective!r}; it has to be {default!r} unless "
             "config.task is 'features'"
         )
-    if config.model.head.pretrained is not None:
+    head = config.model.head
+    if head.pretrained is not None and head.name not in _OF_ONE_UPSAMPLER:
         wrong.append(
-            f"config.model.head.pretrained is {config.model.head.pretrained!r}; it has to be None "
-            "unless config.task is 'features' (config.init_from starts from whole models)"
+            f"config.model.head.pretrained is {head.pretrained!r}; it has to be None unless the "
+            f"head is {', '.join(_OF_ONE_UPSAMPLER)} or config.task is 'features' "
+            "(config.init_from starts from whole models)"
         )
     return wrong
 
