@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.call import Call
 from benchmarks.workloads import (
     Skip,
     Workload,
@@ -49,25 +50,6 @@ _PAUSE = 0.02
 _CALLS, _TURN = 8, 1.0
 # Relative to the norm of the array, in float32. GPUs multiply in TensorFloat-32.
 _TOLERANCE = {"cpu": 1e-3, "gpu": 1e-2}
-
-
-@dataclasses.dataclass
-class Call:
-    """A form of an upsampler, ready to be called again and again.
-
-    Attributes:
-      run: calls it, waits until it has finished, and returns what it computed.
-      arrays: of what `run` returned, the output and the gradients to the inputs, NHWC, NumPy.
-      temporary: bytes that `run` needs beyond its arguments and its results.
-      compile_s: seconds it took to trace and compile, where it is compiled.
-      flops: operations, counted on the trace.
-    """
-
-    run: Callable[[], Any]
-    arrays: Callable[[Any], list[np.ndarray]]
-    temporary: int
-    compile_s: float | None = None
-    flops: float | None = None
 
 
 def compare(

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
+from benchmarks.stand_ins import Taps
 from benchmarks.workloads import Skip, Workload
 
 
@@ -64,10 +65,8 @@ def neighborhood_attention(
 class _AdaptiveConv:
     @staticmethod
     def apply(x: Tensor, filters: Tensor) -> Tensor:
-        from benchmarks.peers_torch import _Taps
-
         taps = filters.flatten(3).permute(0, 3, 1, 2)
-        return _Taps.apply(taps, x, filters.shape[3], (1, 1))
+        return Taps.apply(taps, x, filters.shape[3], (1, 1))
 
 
 def _resize(x: Tensor, size: list[int], interpolation: str = "bilinear") -> Tensor:
