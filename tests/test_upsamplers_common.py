@@ -171,9 +171,9 @@ def test_output_size_is_kept_or_refused(name):
         y = call(*arrays)
         assert y.shape == (1, *size, 16)
         assert np.isfinite(y).all()
-    if name not in GUIDED:  # its own size, in words, is the same program
-        told, untold = (jax.make_jaxpr(f)(*arrays) for f in (lambda x: up(x, (6, 10)), up))
-        assert str(told) == str(untold)
+    if name not in GUIDED:  # and its own
+        told = jax.jit(lambda x: up(x, (6, 10)))(*arrays)
+        np.testing.assert_array_equal(told, run(up, arrays))
 
 
 @every
