@@ -72,7 +72,7 @@ def composition_1k(upsampler: str) -> Config:
 def soft_shapes() -> Config:
     return Config(
         task="matting",
-        steps=300,
+        steps=200,
         batch_size=8,
         log_every=20,
         model=ModelConfig(
@@ -92,6 +92,6 @@ def soft_shapes() -> Config:
             warmup_steps=30,
             clip_norm=1.0,
         ),
-        eval=EvalConfig(every=300, batch_size=16),
+        eval=EvalConfig(every=200, batch_size=16),
         checkpoint=CheckpointConfig(every=100),
     )

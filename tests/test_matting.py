@@ -100,6 +100,19 @@ def test_upsamplers_of_all_kinds_fit_the_slots(upsampler, as_users_call):
         jax.eval_shape(alpha, images, jax.ShapeDtypeStruct((2, 32, 48), jnp.float32))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_alpha_begins_above_zero(seed):
+    """Of every seed: from below, training has to turn the last kernel round, and may not."""
+    head = dict(upsampler="nearest")
+
+    @jax.jit
+    def alpha(images, trimaps):
+        return create_matting_model(backbone=SIZES, head=head, rngs=nnx.Rngs(seed))(images, trimaps)
+
+    y = alpha(jnp.asarray(grey(2, 32, 32, 3)), jnp.full((2, 32, 32), 128, np.uint8))
+    assert y.max() > 0.1 > -0.1 < y.min()
+
+
 # ---------------------------------------------------------------------------------------------- run
 def config_of():
     return training.Config(

@@ -38,6 +38,9 @@ from resfu_jax.heads._layers import ConvBNReLU, create_head_upsampler, guide_inp
 from resfu_jax.ops.checks import check_floating
 
 _conv_init = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
+# The last kernel turns what a leaky ReLU lets through, which is positive, into alpha. One drawn
+# with a negative sum has to turn round first: 3 of 10 runs predicted a constant after 300 steps.
+_mean_init = nnx.initializers.constant(1 / 9)
 _DILATIONS = (6, 12, 18)  # DeepLab's for stride 16
 
 
@@ -103,9 +106,11 @@ class MattingHead(nnx.Module):
                 for n, width in zip(widths[:-1], widths[1:], strict=True)
             ]
         )
-        conv: dict[str, Any] = dict(use_bias=False, kernel_init=_conv_init, **types)
         self.predict = nnx.List(
-            [nnx.Conv(n, 1, (3, 3), padding=1, **conv) for n in (widths[-1], 1)]
+            [
+                nnx.Conv(n, 1, (3, 3), padding=1, use_bias=False, kernel_init=init, **types)
+                for n, init in ((widths[-1], _conv_init), (1, _mean_init))
+            ]
         )
         self.norm = BatchNorm(1, param_dtype=param_dtype, rngs=rngs)
 
