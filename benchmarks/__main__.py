@@ -84,6 +84,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     choice("--directions", DIRECTIONS, "with and without gradients")
     parser.add_argument("--peer-root", metavar="DIR", help="the official repositories")
     parser.add_argument("--torch-compile", action="store_true", help="compiles them, too")
+    parser.add_argument(
+        "--torch-plain",
+        action="store_true",
+        help="and with a plain stand-in for ReSFU's CUDA operator, beside the fastest",
+    )
     parser.add_argument("--no-literal", action="store_true", help="leaves the literal form out")
     parser.add_argument("--runs", type=int, default=7, help="turns of each form, default 7")
     parser.add_argument(
@@ -116,8 +121,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--overhead", action="store_true", help="measures Python's part of a call, instead"
     )
     args = parser.parse_args(argv)
-    if args.torch_compile and not args.peer_root:
-        parser.error("--torch-compile needs --peer-root")
+    for name in ("torch_compile", "torch_plain"):
+        if getattr(args, name) and not args.peer_root:
+            parser.error(f"--{name.replace('_', '-')} needs --peer-root")
     if args.peer_root and importlib.util.find_spec("torch") is None:
         parser.error("--peer-root needs PyTorch: pip install -e '.[bench]'")
     if args.runs < 1:
@@ -325,6 +331,7 @@ def main(argv: list[str] | None = None) -> int:
         print(markdown(json.loads(args.markdown.read_text())["rows"]))
         return 0
     peers = ("torch", "torch.compile") if args.torch_compile else ("torch",)
+    peers += ("torch.plain",) if args.torch_plain else ()
     forms = ("ours", *(() if args.no_literal else ("literal",)), *(peers if args.peer_root else ()))
     if args.plot:
         workloads, forms = plot.sweep(), ("ours",)

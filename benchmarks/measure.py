@@ -1,8 +1,9 @@
 """Times the forms of one upsampler on one workload, in turn, in one process.
 
 Forms: `ours`, what a user gets; `literal`, the same operator as its formulas stand
-(`implementation="reference"`); `torch` and `torch.compile`, the official module. All share weights
-and inputs, and what they return is compared before anything is timed.
+(`implementation="reference"`); `torch` and `torch.compile`, the official module; `torch.plain`, it
+with the plain stand-in for its CUDA operator instead of the fastest. All share weights and inputs,
+and what they return is compared before anything is timed.
 
 A turn is up to eight calls, timed but for the first (`ms_first`): when the other framework's
 threads go to sleep, a call of some milliseconds finds both of its own on one core.
@@ -42,7 +43,7 @@ from resfu_jax.training.flops import count_flops
 
 DTYPES = ("float32", "bfloat16")
 DIRECTIONS = ("forward", "forward+backward")
-FORMS = ("ours", "literal", "torch", "torch.compile")
+FORMS = ("ours", "literal", "torch", "torch.compile", "torch.plain")
 
 # Between turns: the thread pools of both frameworks keep cores busy for a moment after a call.
 _PAUSE = 0.02
@@ -108,7 +109,10 @@ def compare(
             if peer is None:
                 raise Skip(no_peer)
             with foreign_code():
-                call = peer.call(inputs, cotangent, dtype, compiled=form == "torch.compile")
+                called = peer
+                if form == "torch.plain":
+                    called = peers_torch.build(name, workload, peer_root, plain=True)
+                call = called.call(inputs, cotangent, dtype, compiled=form == "torch.compile")
                 return call, call.arrays(call.run())
         if form == "literal" and not has_literal_form(name):
             raise Skip("it has only one form")

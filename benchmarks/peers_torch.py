@@ -39,6 +39,7 @@ from benchmarks.stand_ins import (
     deform_reassembly,
     deform_similarity,
     fns_attention,
+    fns_attention_plain,
     reassembly,
     similarity,
 )
@@ -104,20 +105,22 @@ _SHELLS: dict[str, dict[str, Any]] = {
     "official.models.builder": {"NECKS": _Registry()},
     "official.models.here": {},
 }
+# What stands in otherwise, of the form `torch.plain`.
+_PLAIN = {"FNS_Attn": {"fns_attn": fns_attention_plain}}
 
 
 @contextlib.contextmanager
-def _shells(directory: pathlib.Path) -> Iterator[None]:
+def _shells(directory: pathlib.Path, shells: dict[str, dict[str, Any]] = _SHELLS) -> Iterator[None]:
     """Puts the shells where `import` finds them, for files that lie in `directory`."""
     # torch.compile imports a module's file again: what was loaded last stays until here.
     for name in list(sys.modules):
         if name.partition(".")[0] == "official":
             del sys.modules[name]
     before = dict(sys.modules)
-    packages = {name.partition(".")[0] for name in _SHELLS}
+    packages = {name.partition(".")[0] for name in shells}
     cuda = torch.cuda.is_available()
     real = {package for package in packages if cuda and importlib.util.find_spec(package)}
-    for name, content in _SHELLS.items():
+    for name, content in shells.items():
         if name.partition(".")[0] not in real:
             sys.modules[name] = module = types.ModuleType(name)
             vars(module).update(content)
@@ -129,9 +132,9 @@ def _shells(directory: pathlib.Path) -> Iterator[None]:
             yield
     finally:
         for name in set(sys.modules) - set(before):
-            if name in _SHELLS and name.partition(".")[0] != "official":
+            if name in shells and name.partition(".")[0] != "official":
                 del sys.modules[name]
-        sys.modules.update({n: m for n, m in before.items() if n in _SHELLS})
+        sys.modules.update({n: m for n, m in before.items() if n in shells})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,17 +281,20 @@ class Peer:
         return Call(run, arrays, _temporary(run), seconds)
 
 
-def build(name: str, w: Workload, root: str) -> Peer:
-    """The official module that `name` stands for, with random weights.
+def build(name: str, w: Workload, root: str, *, plain: bool = False) -> Peer:
+    """The official module that `name` stands for, with random weights, the same at every call.
 
     Args:
       name: of our upsampler.
       w: sizes.
       root: directory of the checkouts.
+      plain: with the stand-in as one writes it first, not the fastest.
 
     Raises:
-      Skip: there is no official module, none for these sizes, or not in `root`.
+      Skip: there is no official module, none for these sizes, or not in `root`; no plain stand-in.
     """
+    if plain and not name.startswith("resfu"):
+        raise Skip("only ReSFU has a plain stand-in")
     torch.manual_seed(0)
     options = upsampler_entry(name).options
     c, r = w.channels, w.scale
@@ -319,7 +325,7 @@ def build(name: str, w: Workload, root: str) -> Peer:
         raise Skip(f"{file} does not exist")
     options = {} if entry.only_scale else options  # FADE's forms are classes, not options
     arguments = entry.arguments(w) | options
-    with _shells(file.parent):
+    with _shells(file.parent, _SHELLS | _PLAIN if plain else _SHELLS):
         official = importlib.import_module(f"official.models.here.{file.stem}")
         module = getattr(official, entry.cls)(**arguments)
     if entry.result is not None:

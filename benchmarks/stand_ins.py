@@ -60,11 +60,27 @@ def fns_attention(attn: Tensor, x: Tensor, kernel_size: int) -> Tensor:
 
     `grid_sample` for each tap takes three to eight times as long.
     """
+    return Taps.apply(attn, *_upsampled(attn, x, kernel_size))
+
+
+def fns_attention_plain(attn: Tensor, x: Tensor, kernel_size: int) -> Tensor:
+    """`fns_attention` as one writes it first: an addition a tap over the whole map, autograd's."""
+    up, _, (rows, columns) = _upsampled(attn, x, kernel_size)
+    h, w = attn.shape[2:]
+    out = up.new_zeros(*x.shape[:2], h, w)
+    for j, (u, v) in enumerate(itertools.product(range(kernel_size), repeat=2)):
+        shifted = up[:, :, u * rows : u * rows + h, v * columns : v * columns + w]
+        out.addcmul_(shifted, attn[:, j : j + 1])
+    return out
+
+
+def _upsampled(attn: Tensor, x: Tensor, kernel_size: int) -> tuple[Tensor, int, tuple[int, int]]:
+    """The map at full size with its border; the kernel size; pixels from a tap to the next."""
     size, radius = attn.shape[2:], kernel_size // 2
     rows, columns = (n // m for n, m in zip(size, x.shape[2:], strict=True))
     up = F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
     up = F.pad(up, [radius * columns] * 2 + [radius * rows] * 2, mode="replicate")
-    return Taps.apply(attn, up, kernel_size, (rows, columns))
+    return up, kernel_size, (rows, columns)
 
 
 class _Reassembly(torch.autograd.Function):

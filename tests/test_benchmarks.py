@@ -224,6 +224,7 @@ def test_overhead():
     ("command", "why"),
     [
         ("--torch-compile", "needs --peer-root"),
+        ("--torch-plain", "needs --peer-root"),
         ("--runs 0", "at least 1"),
         ("--workloads nowhere", "nowhere"),
         ("--peer-root peers", "needs PyTorch"),
