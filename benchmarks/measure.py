@@ -109,10 +109,10 @@ def compare(
             if peer is None:
                 raise Skip(no_peer)
             with foreign_code():
-                called = peer
+                module = peer
                 if form == "torch.plain":
-                    called = peers_torch.build(name, workload, peer_root, plain=True)
-                call = called.call(inputs, cotangent, dtype, compiled=form == "torch.compile")
+                    module = peers_torch.build(name, workload, peer_root, plain=True)
+                call = module.call(inputs, cotangent, dtype, compiled=form == "torch.compile")
                 return call, call.arrays(call.run())
         if form == "literal" and not has_literal_form(name):
             raise Skip("it has only one form")

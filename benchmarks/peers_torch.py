@@ -105,7 +105,7 @@ _SHELLS: dict[str, dict[str, Any]] = {
     "official.models.builder": {"NECKS": _Registry()},
     "official.models.here": {},
 }
-# What stands in otherwise, of the form `torch.plain`.
+# Instead of that of `_SHELLS`, for the form `torch.plain`.
 _PLAIN = {"FNS_Attn": {"fns_attn": fns_attention_plain}}
 
 

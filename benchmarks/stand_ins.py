@@ -60,12 +60,13 @@ def fns_attention(attn: Tensor, x: Tensor, kernel_size: int) -> Tensor:
 
     `grid_sample` for each tap takes three to eight times as long.
     """
-    return Taps.apply(attn, *_upsampled(attn, x, kernel_size))
+    up, step = _upsampled(attn, x, kernel_size)
+    return Taps.apply(attn, up, kernel_size, step)
 
 
 def fns_attention_plain(attn: Tensor, x: Tensor, kernel_size: int) -> Tensor:
     """`fns_attention` as one writes it first: an addition a tap over the whole map, autograd's."""
-    up, _, (rows, columns) = _upsampled(attn, x, kernel_size)
+    up, (rows, columns) = _upsampled(attn, x, kernel_size)
     h, w = attn.shape[2:]
     out = up.new_zeros(*x.shape[:2], h, w)
     for j, (u, v) in enumerate(itertools.product(range(kernel_size), repeat=2)):
@@ -74,13 +75,13 @@ def fns_attention_plain(attn: Tensor, x: Tensor, kernel_size: int) -> Tensor:
     return out
 
 
-def _upsampled(attn: Tensor, x: Tensor, kernel_size: int) -> tuple[Tensor, int, tuple[int, int]]:
-    """The map at full size with its border; the kernel size; pixels from a tap to the next."""
+def _upsampled(attn: Tensor, x: Tensor, kernel_size: int) -> tuple[Tensor, tuple[int, int]]:
+    """The map at full size with its border, and the pixels from a tap to the next."""
     size, radius = attn.shape[2:], kernel_size // 2
     rows, columns = (n // m for n, m in zip(size, x.shape[2:], strict=True))
     up = F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
     up = F.pad(up, [radius * columns] * 2 + [radius * rows] * 2, mode="replicate")
-    return up, kernel_size, (rows, columns)
+    return up, (rows, columns)
 
 
 class _Reassembly(torch.autograd.Function):
